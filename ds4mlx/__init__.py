@@ -1,0 +1,1 @@
+"""ds4mlx: DeepSeek-V4-Flash on MLX."""
