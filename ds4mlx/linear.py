@@ -1,0 +1,91 @@
+"""Matrices of the model: one, several side by side, or a stack of experts.
+
+Their planes are the module's parameters; `storage` says which format reads them.
+"""
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ds4mlx.formats import FORMATS, Format
+
+
+class Matrix(nn.Module):
+    """A stored weight of logical shape (out, in) or (experts, out, in)."""
+
+    def __init__(self, *shape: int):
+        super().__init__()
+        self._shape = shape
+        self.store("f32")
+
+    def store(self, storage: str) -> None:
+        """Hold the weight in format `storage`, a key of FORMATS, from now on; its values are unset."""
+        for plane in self.planes:
+            del self[plane]
+        self.storage = storage
+        for plane, empty in self.format.empty(self._shape).items():
+            self[plane] = empty
+
+    @property
+    def planes(self) -> list[str]:
+        """Names of the arrays that hold the weight."""
+        return list(self.parameters())
+
+    @property
+    def format(self) -> Format:
+        """How the planes are read."""
+        return FORMATS[self.storage]
+
+    def decode(self) -> mx.array:
+        """The weight's values, float32, in its logical shape."""
+        return self.format.decode(self)
+
+
+class Linear(Matrix):
+    """y = x . W^T in x's type; x: (..., in) -> (..., out)."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.format.matmul(self, x)
+
+
+class GroupedLinear(Matrix):
+    """`groups` matrices (out, in) kept as the rows of one; group g of the input meets the g-th."""
+
+    def __init__(self, groups: int, out_dims: int, in_dims: int):
+        super().__init__(groups * out_dims, in_dims)
+        self.groups = groups
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """x: (B, L, groups, in) -> (B, L, groups, out)."""
+        batch, length, groups, width = x.shape
+        planes = {
+            name: self[name].reshape(groups, -1, self[name].shape[-1]) for name in self.planes
+        }
+        rows = x.transpose(2, 0, 1, 3).reshape(groups, batch * length, width)
+        product = self.format.matmul(planes, rows)
+        return product.reshape(groups, batch, length, -1).transpose(1, 2, 0, 3)
+
+
+class ExpertStack(Matrix):
+    """One projection of every routed expert of a layer, (experts, out, in)."""
+
+    def __call__(self, x: mx.array, experts: mx.array, ordered: bool = False) -> mx.array:
+        """x: (..., 1, in), experts: int (...) -> (..., 1, out); `ordered`: experts ascend."""
+        return self.format.gather(self, x, experts, ordered)
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight, float32 inside, in x's type; over the last axis."""
+
+    def __init__(self, dims: int, eps: float):
+        super().__init__()
+        self.weight = mx.ones((dims,))
+        self.eps = eps
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return rms_norm(x, self.weight, self.eps)
+
+
+def rms_norm(x: mx.array, weight: mx.array | None, eps: float) -> mx.array:
+    """RMSNorm with or without a weight; x: (..., n) in any float type."""
+    weight = None if weight is None else weight.astype(mx.float32)
+    return mx.fast.rms_norm(x.astype(mx.float32), weight, eps).astype(x.dtype)

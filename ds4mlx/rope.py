@@ -1,0 +1,75 @@
+"""Rotary position embedding: interleaved pairs of the last channels, two frequency tables.
+
+Frequencies, and angles as position x frequency, are formed in float32 as the official code forms
+them; sines and cosines are then taken on the host with full range reduction, because a GPU's fast
+trigonometry is wrong at long contexts.
+"""
+
+import math
+from functools import lru_cache
+
+import mlx.core as mx
+import numpy as np
+
+from ds4mlx.config import ModelConfig
+
+Angles = tuple[mx.array, mx.array]
+
+
+class Rotary:
+    """The angles of one kind of layer; layers of a kind share one object.
+
+    Layers without a compressor use `rope_theta` as it is; layers with one use
+    `compress_rope_theta` with YaRN for everything in the layer. YaRN's magnitude factor is not used.
+    """
+
+    def __init__(self, config: ModelConfig, compressed: bool):
+        self.frequencies = frequencies(config, compressed)
+
+    @lru_cache(maxsize=8)  # noqa: B019 - one object per kind of layer, alive with its model
+    def angles(self, start: int, count: int, step: int = 1) -> Angles:
+        """cos and sin, each float32 (count, rope_dims / 2), of positions start, start + step, ..."""
+        positions = (start + step * np.arange(count)).astype(np.float32)
+        angle = np.multiply.outer(positions, self.frequencies).astype(np.float64)
+        return mx.array(np.cos(angle).astype(np.float32)), mx.array(
+            np.sin(angle).astype(np.float32)
+        )
+
+
+def frequencies(config: ModelConfig, compressed: bool) -> np.ndarray:
+    """Radians per token of each channel pair, float32 (qk_rope_head_dim / 2,)."""
+    dims = config.qk_rope_head_dim
+    base = config.compress_rope_theta if compressed else config.rope_theta
+    exponents = (np.arange(0, dims, 2, dtype=np.float32) / np.float32(dims)).astype(np.float64)
+    plain = np.float32(1) / np.power(base, exponents).astype(np.float32)
+    yarn = config.rope_scaling
+    if not compressed or yarn.original_max_position_embeddings == 0:
+        return plain
+    low = max(math.floor(_pair_turning(config, base, yarn.beta_fast)), 0)
+    high = min(math.ceil(_pair_turning(config, base, yarn.beta_slow)), dims - 1)
+    span = np.float32(high - low if high != low else 0.001)
+    ramp = np.clip((np.arange(dims // 2, dtype=np.float32) - np.float32(low)) / span, 0, 1)
+    smooth = np.float32(1) - ramp
+    return plain / np.float32(yarn.factor) * (1 - smooth) + plain * smooth
+
+
+def _pair_turning(config: ModelConfig, base: float, turns: float) -> float:
+    """The (fractional) pair that makes `turns` full turns over YaRN's original context."""
+    length = config.rope_scaling.original_max_position_embeddings
+    wavelength = length / (turns * 2 * math.pi)
+    return config.qk_rope_head_dim * math.log(wavelength) / (2 * math.log(base))
+
+
+def rotate(x: mx.array, angles: Angles, inverse: bool = False) -> mx.array:
+    """Turn the channel pairs (2i, 2i + 1) of x's last rope_dims channels.
+
+    x: (B, L, c) or (B, L, H, c), any float type; angles: (L, rope_dims / 2) each. float32 inside.
+    """
+    cos, sin = (a if x.ndim == 3 else a[:, None] for a in angles)
+    sin = -sin if inverse else sin
+    dims = 2 * cos.shape[-1]
+    pairs = x[..., -dims:].astype(mx.float32).reshape(*x.shape[:-1], dims // 2, 2)
+    a, b = pairs[..., 0], pairs[..., 1]
+    turned = mx.stack([a * cos - b * sin, a * sin + b * cos], axis=-1)
+    turned = turned.reshape(*x.shape[:-1], dims).astype(x.dtype)
+    return mx.concatenate([x[..., :-dims], turned], axis=-1)
