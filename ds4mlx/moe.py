@@ -111,4 +111,4 @@ def swiglu(gate: mx.array, up: mx.array, limit: float) -> mx.array:
     """silu(gate) * up, float32; both clamped from above, `up` also from below."""
     gate = mx.minimum(gate.astype(mx.float32), limit)
     up = mx.clip(up.astype(mx.float32), -limit, limit)
-    return nn.silu(gate) * up
+    return gate * mx.sigmoid(gate) * up

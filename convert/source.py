@@ -1,0 +1,225 @@
+"""The official Hugging Face layout, read and checked: config, index, shards, every tensor's header.
+
+Everything that headers can tell is checked before anything is converted: names, shapes, types.
+"""
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from ds4mlx.config import ModelConfig, read_json
+from ds4mlx.convert import codecs
+from ds4mlx.errors import DataError
+from ds4mlx.inventory import Entry, inventory
+from ds4mlx.tensor_file import TensorFile, TensorInfo
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+NEEDED = ["*.safetensors", INDEX, "config.json", "generation_config.json", "tokenizer*.json"]
+# Types a source may store each kind of tensor in; the first is the official one.
+ACCEPTED = {
+    "matrix": ("F8_E4M3", "BF16", "F32"),
+    "experts": ("I8", "F8_E4M3", "BF16", "F32"),
+    "plain": ("BF16", "F32"),
+    "exact": ("F32",),
+    "ids": ("I64", "I32"),
+}
+NUMPY = {
+    "F8_E4M3": np.uint8,
+    "F8_E8M0": np.uint8,
+    "I8": np.uint8,
+    "BF16": np.uint16,
+    "F32": np.float32,
+    "I64": np.int64,
+    "I32": np.int32,
+}
+
+
+class Source:
+    """A checkpoint in the official layout. Raises DataError naming file, tensor and cause."""
+
+    def __init__(self, location: str | Path):
+        self.name = str(location)
+        self.path = _local(location)
+        self.config_values = read_json(self.path / "config.json")
+        self.config = ModelConfig.from_dict(self.config_values, str(self.path / "config.json"))
+        self.files = _open_files(self.path)
+        self.inventory = inventory(self.config)
+        self.skipped = self._skipped_drafts()
+        self._check_names()
+        for entries in self.inventory.values():
+            for entry in entries:
+                self._check(entry)
+
+    def info(self, name: str) -> TensorInfo:
+        """Header of an official tensor."""
+        return self.file(name).info(name)
+
+    def file(self, name: str) -> TensorFile:
+        """The file that holds an official tensor."""
+        if name not in self.files:
+            raise DataError(f"{self.path}: tensor {name} is missing")
+        return self.files[name]
+
+    def dtype(self, entry: Entry) -> str:
+        """Type tag that the source stores an entry in."""
+        return self.info(entry.official()).dtype
+
+    def rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Rows start..stop-1 of an official tensor, as stored (8-bit types as uint8, BF16 as uint16)."""
+        info, dtype = self.info(name), NUMPY[self.info(name).dtype]
+        row = info.nbytes // max(1, info.shape[0])
+        raw = self.file(name).read(name, start * row, (stop - start) * row)
+        found = np.frombuffer(raw, dtype).reshape(stop - start, *info.shape[1:])
+        codecs.check(found, info.dtype, self.file(name).path, name)
+        return found
+
+    def values(self, entry: Entry, expert: int, start: int, stop: int) -> np.ndarray:
+        """Rows of an entry (of one expert if it is a stack) decoded exactly: float32, or int32 ids."""
+        name = entry.official(expert)
+        stored, dtype = self.rows(name, start, stop), self.info(name).dtype
+        if dtype == "F8_E4M3":
+            return codecs.decode_fp8(stored, self.tile_scales(name, start, stop))
+        if dtype == "I8":
+            return codecs.decode_fp4(stored, self.rows(scale_name(name), start, stop))
+        if dtype == "BF16":
+            return codecs.from_bf16(stored)
+        return codecs.check_ids(stored, self, entry) if entry.kind == "ids" else stored
+
+    def tile_scales(self, name: str, start: int, stop: int) -> np.ndarray:
+        """E8M0 codes of FP8 rows, one per row and group of 32: uint8 (rows, in / 32)."""
+        tiles = self.rows(scale_name(name), start // 128, -(-stop // 128))
+        rows = np.arange(start, stop) // 128 - start // 128
+        return np.repeat(tiles[rows], 4, axis=1)[:, : -(-self.info(name).shape[1] // 32)]
+
+    def fingerprint(self) -> str:
+        """Digest of the configuration and of every tensor's name, type, shape, and place."""
+        digest = hashlib.sha256(json.dumps(self.config_values, sort_keys=True).encode())
+        for file in sorted(set(self.files.values()), key=lambda f: f.path.name):
+            digest.update(file.path.name.encode() + file.header)
+        return digest.hexdigest()
+
+    def _skipped_drafts(self) -> list[str]:
+        """The 0731 release's own draft modules; they are another kind of block."""
+        if not any(key.startswith("dspark_") for key in self.config_values):
+            return []
+        skipped = [name for name in self.files if name.startswith("mtp.")]
+        if skipped:
+            modules = {name.split(".")[1] for name in skipped}
+            print(f"note: the {len(modules)} draft modules under mtp. are skipped", file=sys.stderr)
+        return skipped
+
+    def _check_names(self) -> None:
+        known = set(self.skipped)
+        for entries in self.inventory.values():
+            for entry in entries:
+                names = [entry.official(e) for e in range(experts(entry))]
+                known.update(names, map(scale_name, names))
+        unknown = sorted(set(self.files) - known)
+        if unknown:
+            more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
+            where = self.files[unknown[0]].path
+            raise DataError(f"{where}: unsupported tensor {', '.join(unknown[:3])}{more}")
+
+    def _check(self, entry: Entry) -> None:
+        """Type, shape and scale of every official tensor of an entry."""
+        types = {self._check_one(entry, expert) for expert in range(experts(entry))}
+        if len(types) > 1:
+            stack = entry.official("*")
+            raise DataError(f"{self.path}: experts {stack} are stored in several types: {types}")
+
+    def _check_one(self, entry: Entry, expert: int) -> str:
+        name = entry.official(expert)
+        info, where = self.info(name), self.file(name).path
+        if info.dtype not in ACCEPTED[entry.kind]:
+            wanted = " or ".join(ACCEPTED[entry.kind])
+            raise DataError(f"{where}: tensor {name} has type {info.dtype}, expected {wanted}")
+        shape = entry.shape[1:] if entry.kind == "experts" else entry.shape
+        scale: tuple[int, ...] | None = None
+        if info.dtype == "I8":
+            scale, shape = (shape[0], shape[1] // 32), (shape[0], shape[1] // 2)
+        elif info.dtype == "F8_E4M3":
+            scale = (-(-shape[0] // 128), -(-shape[1] // 128))
+        self._check_shape(name, shape)
+        self._check_scale(scale_name(name), scale)
+        return info.dtype
+
+    def _check_shape(self, name: str, shape: tuple[int, ...]) -> None:
+        found = self.info(name).shape
+        if found != shape:
+            where = self.file(name).path
+            raise DataError(
+                f"{where}: tensor {name} has shape {list(found)}, expected {list(shape)}"
+            )
+
+    def _check_scale(self, name: str, shape: tuple[int, ...] | None) -> None:
+        if shape is None:
+            if name in self.files:
+                raise DataError(
+                    f"{self.files[name].path}: {name} scales a weight that has no codes"
+                )
+            return
+        if self.info(name).dtype != "F8_E8M0":
+            found = self.info(name).dtype
+            raise DataError(
+                f"{self.file(name).path}: tensor {name} has type {found}, expected F8_E8M0"
+            )
+        self._check_shape(name, shape)
+
+
+def experts(entry: Entry) -> int:
+    """How many official tensors an entry is made of."""
+    return entry.shape[0] if entry.kind == "experts" else 1
+
+
+def scale_name(name: str) -> str:
+    """The block scale that belongs to an official weight."""
+    return name.removesuffix("weight") + "scale" if name.endswith(".weight") else name + ".scale"
+
+
+def _local(location: str | Path) -> Path:
+    """The local directory of a path or hub repo id; downloads what is needed, resuming."""
+    path = Path(location).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise DataError(f"{path}: not a directory (GGUF files are not supported yet)")
+    if str(location).count("/") != 1 or str(location).startswith((".", "~", "/")):
+        raise DataError(f"{path}: no such directory")
+    try:
+        return Path(snapshot_download(str(location), allow_patterns=NEEDED))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        cause = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DataError(f"{location}: no such directory, nor on the hub: {cause}") from None
+
+
+def _open_files(path: Path) -> dict[str, TensorFile]:
+    """Official tensor name -> its open file, from the index or a single unsharded file."""
+    if not (path / INDEX).exists():
+        if not (path / SINGLE).exists():
+            raise DataError(f"{path}: neither {INDEX} nor {SINGLE} is there")
+        single = TensorFile(path / SINGLE)
+        return dict.fromkeys(single.tensors, single)
+    names = read_json(path / INDEX).get("weight_map")
+    if not isinstance(names, dict) or not all(_plain(shard) for shard in names.values()):
+        raise DataError(f"{path / INDEX}: weight_map is not an object of tensor and file names")
+    for name, shard in names.items():
+        if not (path / shard).is_file():
+            raise DataError(f"{path / INDEX}: tensor {name} is in {shard}, which is missing")
+    files = {shard: TensorFile(path / shard) for shard in sorted(set(names.values()))}
+    for shard, file in files.items():
+        for name in set(file.tensors) - {n for n, s in names.items() if s == shard}:
+            raise DataError(f"{file.path}: tensor {name} is not listed there by {INDEX}")
+    for name, shard in names.items():
+        files[shard].info(name)
+    return {name: files[shard] for name, shard in names.items()}
+
+
+def _plain(shard: object) -> bool:
+    """A file name without a way out of its directory."""
+    return isinstance(shard, str) and Path(shard).name == shard

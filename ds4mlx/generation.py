@@ -1,0 +1,172 @@
+"""Text from a model: chunked prefill, decoding, stop strings, one response a token."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from ds4mlx.cache import DecodeState
+from ds4mlx.errors import DataError
+from ds4mlx.model import Model
+from ds4mlx.sampling import Sampler, log_probs
+from ds4mlx.tokenizer import Tokenizer
+
+PREFILL_STEP = 2048
+
+
+@dataclass(frozen=True)
+class Response:
+    """What one token brought."""
+
+    text: str  # whole characters, and nothing that may yet become a stop string
+    token: int
+    logprobs: mx.array  # float32 (vocab,), of the distribution that the token was drawn from
+    prompt_tokens: int
+    prompt_tps: float  # prompt tokens per second
+    generation_tokens: int
+    generation_tps: float
+    peak_memory: float  # GB
+    finish_reason: str | None  # "stop" or "length" with the last response
+
+
+def generate(
+    model: Model,
+    tokenizer: Tokenizer,
+    prompt: str | Sequence[int],
+    max_tokens: int = 100,
+    **options,
+) -> str:
+    """The whole text that `stream_generate` gives for the same arguments."""
+    responses = stream_generate(model, tokenizer, prompt, max_tokens, **options)
+    return "".join(response.text for response in responses)
+
+
+def stream_generate(
+    model: Model,
+    tokenizer: Tokenizer,
+    prompt: str | Sequence[int],
+    max_tokens: int = 100,
+    *,
+    sampler: Sampler | None = None,
+    stop: Sequence[str] = (),
+    cache: DecodeState | None = None,
+    prefill_step: int = PREFILL_STEP,
+    on_prefill: Callable[[int, int], None] | None = None,
+) -> Iterator[Response]:
+    """Continue `prompt`, text or token ids, one token at a time.
+
+    sampler: greedy if not given. stop: texts that end the answer and do not appear in it.
+    cache: a state that holds what precedes `prompt`; it moves on. on_prefill: told (tokens done,
+    tokens in all) after each chunk of `prefill_step`. The end-of-sentence token ends the answer.
+    Raises DataError for an empty prompt, ids outside the vocabulary, or too little context.
+    """
+    ids = tokenizer.encode(prompt) if isinstance(prompt, str) else [int(t) for t in prompt]
+    cache = model.make_cache() if cache is None else cache
+    _check(model, ids, max_tokens, cache)
+    if max_tokens == 0:
+        return
+    sampler = sampler or Sampler(temperature=0)
+    stream, hold = tokenizer.stream(), StopStrings(stop)
+    begun = time.perf_counter()
+    logits = prefill(model, ids, cache, prefill_step, on_prefill)
+    prefilled = time.perf_counter()
+    for count in range(1, max_tokens + 1):
+        token = int(sampler(logits).item())
+        ended = token == tokenizer.eos_token_id
+        text = "" if ended else hold.add(stream.add(token))
+        reason = "stop" if ended or hold.found else "length" if count == max_tokens else None
+        if reason and not hold.found:
+            text += hold.add(stream.finish()) + hold.finish()
+        now = time.perf_counter()
+        yield Response(
+            text,
+            token,
+            log_probs(logits)[0],
+            len(ids),
+            len(ids) / (prefilled - begun),
+            count,
+            count / max(now - prefilled, 1e-9),
+            mx.get_peak_memory() / 1e9,
+            reason,
+        )
+        if reason:
+            return
+        logits = model.last_logits(mx.array([[token]]), cache)
+        mx.eval(logits)
+
+
+def prefill(
+    model: Model,
+    ids: Sequence[int],
+    cache: DecodeState,
+    step: int = PREFILL_STEP,
+    on_chunk: Callable[[int, int], None] | None = None,
+) -> mx.array:
+    """Feed `ids` to the state in chunks; logits (1, vocab) after the last token.
+
+    Only the last chunk runs the head, and each chunk's scratch memory is given back.
+    """
+    logits = mx.zeros((1, 0))
+    for start in range(0, len(ids), step):
+        chunk = mx.array([list(ids[start : start + step])])
+        if start + step < len(ids):
+            mx.eval(model.streams(chunk, cache)[:, -1:])
+        else:
+            logits = model.last_logits(chunk, cache)
+            mx.eval(logits)
+        mx.clear_cache()
+        if on_chunk is not None:
+            on_chunk(min(start + step, len(ids)), len(ids))
+    return logits
+
+
+class StopStrings:
+    """Holds back text that may be the beginning of a stop string; cuts at the first that appears."""
+
+    def __init__(self, stops: Sequence[str]):
+        if any(not stop for stop in stops):
+            raise DataError("a stop string is empty")
+        self.stops = list(stops)
+        self.found = False
+        self._held = ""
+
+    def add(self, text: str) -> str:
+        """Take more text; return what is safe to show."""
+        self._held += text
+        places = [self._held.find(stop) for stop in self.stops]
+        if any(place >= 0 for place in places):
+            self.found = True
+            shown, self._held = self._held[: min(p for p in places if p >= 0)], ""
+            return shown
+        keep = max((self._overlap(stop) for stop in self.stops), default=0)
+        cut = len(self._held) - keep
+        shown, self._held = self._held[:cut], self._held[cut:]
+        return shown
+
+    def finish(self) -> str:
+        """What was held back in vain."""
+        shown, self._held = self._held, ""
+        return shown
+
+    def _overlap(self, stop: str) -> int:
+        """Length of the longest end of the held text that begins `stop`."""
+        longest = min(len(stop) - 1, len(self._held))
+        return next((n for n in range(longest, 0, -1) if self._held.endswith(stop[:n])), 0)
+
+
+def _check(model: Model, ids: Sequence[int], max_tokens: int, cache: DecodeState) -> None:
+    if not ids:
+        raise DataError("the prompt is empty")
+    wrong = next((t for t in ids if not 0 <= t < model.args.vocab_size), None)
+    if wrong is not None:
+        size = model.args.vocab_size
+        raise DataError(f"prompt: token id {wrong} is outside the vocabulary of {size}")
+    if max_tokens < 0:
+        raise DataError(f"max_tokens must be at least 0, not {max_tokens}")
+    total, limit = cache.offset + len(ids) + max_tokens, model.args.max_position_embeddings
+    if total > limit:
+        raise DataError(
+            f"{cache.offset + len(ids)} tokens of prompt and {max_tokens} to generate exceed the "
+            f"context of {limit}"
+        )

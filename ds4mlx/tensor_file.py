@@ -1,0 +1,142 @@
+"""safetensors files: a strict reader of headers and of ranges of bytes, and the header's bytes.
+
+Files are read with ordinary reads, never mapped: a mapped page counts as resident memory, and a
+truncated file must be an error instead of a signal.
+"""
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from ds4mlx.errors import DataError
+
+ITEM_BYTES = {
+    **dict.fromkeys(("F8_E4M3", "F8_E8M0", "F8_E5M2", "I8", "U8", "BOOL"), 1),
+    **dict.fromkeys(("BF16", "F16", "I16", "U16"), 2),
+    **dict.fromkeys(("F32", "I32", "U32"), 4),
+    **dict.fromkeys(("F64", "I64", "U64"), 8),
+}
+HEADER_LIMIT = 100 << 20
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A tensor in a file: type tag, shape, and its bytes' place counted from the file's start."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+
+
+class TensorFile:
+    """A safetensors file whose header has been checked. Raises DataError naming file and tensor."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            self.size = path.stat().st_size
+            with path.open("rb") as file:
+                self.header = _header_bytes(file, path, self.size)
+        except OSError as error:
+            raise DataError(f"{path}: {error.strerror}") from None
+        self.tensors = _parse(self.header[8:], path, self.size)
+        self._fd: int | None = None
+
+    def info(self, name: str) -> TensorInfo:
+        """Where a tensor is; DataError if it is not in the file."""
+        if name not in self.tensors:
+            raise DataError(f"{self.path}: tensor {name} is missing")
+        return self.tensors[name]
+
+    def read(self, name: str, first: int, nbytes: int) -> bytes:
+        """`nbytes` bytes of a tensor from its byte `first` on."""
+        start = self.info(name).start + first
+        try:
+            if self._fd is None:
+                self._fd = os.open(self.path, os.O_RDONLY)
+            parts: list[bytes] = []
+            while nbytes:
+                part = os.pread(self._fd, nbytes, start)
+                if not part:
+                    raise DataError(f"{self.path}: file ends inside tensor {name}")
+                parts.append(part)
+                start, nbytes = start + len(part), nbytes - len(part)
+        except OSError as error:
+            raise DataError(f"{self.path}: {error.strerror} in tensor {name}") from None
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def close(self) -> None:
+        """Give the file descriptor back; reading opens it again."""
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+
+
+def header(tensors: dict[str, tuple[str, tuple[int, ...]]]) -> bytes:
+    """The first bytes of a file that holds tensors {name: (type tag, shape)} in this order."""
+    entries: dict[str, object] = {"__metadata__": {"format": "mlx"}}
+    position = 0
+    for name, (dtype, shape) in tensors.items():
+        end = position + ITEM_BYTES[dtype] * math.prod(shape)
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _header_bytes(file, path: Path, size: int) -> bytes:
+    """The header with its length prefix."""
+    prefix = file.read(8)
+    length = int.from_bytes(prefix, "little")
+    if len(prefix) < 8 or length > min(HEADER_LIMIT, size - 8):
+        raise DataError(f"{path}: not a safetensors file, or truncated inside its header")
+    return prefix + file.read(length)
+
+
+def _parse(text: bytes, path: Path, size: int) -> dict[str, TensorInfo]:
+    try:
+        entries = json.loads(text, object_pairs_hook=_no_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: header is not valid JSON: {error}") from None
+    if not isinstance(entries, dict):
+        raise DataError(f"{path}: header is not a JSON object")
+    entries.pop("__metadata__", None)
+    base = 8 + len(text)
+    tensors = {name: _entry(name, entry, path, base) for name, entry in entries.items()}
+    position = base
+    for name, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].nbytes)):
+        if info.start != position:
+            raise DataError(f"{path}: tensor {name} overlaps another or leaves a gap before it")
+        position += info.nbytes
+    if position != size:
+        what = "truncated" if position > size else "longer than its header says"
+        raise DataError(f"{path}: file is {what} ({size} bytes for {position})")
+    return tensors
+
+
+def _entry(name: str, entry: object, path: Path, base: int) -> TensorInfo:
+    try:
+        assert isinstance(entry, dict)
+        dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        assert all(type(n) is int and n >= 0 for n in (*shape, start, end))
+    except (AssertionError, KeyError, TypeError, ValueError):
+        raise DataError(f"{path}: header entry of tensor {name} is malformed") from None
+    if dtype not in ITEM_BYTES:
+        raise DataError(f"{path}: tensor {name} has unknown type {dtype!r}")
+    wanted = ITEM_BYTES[dtype] * math.prod(shape)
+    if end - start != wanted:
+        raise DataError(
+            f"{path}: tensor {name} has {end - start} bytes for {dtype} {list(shape)} ({wanted})"
+        )
+    return TensorInfo(dtype, tuple(shape), base + start, wanted)
+
+
+def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name occurs twice")
+    return found

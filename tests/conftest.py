@@ -1,0 +1,72 @@
+"""Checkpoints and models that many tests read; made once a session."""
+
+import make_checkpoint
+import mlx.core as mx
+import pytest
+import reference
+
+from ds4mlx import load
+from ds4mlx.convert import convert
+
+# The smallest model with all three kinds of attention: for tests that take many steps.
+SMALL = {
+    "hidden_size": 128,
+    "moe_intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_hash_layers": 1,
+    "compress_ratios": [0, 4, 128, 0],
+    "num_attention_heads": 2,
+    "o_groups": 1,
+    "n_routed_experts": 4,
+    "index_n_heads": 4,
+    "index_topk": 8,
+    "vocab_size": 288,
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_source(tmp_path_factory):
+    """The tiny checkpoint in the official layout, byte for byte the one of the references."""
+    path = tmp_path_factory.mktemp("tiny") / "official"
+    make_checkpoint.make(str(path), 7, "tiny")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_dir(tiny_source):
+    """The tiny checkpoint converted with the lossless recipe."""
+    convert(tiny_source, tiny_source.parent / "converted", progress=False)
+    return tiny_source.parent / "converted"
+
+
+@pytest.fixture(scope="session")
+def exact_model(tiny_dir):
+    """float32 without rounding."""
+    return load(tiny_dir, dtype=mx.float32, rounding="none")[0]
+
+
+@pytest.fixture(scope="session")
+def official_model(tiny_dir):
+    """float32 with the official rounding."""
+    return load(tiny_dir, dtype=mx.float32)[0]
+
+
+@pytest.fixture(scope="session")
+def small_dir(tmp_path_factory):
+    """A converted model of three small layers, one of each kind."""
+    base = tmp_path_factory.mktemp("small")
+    make_checkpoint.make(str(base / "official"), 3, "tiny", SMALL)
+    convert(base / "official", base / "converted", progress=False)
+    return base / "converted"
+
+
+@pytest.fixture(scope="session")
+def small_model(small_dir):
+    """The small model in float32 with the official rounding."""
+    return load(small_dir, dtype=mx.float32)[0]
+
+
+@pytest.fixture(scope="session")
+def stored():
+    """The reference arrays of the tiny checkpoint."""
+    return reference.arrays()

@@ -1,0 +1,54 @@
+"""Rotary tables and rotation."""
+
+import math
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from ds4mlx.config import ModelConfig
+from ds4mlx.rope import Rotary, frequencies, rotate
+
+FLASH = ModelConfig()
+
+
+def test_yarn_divides_the_slow_pairs_and_leaves_the_fast_ones():
+    """Flash's numbers: pairs 0..15 keep their frequency, pairs 25..31 are divided by 16."""
+    plain = np.array([160000.0 ** (-2 * i / 64) for i in range(32)])
+    ratio = frequencies(FLASH, True) / plain
+    assert np.allclose(ratio[:16], 1, rtol=1e-6) and np.allclose(ratio[25:], 1 / 16, rtol=1e-6)
+    assert (np.diff(ratio[15:26]) < 0).all()
+
+
+def test_window_layers_have_no_yarn():
+    want = [10000.0 ** (-2 * i / 64) for i in range(32)]
+    assert np.allclose(frequencies(FLASH, False), want, rtol=1e-6)
+
+
+@pytest.mark.parametrize("position", [0, 1, 65535, 1_048_575])
+def test_angles_are_float32_products_with_full_range_reduction(position):
+    cos, sin = (np.array(a)[0] for a in Rotary(FLASH, True).angles(position, 1))
+    for i, f in enumerate(frequencies(FLASH, True)):
+        angle = float(np.float32(np.float32(position) * f))
+        assert abs(cos[i] - math.cos(angle)) < 1e-7 and abs(sin[i] - math.sin(angle)) < 1e-7
+
+
+def test_rotation_is_interleaved_on_the_last_channels_and_undone_by_its_inverse():
+    x = np.random.default_rng(0).normal(size=(2, 3, 4, 72)).astype(np.float32)
+    angles = Rotary(FLASH, False).angles(5, 3)
+    got = np.array(rotate(mx.array(x), angles))
+    assert np.array_equal(got[..., :8], x[..., :8])
+    turned = (x[..., 8::2] + 1j * x[..., 9::2]) * np.exp(
+        1j * np.multiply.outer(np.arange(5, 8), frequencies(FLASH, False)).astype(np.float32)
+    )[None, :, None]
+    assert np.abs(got[..., 8::2] - turned.real).max() < 1e-6
+    assert np.abs(got[..., 9::2] - turned.imag).max() < 1e-6
+    back = rotate(mx.array(got), angles, inverse=True)
+    assert np.abs(np.array(back) - x).max() < 1e-6
+
+
+def test_compressed_rows_step_by_their_ratio():
+    table = Rotary(FLASH, True)
+    stepped, plain = table.angles(8, 5, 4), table.angles(8, 20)
+    for a, b in zip(stepped, plain, strict=True):
+        assert bool((a == b[::4]).all())
