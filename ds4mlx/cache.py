@@ -21,13 +21,17 @@ GROWTH = 4096
 
 
 class RewindError(DataError):
-    """The state at `wanted` tokens is gone; `nearest` is the reachable length closest to it."""
+    """The state at `wanted` tokens is gone.
 
-    def __init__(self, wanted: int, nearest: int, held: int):
+    `nearest` is the reachable length closest to it, `below` the longest that is not beyond it.
+    """
+
+    def __init__(self, wanted: int, reachable: list[int], held: int):
+        self.nearest = min(reachable, key=lambda n: abs(n - wanted))
+        self.below = max((n for n in reachable if n <= wanted), default=0)
         super().__init__(
-            f"cannot rewind to {wanted} of {held} tokens: the nearest reachable is {nearest}"
+            f"cannot rewind to {wanted} of {held} tokens: the nearest reachable is {self.nearest}"
         )
-        self.nearest = nearest
 
 
 class Recent:
@@ -203,8 +207,7 @@ class DecodeState:
         if not 0 <= tokens <= held or not self._reaches(tokens):
             oldest = max(layer.window.start for layer in self.layers)
             reachable = [0, *filter(self._reaches, range(oldest, held + 1))]
-            nearest = min(reachable, key=lambda n: abs(n - tokens))
-            raise RewindError(tokens, nearest, held)
+            raise RewindError(tokens, reachable, held)
         for layer in self.layers:
             layer.truncate(tokens)
 

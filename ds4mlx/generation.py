@@ -72,7 +72,7 @@ def stream_generate(
     logits = prefill(model, ids, cache, prefill_step, on_prefill)
     prefilled = time.perf_counter()
     for count in range(1, max_tokens + 1):
-        token = int(sampler(logits).item())
+        token = int(sampler(logits).item())  # type: ignore[arg-type]
         ended = token == tokenizer.eos_token_id
         text = "" if ended else hold.add(stream.add(token))
         reason = "stop" if ended or hold.found else "length" if count == max_tokens else None

@@ -1,0 +1,45 @@
+"""The embedded model: a small official-format checkpoint in the package, converted once a user."""
+
+import fcntl
+import hashlib
+import os
+import sys
+from pathlib import Path
+
+from ds4mlx.convert import convert
+from ds4mlx.directory import FORMAT_VERSION, MANIFEST
+
+EMBEDDED = Path(__file__).parent / "embedded"
+
+
+def default_model() -> Path:
+    """`$DS4MLX_MODEL`, else the embedded model's directory, converted now if it is not there.
+
+    Processes that come at the same time wait for the first.
+    """
+    named = os.environ.get("DS4MLX_MODEL")
+    if named:
+        return Path(named)
+    path = cache_directory() / f"embedded-{fingerprint()}"
+    if not (path / MANIFEST).exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            convert(EMBEDDED, path, progress=False)
+    return path
+
+
+def cache_directory() -> Path:
+    """Where this user's programs keep what they can make again."""
+    if "XDG_CACHE_HOME" in os.environ:
+        return Path(os.environ["XDG_CACHE_HOME"]) / "ds4mlx"
+    library = Path.home() / "Library" / "Caches"
+    return (library if sys.platform == "darwin" else Path.home() / ".cache") / "ds4mlx"
+
+
+def fingerprint() -> str:
+    """Digest of the embedded files and of the directory format."""
+    digest = hashlib.sha256(str(FORMAT_VERSION).encode())
+    for file in sorted(EMBEDDED.iterdir()):
+        digest.update(file.name.encode() + file.read_bytes())
+    return digest.hexdigest()[:16]
