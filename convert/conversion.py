@@ -13,7 +13,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ds4mlx.convert.journal import Journal
+from ds4mlx.convert.journal import Journal, check_unlocked
 from ds4mlx.convert.plan import OutTensor, Plan
 from ds4mlx.convert.planes import CHUNK
 from ds4mlx.convert.source import Source, experts
@@ -44,7 +44,7 @@ def convert(
     recipe: a key of RECIPES. release: "april" or "0731", where the source does not say.
     max_memory: bytes that one chunk of rows may take when decoded (default 32 MiB; a few such
     exist at a time). dry_run: only plan. overwrite: replace an earlier conversion in `dst`.
-    Returns the plan. Raises DataError naming file, tensor and cause; OSError if the disk fails.
+    Returns the plan. Raises DataError naming file, tensor and cause.
     """
     if release not in (None, "april", "0731"):
         raise DataError(f"release must be 'april' or '0731', not {release!r}")
@@ -57,34 +57,40 @@ def convert(
         return plan
     journal = Journal(target, plan.fingerprint())
     try:
-        _write(plan, target, journal, max_memory or 4 * CHUNK, journal_seconds, progress)
-    except BaseException:
+        _write(plan, target, journal, max_memory or CHUNK, journal_seconds, progress)
+        journal.remove()
+    except OSError as error:
+        cause = f"{error.filename or target}: {error.strerror}"
+        raise DataError(f"{cause}; nothing is lost, the same command goes on from here") from error
+    finally:
         journal.close()
-        raise
-    journal.remove()
     _say(f"{target}: {plan.nbytes:,} bytes in {len(plan.files)} weight files", progress)
     return plan
 
 
 def _ready(target: Path, plan: Plan, overwrite: bool) -> bool:
     """Prepare the directory; whether it holds the plan's result already."""
+    if target.exists() and target.resolve() == plan.source.path.resolve():
+        raise DataError(f"{target}: is the source itself")
     target.mkdir(parents=True, exist_ok=True)
-    if (target / MANIFEST).exists() and not overwrite:
-        if read_manifest(target)["plan"] == plan.fingerprint():
-            (target / JOURNAL).unlink(missing_ok=True)
-            return True
+    finished, begun = (target / MANIFEST).exists(), (target / JOURNAL).exists()
+    if not finished and not begun and any(target.iterdir()):
+        raise DataError(f"{target}: is not empty and holds no conversion, finished or unfinished")
+    if overwrite:
+        _clear(target)
+        return False
+    if finished and read_manifest(target)["plan"] != plan.fingerprint():
         raise DataError(
             f"{target}: holds a model of another source, recipe or release; use --overwrite"
         )
-    if overwrite:
-        _clear(target)
-    elif not (target / JOURNAL).exists() and any(target.iterdir()):
-        raise DataError(f"{target}: is not empty and not an unfinished conversion; use --overwrite")
-    return False
+    if finished:
+        (target / JOURNAL).unlink(missing_ok=True)
+    return finished
 
 
 def _clear(target: Path) -> None:
     """Delete an earlier conversion, its manifest first; files that are not ours stay."""
+    check_unlocked(target)
     ours = [MANIFEST, CONFIG, *COPIED, JOURNAL]
     weights = [
         p.name for p in target.glob("*.safetensors*") if p.suffix in (".safetensors", PARTIAL)

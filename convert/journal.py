@@ -24,24 +24,14 @@ class Journal:
     def __init__(self, directory: Path, plan: str):
         self.path = directory / JOURNAL
         self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-        try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(self._fd)
-            raise DataError(f"{directory}: another conversion is writing here") from None
+        _lock(self._fd, directory)
         self.done: dict[str, dict[str, Any]] = {}  # complete file -> its record
         self.progress: dict[str, dict[str, Any]] = {}  # unfinished file -> its last record
-        records = self._read()
-        if not records:
-            self.append({"plan": plan})
-        elif records[0].get("plan") != plan:
+        try:
+            self._take_up(plan)
+        except BaseException:
             self.close()
-            raise DataError(
-                f"{directory}: holds an unfinished conversion of another source, recipe or release; "
-                "finish that one or use --overwrite"
-            )
-        for record in records[1:]:
-            (self.done if "header" in record else self.progress)[record["file"]] = record
+            raise
 
     def append(self, record: dict[str, Any]) -> None:
         """Add a record and wait until it is on the disk."""
@@ -55,9 +45,21 @@ class Journal:
         os.close(self._fd)
 
     def remove(self) -> None:
-        """Delete the journal of a finished conversion."""
+        """Delete the journal of a finished conversion; it stays locked until it is closed."""
         self.path.unlink(missing_ok=True)
-        self.close()
+
+    def _take_up(self, plan: str) -> None:
+        """Begin, or learn what the runs before have done."""
+        records = self._read()
+        if not records:
+            self.append({"plan": plan})
+        elif records[0].get("plan") != plan:
+            raise DataError(
+                f"{self.path.parent}: holds an unfinished conversion of another source, recipe or "
+                "release; finish that one or use --overwrite"
+            )
+        for record in records[1:]:
+            (self.done if "header" in record else self.progress)[record["file"]] = record
 
     def _read(self) -> list[dict[str, Any]]:
         """All whole records; a torn tail is cut off."""
@@ -65,4 +67,27 @@ class Journal:
         whole = raw[: raw.rfind(b"\n") + 1]
         if len(whole) < len(raw):
             os.ftruncate(self._fd, len(whole))
-        return [json.loads(line) for line in whole.splitlines()]
+        try:
+            records = [json.loads(line) for line in whole.splitlines()]
+            assert all(isinstance(r, dict) and ("plan" in r or "file" in r) for r in records)
+        except (ValueError, AssertionError):
+            raise DataError(f"{self.path}: damaged; use --overwrite to begin anew") from None
+        return records
+
+
+def check_unlocked(directory: Path) -> None:
+    """DataError if a conversion is at work in the directory."""
+    try:
+        fd = os.open(directory / JOURNAL, os.O_RDWR)
+    except FileNotFoundError:
+        return
+    _lock(fd, directory)
+    os.close(fd)
+
+
+def _lock(fd: int, directory: Path) -> None:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(fd)
+        raise DataError(f"{directory}: another conversion is writing here") from None

@@ -52,12 +52,18 @@ def official_model(tiny_dir):
 
 
 @pytest.fixture(scope="session")
-def small_dir(tmp_path_factory):
-    """A converted model of three small layers, one of each kind."""
-    base = tmp_path_factory.mktemp("small")
-    make_checkpoint.make(str(base / "official"), 3, "tiny", SMALL)
-    convert(base / "official", base / "converted", progress=False)
-    return base / "converted"
+def small_source(tmp_path_factory):
+    """An official checkpoint of three small layers, one of each kind, and an MTP block."""
+    path = tmp_path_factory.mktemp("small") / "official"
+    make_checkpoint.make(str(path), 3, "tiny", SMALL)
+    return path
+
+
+@pytest.fixture(scope="session")
+def small_dir(small_source):
+    """The small checkpoint converted with the lossless recipe."""
+    convert(small_source, small_source.parent / "converted", progress=False)
+    return small_source.parent / "converted"
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,165 @@
+"""`verify`: no byte of a directory can change unseen; `inspect`: sizes that add up."""
+
+import json
+import shutil
+
+import mlx.core as mx
+import numpy as np
+import official
+import pytest
+
+from ds4mlx import DataError, load
+from ds4mlx.cache import state_bytes
+from ds4mlx.cli import run
+from ds4mlx.config import ModelConfig
+from ds4mlx.convert import convert, inspect, verify
+from ds4mlx.directory import canonical
+
+
+@pytest.fixture
+def spoiled(small_dir, tmp_path):
+    """A converted directory to spoil."""
+    return official.copy(small_dir, tmp_path / "converted")
+
+
+def flip(file, place: int, bit: int = 0) -> None:
+    raw = bytearray(file.read_bytes())
+    raw[place] ^= 1 << bit
+    file.write_bytes(raw)
+
+
+def test_a_flipped_bit_anywhere_is_caught(small_source, spoiled):
+    """Random places in every file, its first and last byte among them; the culprit is named."""
+    rng = np.random.default_rng(2)
+    for file in sorted(spoiled.iterdir()):
+        size = file.stat().st_size
+        for place in [0, size - 1, *rng.integers(0, size, 6)]:
+            bit = int(rng.integers(8))
+            flip(file, place, bit)
+            with pytest.raises(DataError) as caught:
+                verify(spoiled, small_source, progress=False)
+            assert file.name in str(caught.value), place
+            flip(file, place, bit)
+    verify(spoiled, small_source, progress=False)
+
+
+def test_a_flipped_weight_names_its_tensor(spoiled):
+    raw = (spoiled / "layers.1.experts.safetensors").read_bytes()
+    size = int.from_bytes(raw[:8], "little")
+    for name, place in json.loads(raw[8 : 8 + size]).items():
+        if name != "__metadata__":
+            at = 8 + size + place["data_offsets"][1] - 1
+            flip(spoiled / "layers.1.experts.safetensors", at)
+            with pytest.raises(DataError, match=rf"tensor {name} does not match its checksum"):
+                verify(spoiled, progress=False)
+            flip(spoiled / "layers.1.experts.safetensors", at)
+
+
+@pytest.mark.parametrize("cut", [1, 100])
+def test_a_file_of_another_length_does_not_even_load(spoiled, cut):
+    for file in sorted(spoiled.glob("*.safetensors")):
+        raw = file.read_bytes()
+        for changed in (raw[:-cut], raw + bytes(cut)):
+            file.write_bytes(changed)
+            with pytest.raises(DataError, match=file.name):
+                load(spoiled)
+        file.write_bytes(raw)
+
+
+def test_a_missing_file_is_named(spoiled):
+    for file in sorted(spoiled.iterdir()):
+        raw = file.read_bytes()
+        file.unlink()
+        with pytest.raises(DataError, match=file.name):
+            verify(spoiled, progress=False)
+        file.write_bytes(raw)
+
+
+def manifest_without(path, *keys):
+    """Remove an entry from the manifest and seal it again."""
+    manifest = json.loads((path / "manifest.json").read_text())
+    del manifest[keys[0]][keys[1]]
+    (path / "manifest.json").write_bytes(canonical(manifest))
+
+
+def test_a_resealed_manifest_that_lacks_something(spoiled, small_dir):
+    manifest_without(spoiled, "tensors", "layers.0.attn.wkv.weight")
+    with pytest.raises(DataError, match=r"layers\.0\.attn\.wkv\.weight is missing"):
+        load(spoiled)
+    shutil.copy(small_dir / "manifest.json", spoiled)
+    manifest_without(spoiled, "files", "layers.2.safetensors")
+    with pytest.raises(DataError, match=r"layers\.2\.safetensors is missing"):
+        load(spoiled)
+
+
+def test_weights_of_another_model_are_seen_against_the_source(small_source, small_dir, tmp_path):
+    """Right checksums, wrong values: only the comparison with the source tells."""
+    other = official.copy(small_source, tmp_path / "other")
+    name = "layers.1.ffn.experts.2.w2.scale"
+    official.change(other, name, lambda t: (t[0], t[1] + 1))
+    errors = {c.name: c.error for c in verify(small_dir, other, progress=False)}
+    wrong = errors.pop("layers.1.ffn.experts.w2.weight")
+    assert 0.1 < wrong < 1 and set(errors.values()) == {0.0}
+
+
+def test_a_source_of_another_shape_is_refused(small_dir, tiny_source):
+    with pytest.raises(DataError, match="describes another model"):
+        verify(small_dir, tiny_source, progress=False)
+
+
+def test_command_line(small_source, small_dir, spoiled, capsys):
+    assert run(["verify", str(small_dir), "--against", str(small_source)]) == 0
+    out = capsys.readouterr().out
+    assert "ok  mxfp4  layers.0.ffn.experts.w1.weight  relative error 0\n" in out
+    assert run(["verify", str(small_dir), "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)) == out.count("ok  ")
+    flip(spoiled / "head.safetensors", -1)
+    assert run(["verify", str(spoiled)]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and "head.weight" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("tensors", [False, True])
+def test_inspect_adds_up(small_source, small_dir, tensors):
+    ours, theirs = inspect(small_dir, tensors), inspect(small_source, tensors)
+    assert sum(ours.bytes_by_component.values()) == sum(
+        array.nbytes
+        for file in small_dir.glob("*.safetensors")
+        for array in mx.load(str(file)).values()
+    )
+    stored = official.tensors(small_source).values()
+    assert sum(theirs.bytes_by_component.values()) == sum(array.nbytes for _, array in stored)
+    assert ours.state_bytes == theirs.state_bytes
+    assert (ours.recipe, theirs.recipe) == ("official", None)
+    assert bool(ours.tensors) == tensors
+    assert json.loads(json.dumps(ours.as_dict()))["bytes_per_token"] == ours.bytes_per_token
+    for component, size in ours.bytes_by_component.items():
+        assert f"{size:,}" in str(ours) and component in str(ours)
+
+
+def test_bytes_per_token_counts_what_a_token_reads(small_dir):
+    """All but the MTP block, the experts not chosen, and the other rows of the embedding."""
+    found, config = inspect(small_dir), inspect(small_dir).config
+    sizes = dict(found.bytes_by_component)
+    want = sum(sizes.values()) - sizes["mtp"]
+    share = config["num_experts_per_tok"] / config["n_routed_experts"]
+    want -= sizes["routed experts"] * (1 - share)
+    want -= sizes["embedding"] * (1 - 1 / config["vocab_size"])
+    assert found.bytes_per_token == round(want)
+
+
+@pytest.mark.parametrize("length", [1, 130, 700])
+def test_state_bytes_is_what_a_state_takes(small_model, length):
+    cache = small_model.make_cache()
+    mx.eval(small_model(mx.zeros((1, length), mx.int32), cache=cache))
+    assert cache.nbytes == state_bytes(small_model.args, length, itemsize=4)
+
+
+def test_inspect_shows_flashs_own_sizes():
+    """Rows and window of V4-Flash at a million tokens, in bfloat16: about 6.9 GB unpacked."""
+    assert 6.5e9 < state_bytes(ModelConfig(), 1 << 20) < 7.5e9
+
+
+def test_convert_then_inspect_f32(small_source, tmp_path):
+    convert(small_source, tmp_path, "f32", progress=False)
+    assert inspect(tmp_path).recipe == "f32"
