@@ -1,0 +1,142 @@
+"""Peak memory and speed of converting layers of V4-Flash's own shapes.
+
+Writes a synthetic official checkpoint (random codes; about 9 GB: embedding, head, and two layers with
+all 256 experts), converts it in a process of its own, and reports that process's peak resident size.
+
+    python benchmarks/convert_memory.py --scratch DIR [--recipe R] [--layers N]
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from ds4mlx import tensor_file
+from ds4mlx.config import ModelConfig
+from ds4mlx.convert.source import INDEX, experts, scale_name
+from ds4mlx.inventory import Entry, inventory
+
+RESULTS = Path(__file__).parent / "results" / "convert_memory.json"
+LIMIT = 1.5e9
+ROWS = 1024
+STORED = {"matrix": "F8_E4M3", "experts": "I8", "plain": "BF16", "exact": "F32", "ids": "I64"}
+
+
+def main() -> None:
+    """Run the benchmark; exit code 1 if the peak is above the limit."""
+    arguments = parse()
+    with tempfile.TemporaryDirectory(dir=arguments.scratch) as scratch:
+        source, target = Path(scratch) / "source", Path(scratch) / "target"
+        nbytes = synthesise(source, arguments.layers)
+        seconds, peak = convert(source, target, arguments.recipe)
+        written = sum(file.stat().st_size for file in target.glob("*.safetensors"))
+    result = {
+        "cpu": cpu(),
+        "layers": arguments.layers,
+        "recipe": arguments.recipe,
+        "source_bytes": nbytes,
+        "written_bytes": written,
+        "peak_resident_bytes": peak,
+        "seconds": round(seconds, 1),
+        "source_mb_per_second": round(nbytes / seconds / 1e6),
+    }
+    for key, value in result.items():
+        print(f"{key:<22} {value:>20,}" if isinstance(value, int) else f"{key:<22} {value!s:>20}")
+    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+    sys.exit(peak > LIMIT)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--scratch", type=Path, help="where to put twice the bytes")
+    parser.add_argument("--recipe", default="official")
+    parser.add_argument("--layers", type=int, default=2)
+    return parser.parse_args()
+
+
+def synthesise(path: Path, layers: int) -> int:
+    """Write a checkpoint of `layers` Flash layers; its bytes of weights."""
+    values = {
+        **ModelConfig().model_dump(mode="json", exclude={"release"}),
+        "num_hidden_layers": layers,
+        "compress_ratios": [(4, 128)[i % 2] for i in range(layers)],
+        "num_nextn_predict_layers": 0,
+        "num_hash_layers": 1,
+    }
+    path.mkdir(parents=True)
+    (path / "config.json").write_text(json.dumps(values))
+    weight_map = {}
+    for shard, entries in inventory(ModelConfig.from_dict(values)).items():
+        tensors = {name: stored for entry in entries for name, stored in official(entry).items()}
+        write(path / f"model-{shard}", tensors)
+        weight_map |= dict.fromkeys(tensors, f"model-{shard}")
+    (path / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    return sum(file.stat().st_size for file in path.glob("*.safetensors"))
+
+
+def official(entry: Entry) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Official name -> (type, shape) of every tensor of an entry."""
+    found = {}
+    shape = entry.shape[1:] if entry.kind == "experts" else entry.shape
+    for expert in range(experts(entry)):
+        name, dtype = entry.official(expert), STORED[entry.kind]
+        if dtype == "I8":
+            found[name] = (dtype, (shape[0], shape[1] // 2))
+            found[scale_name(name)] = ("F8_E8M0", (shape[0], shape[1] // 32))
+        else:
+            found[name] = (dtype, shape)
+        if dtype == "F8_E4M3":
+            found[scale_name(name)] = ("F8_E8M0", tuple(-(-n // 128) for n in shape))
+    return found
+
+
+def write(file: Path, tensors: dict[str, tuple[str, tuple[int, ...]]]) -> None:
+    with file.open("wb") as out:
+        out.write(tensor_file.header(tensors))
+        for dtype, shape in tensors.values():
+            for start in range(0, shape[0], ROWS):  # little memory: a child's peak counts ours too
+                random(dtype, start, (min(ROWS, shape[0] - start), *shape[1:])).tofile(out)
+
+
+def random(dtype: str, start: int, shape: tuple[int, ...]) -> np.ndarray:
+    """Rows from `start` on: codes without NaN, or ids that differ within a row."""
+    if dtype == "I64":
+        return (np.arange(start, start + shape[0])[:, None] * 7 + np.arange(shape[1])) % 256
+    if dtype in ("BF16", "F32"):
+        values = RNG.standard_normal(shape, np.float32)
+        return values if dtype == "F32" else (values.view(np.uint32) >> 16).astype(np.uint16)
+    codes = RNG.integers(0, 256, shape, np.uint8)
+    return codes % 0x7F if dtype == "F8_E4M3" else codes % 20 + 110 if "E8M0" in dtype else codes
+
+
+def convert(source: Path, target: Path, recipe: str) -> tuple[float, int]:
+    """Seconds and peak resident bytes of `ds4mlx convert`."""
+    begun = time.perf_counter()
+    command = [sys.executable, "-m", "ds4mlx", "convert", source, target, "--recipe", recipe]
+    child = subprocess.Popen(list(map(str, command)))
+    _, status, usage = os.wait4(child.pid, 0)
+    if status:
+        sys.exit("the conversion failed")
+    unit = 1 if sys.platform == "darwin" else 1024
+    return time.perf_counter() - begun, usage.ru_maxrss * unit
+
+
+def cpu() -> str:
+    """Name of the processor, and its cores in use."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
+    return f"{len(names)} cores of {names[0]}" if names else platform.processor()
+
+
+RNG = np.random.default_rng(0)
+
+if __name__ == "__main__":
+    main()
