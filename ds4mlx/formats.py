@@ -55,6 +55,8 @@ class Dense:
         if weight.dtype != x.dtype or mx.default_device() == mx.cpu:
             weight, wide = weight.astype(mx.float32), x.astype(mx.float32)  # the CPU has no other
         weight = mx.swapaxes(weight, -1, -2)
+        # Sorted float32 products are TF32 on CUDA, whatever MLX_ENABLE_TF32 says.
+        ordered = ordered and wide.dtype != mx.float32
         product = mx.gather_mm(wide, weight, rhs_indices=experts, sorted_indices=ordered)
         return product.astype(x.dtype)
 

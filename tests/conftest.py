@@ -4,9 +4,14 @@ import make_checkpoint
 import mlx.core as mx
 import pytest
 import reference
+from hypothesis import settings
 
 from ds4mlx import load
 from ds4mlx.convert import convert
+
+# The first example may compile kernels.
+settings.register_profile("patient", deadline=None)
+settings.load_profile("patient")
 
 # The smallest model with all three kinds of attention: for tests that take many steps.
 SMALL = {
