@@ -2,22 +2,25 @@
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Generator
+from functools import partial
 from typing import Any
 
 from ds4mlx.cache import RewindError
 from ds4mlx.chat import encode_messages, parse_completion
 from ds4mlx.errors import DataError
 from ds4mlx.generation import Response, stream_generate
+from ds4mlx.interrupts import undivided
 from ds4mlx.model import Model
 from ds4mlx.sampling import Sampler
-from ds4mlx.terminal import Printer, show, timing
+from ds4mlx.terminal import Printer, progress, show, timing
 from ds4mlx.tokenizer import Tokenizer
 
+THINKING = ("none", "low", "high", "max")
 HELP = """\
 /think none|low|high|max   how much the model reasons before it answers
 /system TEXT               set the system text and start anew
-/reset                     forget the conversation
+/reset                     forget the conversation, not the system text
 /quit                      leave (as Ctrl-D does); Ctrl-C ends an answer"""
 
 
@@ -33,41 +36,47 @@ class Conversation:
         system: str | None = None,
     ):
         self.model, self.tokenizer, self.sampler = model, tokenizer, sampler
-        self.thinking = thinking
-        self.reset(system)
+        self.thinking, self.system = thinking, system
+        self.reset()
 
-    def reset(self, system: str | None = None) -> None:
-        """Start anew, with this system text."""
+    def reset(self) -> None:
+        """Start anew, with the system text."""
         self.messages: list[dict[str, Any]] = []
-        if system:
-            self.messages.append({"role": "system", "content": system})
-        self.cache, self.held = self.model.make_cache(), []
+        if self.system:
+            self.messages.append({"role": "system", "content": self.system})
+        self._forget_state()
 
-    def ask(self, text: str, max_tokens: int) -> Iterator[Response]:
-        """Answer a user's turn. The message is kept however the answer ends, early included."""
-        self.messages.append({"role": "user", "content": text})
-        ids = self.tokenizer.encode(self.prompt())
+    def ask(
+        self,
+        text: str,
+        max_tokens: int,
+        on_prefill: Callable[[int, int], None] | None = None,
+    ) -> Generator[Response, None, None]:
+        """Answer a user's turn.
+
+        An answer that ends early, by closing the iterator or by Ctrl-C, is kept as far as it came.
+        A turn that fails, or ends before its first token, leaves the messages as they were.
+        """
+        thinking, count = self.thinking, len(self.messages)
         pieces: list[str] = []
-        tokens: list[int] = []
-        start = self._rewind(ids)
+        answered = False
         try:
-            for response in stream_generate(
-                self.model,
-                self.tokenizer,
-                ids[start:],
-                max_tokens,
-                sampler=self.sampler,
-                cache=self.cache,
-            ):
-                pieces.append(response.text)
-                tokens.append(response.token)
-                yield response
+            self.messages.append({"role": "user", "content": text})
+            with contextlib.closing(self._responses(max_tokens, on_prefill)) as responses:
+                for response in responses:
+                    answered = True
+                    pieces.append(response.text)
+                    yield response
+        except Exception:
+            answered = False
+            raise
         finally:
-            self.held = (ids + tokens)[: self.cache.offset]
-            answer = parse_completion("".join(pieces), thinking=self.thinking)
-            self.messages.append(
-                {key: value for key, value in answer.items() if key != "malformed"}
-            )
+            if answered:
+                answer = parse_completion("".join(pieces), thinking=thinking)
+                del answer["malformed"]
+                self.messages.append(answer)
+            else:
+                del self.messages[count:]
 
     def prompt(self) -> str:
         """The official text of the messages so far."""
@@ -75,16 +84,46 @@ class Conversation:
             self.messages, thinking=self.thinking, release=self.model.args.release
         )
 
+    def _responses(
+        self, max_tokens: int, on_prefill: Callable[[int, int], None] | None
+    ) -> Generator[Response, None, None]:
+        """The answer to the messages; afterwards `held` says what the state holds."""
+        ids = self.tokenizer.encode(self.prompt())
+        start = self._rewind(ids)
+        responses = stream_generate(
+            self.model,
+            self.tokenizer,
+            ids[start:],
+            max_tokens,
+            sampler=self.sampler,
+            cache=self.cache,
+            on_prefill=on_prefill,
+        )
+        try:
+            for response in responses:
+                ids.append(response.token)
+                yield response
+        except Exception:
+            self._forget_state()  # it may hold a part of a step
+            raise
+        finally:
+            self.held = ids[: self.cache.offset]
+
+    def _forget_state(self) -> None:
+        self.cache, self.held = self.model.make_cache(), []
+
     def _rewind(self, ids: list[int]) -> int:
         """Step the state back to what it shares with `ids`; how many tokens of them it holds."""
         pairs = zip(ids[:-1], self.held, strict=False)
         shared = next((n for n, (a, b) in enumerate(pairs) if a != b), None)
         shared = min(len(ids) - 1, len(self.held)) if shared is None else shared
-        try:
-            self.cache.rewind(shared)
-        except RewindError as error:
-            shared = error.below
-            self.cache.rewind(shared)
+        with undivided():
+            try:
+                self.cache.rewind(shared)
+            except RewindError as error:
+                shared = error.below
+                self.cache.rewind(shared)
+            self.held = ids[:shared]
         return shared
 
 
@@ -92,46 +131,76 @@ def interact(conversation: Conversation, max_tokens: int) -> None:
     """Read turns from stdin until its end; answers go to stdout, notes to stderr."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - line editing and history for input()
-    prompt = "> " if sys.stdin.isatty() else ""
-    if prompt:
-        print("/help lists the commands", file=sys.stderr)
+    if sys.stdin.isatty():
+        note("/help lists the commands")
     while True:
         try:
-            line = input(prompt).strip()
+            if not respond(conversation, read_line(), max_tokens):
+                return
         except EOFError:
             return
-        except KeyboardInterrupt:
-            print(file=sys.stderr)
-            continue
-        if line.startswith("/"):
-            if not command(conversation, line):
-                return
-        elif line:
-            turn(conversation, line, max_tokens)
+        except KeyboardInterrupt:  # at the prompt, or just after an answer
+            note("")
+
+
+def read_line() -> str:
+    """The next line of stdin. A person is asked for it; the end of the file ends their line too."""
+    if not sys.stdin.isatty():
+        return input().strip()
+    prompt = "> "
+    if not sys.stdout.isatty():  # where input() would write it among the answers
+        sys.stderr.write(prompt)
+        sys.stderr.flush()
+        prompt = ""
+    try:
+        return input(prompt).strip()
+    except EOFError:
+        note("")
+        raise
+
+
+def respond(conversation: Conversation, line: str, max_tokens: int) -> bool:
+    """Carry out a command or answer a question; False to leave."""
+    if line.startswith("/"):
+        return command(conversation, line)
+    if line:
+        turn(conversation, line, max_tokens)
+    return True
 
 
 def turn(conversation: Conversation, line: str, max_tokens: int) -> None:
     """One question and its answer; a failure ends the turn, not the chat."""
+    printer = Printer(sys.stdout, conversation.thinking != "none")
+    answer = conversation.ask(line, max_tokens, partial(progress, "prompt", "tokens"))
     try:
-        printer = Printer(sys.stdout, conversation.thinking != "none")
-        seen, _ = show(conversation.ask(line, max_tokens), printer)
-        if seen:
-            print(timing(seen[-1]), file=sys.stderr)
+        last, _ = show(answer, printer)
+        if last is not None:
+            note(timing(last))
     except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
+        note(f"error: {error}")
 
 
 def command(conversation: Conversation, line: str) -> bool:
     """Carry out a line that begins with a slash; False to leave."""
     name, _, argument = line.partition(" ")
+    argument = argument.strip()
     if name == "/quit":
         return False
     if name == "/reset":
         conversation.reset()
+        note("the conversation is forgotten")
     elif name == "/system":
-        conversation.reset(argument)
-    elif name == "/think" and argument in ("none", "low", "high", "max"):
+        conversation.system = argument
+        conversation.reset()
+        note("a new conversation begins")
+    elif name == "/think" and argument in THINKING:
         conversation.thinking = argument
+        note(f"thinking: {argument}")
     else:
-        print(HELP, file=sys.stderr)
+        note(HELP if name == "/help" else f"no such command: {line}\n{HELP}")
     return True
+
+
+def note(text: str) -> None:
+    """A line that is no answer."""
+    print(text, file=sys.stderr)

@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 from ds4mlx.convert import convert
-from ds4mlx.directory import FORMAT_VERSION, MANIFEST
+from ds4mlx.directory import FORMAT_VERSION, MANIFEST, ModelDirectory
+from ds4mlx.errors import DataError
 
 EMBEDDED = Path(__file__).parent / "embedded"
 
@@ -15,24 +16,40 @@ EMBEDDED = Path(__file__).parent / "embedded"
 def default_model() -> Path:
     """`$DS4MLX_MODEL`, else the embedded model's directory, converted now if it is not there.
 
-    Processes that come at the same time wait for the first.
+    Processes that come at the same time wait for the first. Raises DataError saying what to do
+    where it cannot be written or what is there is damaged.
     """
     named = os.environ.get("DS4MLX_MODEL")
     if named:
         return Path(named)
     path = cache_directory() / f"embedded-{fingerprint()}"
-    if not (path / MANIFEST).exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.with_suffix(".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            convert(EMBEDDED, path, progress=False)
+    try:
+        if not (path / MANIFEST).exists():
+            _convert_once(path)
+    except OSError as error:
+        raise DataError(
+            f"{error.filename or path}: {error.strerror}, so the small model cannot be put there; "
+            "name a model with -m, or another place with $XDG_CACHE_HOME"
+        ) from None
+    try:
+        ModelDirectory.open(path)
+    except DataError as error:
+        raise DataError(f"{error}; delete {path} to have the small model made again") from None
     return path
+
+
+def _convert_once(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        convert(EMBEDDED, path, progress=False)
 
 
 def cache_directory() -> Path:
     """Where this user's programs keep what they can make again."""
-    if "XDG_CACHE_HOME" in os.environ:
-        return Path(os.environ["XDG_CACHE_HOME"]) / "ds4mlx"
+    named = os.environ.get("XDG_CACHE_HOME")
+    if named:
+        return Path(named) / "ds4mlx"
     library = Path.home() / "Library" / "Caches"
     return (library if sys.platform == "darwin" else Path.home() / ".cache") / "ds4mlx"
 

@@ -1,13 +1,16 @@
 """Text from a model: chunked prefill, decoding, stop strings, one response a token."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 
 import mlx.core as mx
 
 from ds4mlx.cache import DecodeState
 from ds4mlx.errors import DataError
+from ds4mlx.interrupts import undivided
 from ds4mlx.model import Model
 from ds4mlx.sampling import Sampler, log_probs
 from ds4mlx.tokenizer import Tokenizer
@@ -21,7 +24,7 @@ class Response:
 
     text: str  # whole characters, and nothing that may yet become a stop string
     token: int
-    logprobs: mx.array  # float32 (vocab,), of the distribution that the token was drawn from
+    logprobs: mx.array  # float32 (vocab,), of the model's logits: no temperature, no filters
     prompt_tokens: int
     prompt_tps: float  # prompt tokens per second
     generation_tokens: int
@@ -49,51 +52,74 @@ def stream_generate(
     max_tokens: int = 100,
     *,
     sampler: Sampler | None = None,
-    stop: Sequence[str] = (),
+    stop: str | Sequence[str] = (),
     cache: DecodeState | None = None,
     prefill_step: int = PREFILL_STEP,
     on_prefill: Callable[[int, int], None] | None = None,
-) -> Iterator[Response]:
+) -> Generator[Response, None, None]:
     """Continue `prompt`, text or token ids, one token at a time.
 
     sampler: greedy if not given. stop: texts that end the answer and do not appear in it.
-    cache: a state that holds what precedes `prompt`; it moves on. on_prefill: told (tokens done,
-    tokens in all) after each chunk of `prefill_step`. The end-of-sentence token ends the answer.
-    Raises DataError for an empty prompt, ids outside the vocabulary, or too little context.
+    cache: a state that holds what precedes `prompt`. on_prefill: told (tokens done, tokens in
+    all) after each chunk of `prefill_step`. The end-of-sentence token ends the answer.
+
+    The cache moves on by the prompt and by every token given out but the last: a token is fed
+    when the next one is asked for. Ctrl-C comes between two steps and leaves the cache whole.
+    Raises DataError, at once, for an empty prompt, ids outside the vocabulary, or too little
+    context.
     """
     ids = tokenizer.encode(prompt) if isinstance(prompt, str) else [int(t) for t in prompt]
     cache = model.make_cache() if cache is None else cache
-    _check(model, ids, max_tokens, cache)
-    if max_tokens == 0:
-        return
-    sampler = sampler or Sampler(temperature=0)
-    stream, hold = tokenizer.stream(), StopStrings(stop)
-    begun = time.perf_counter()
-    logits = prefill(model, ids, cache, prefill_step, on_prefill)
-    prefilled = time.perf_counter()
-    for count in range(1, max_tokens + 1):
+    _check(model, ids, max_tokens, cache, prefill_step)
+    hold = StopStrings([stop] if isinstance(stop, str) else stop)
+    fed = partial(prefill, model, ids, cache, prefill_step, on_prefill)
+    tokens = _tokens(model, cache, fed, sampler or Sampler(temperature=0))
+    return _responses(islice(tokens, max_tokens), max_tokens, len(ids), tokenizer, hold)
+
+
+def _tokens(
+    model: Model, cache: DecodeState, fed: Callable[[], mx.array], sampler: Sampler
+) -> Iterator[tuple[int, mx.array]]:
+    """Drawn tokens without end, each with the logits (1, vocab) it was drawn from."""
+    logits = fed()
+    while True:
         token = int(sampler(logits).item())  # type: ignore[arg-type]
+        yield token, logits
+        with undivided():
+            logits = model.last_logits(mx.array([[token]]), cache)
+            mx.eval(logits)
+
+
+def _responses(
+    tokens: Iterator[tuple[int, mx.array]],
+    max_tokens: int,
+    prompt_tokens: int,
+    tokenizer: Tokenizer,
+    hold: "StopStrings",
+) -> Generator[Response, None, None]:
+    """What each token brings, up to the end of the answer."""
+    stream = tokenizer.stream()
+    begun, prompt_seconds = time.perf_counter(), 0.0
+    for count, (token, logits) in enumerate(tokens, 1):
+        prompt_seconds = prompt_seconds or time.perf_counter() - begun
         ended = token == tokenizer.eos_token_id
         text = "" if ended else hold.add(stream.add(token))
         reason = "stop" if ended or hold.found else "length" if count == max_tokens else None
         if reason and not hold.found:
             text += hold.add(stream.finish()) + hold.finish()
-        now = time.perf_counter()
         yield Response(
             text,
             token,
             log_probs(logits)[0],
-            len(ids),
-            len(ids) / (prefilled - begun),
+            prompt_tokens,
+            prompt_tokens / prompt_seconds,
             count,
-            count / max(now - prefilled, 1e-9),
+            count / max(time.perf_counter() - begun - prompt_seconds, 1e-9),
             mx.get_peak_memory() / 1e9,
             reason,
         )
         if reason:
             return
-        logits = model.last_logits(mx.array([[token]]), cache)
-        mx.eval(logits)
 
 
 def prefill(
@@ -110,11 +136,12 @@ def prefill(
     logits = mx.zeros((1, 0))
     for start in range(0, len(ids), step):
         chunk = mx.array([list(ids[start : start + step])])
-        if start + step < len(ids):
-            mx.eval(model.streams(chunk, cache)[:, -1:])
-        else:
-            logits = model.last_logits(chunk, cache)
-            mx.eval(logits)
+        with undivided():
+            if start + step < len(ids):
+                mx.eval(model.streams(chunk, cache)[:, -1:])
+            else:
+                logits = model.last_logits(chunk, cache)
+                mx.eval(logits)
         mx.clear_cache()
         if on_chunk is not None:
             on_chunk(min(start + step, len(ids)), len(ids))
@@ -122,7 +149,10 @@ def prefill(
 
 
 class StopStrings:
-    """Holds back text that may be the beginning of a stop string; cuts at the first that appears."""
+    """Holds back text that may be the beginning of a stop string; cuts at the first to be complete.
+
+    Of two that end together the longer one counts, so the pieces that text comes in do not matter.
+    """
 
     def __init__(self, stops: Sequence[str]):
         if any(not stop for stop in stops):
@@ -134,10 +164,11 @@ class StopStrings:
     def add(self, text: str) -> str:
         """Take more text; return what is safe to show."""
         self._held += text
-        places = [self._held.find(stop) for stop in self.stops]
-        if any(place >= 0 for place in places):
+        places = [(self._held.find(stop), len(stop)) for stop in self.stops]
+        ends = [(start + length, start) for start, length in places if start >= 0]
+        if ends:
             self.found = True
-            shown, self._held = self._held[: min(p for p in places if p >= 0)], ""
+            shown, self._held = self._held[: min(ends)[1]], ""
             return shown
         keep = max((self._overlap(stop) for stop in self.stops), default=0)
         cut = len(self._held) - keep
@@ -155,7 +186,11 @@ class StopStrings:
         return next((n for n in range(longest, 0, -1) if self._held.endswith(stop[:n])), 0)
 
 
-def _check(model: Model, ids: Sequence[int], max_tokens: int, cache: DecodeState) -> None:
+def _check(
+    model: Model, ids: Sequence[int], max_tokens: int, cache: DecodeState, prefill_step: int
+) -> None:
+    if prefill_step < 1:
+        raise DataError(f"prefill_step must be at least 1, not {prefill_step}")
     if not ids:
         raise DataError("the prompt is empty")
     wrong = next((t for t in ids if not 0 <= t < model.args.vocab_size), None)

@@ -18,6 +18,9 @@ class Tokenizer:
         self.encoder = encoder
         self.bos_token_id, self.eos_token_id = bos_token_id, eos_token_id
         self._bytes = _byte_of_char()
+        # Added tokens are spelled as they are, also where a letter could stand for a byte.
+        added = encoder.get_added_tokens_decoder()
+        self._added = {token: spelling.content.encode() for token, spelling in added.items()}
 
     @classmethod
     def from_dir(cls, path: str | Path) -> "Tokenizer":
@@ -32,9 +35,13 @@ class Tokenizer:
             raise DataError(f"{file}: not a tokenizer: {error}") from None
         if type(encoder.decoder).__name__ != "ByteLevel":
             raise DataError(f"{file}: only byte-level BPE is supported")
-        if encoder.get_vocab_size() > config.vocab_size:
-            size = encoder.get_vocab_size()
-            raise DataError(f"{file}: {size} tokens for a vocabulary of {config.vocab_size}")
+        last = max(encoder.get_vocab().values(), default=0)
+        if last >= config.vocab_size:
+            raise DataError(
+                f"{file}: token id {last} is outside the vocabulary of {config.vocab_size}"
+            )
+        encoder.no_truncation()
+        encoder.no_padding()
         return cls(encoder, config.bos_token_id, config.eos_token_id)
 
     @property
@@ -43,7 +50,11 @@ class Tokenizer:
         return self.encoder.get_vocab_size()
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text."""
+        """Token ids of a text. Raises DataError for half a surrogate pair, which is no text."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(f"the text is not Unicode: {error.reason}") from None
         return self.encoder.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: list[int]) -> str:
@@ -52,9 +63,9 @@ class Tokenizer:
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes a token stands for; they need not be whole characters."""
-        spelling = self.encoder.id_to_token(token)
-        if spelling is None:
-            return b""
+        if token in self._added:
+            return self._added[token]
+        spelling = self.encoder.id_to_token(token) or ""
         if all(char in self._bytes for char in spelling):
             return bytes(self._bytes[char] for char in spelling)
         return spelling.encode()

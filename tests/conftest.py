@@ -8,6 +8,7 @@ from hypothesis import settings
 
 from ds4mlx import load
 from ds4mlx.convert import convert
+from ds4mlx.default_model import EMBEDDED
 
 # The first example may compile kernels.
 settings.register_profile("patient", deadline=None)
@@ -75,6 +76,20 @@ def small_dir(small_source):
 def small_model(small_dir):
     """The small model in float32 with the official rounding."""
     return load(small_dir, dtype=mx.float32)[0]
+
+
+@pytest.fixture(scope="session")
+def embedded_dir(tmp_path_factory):
+    """The embedded checkpoint, which has a real tokenizer, converted."""
+    path = tmp_path_factory.mktemp("embedded") / "converted"
+    convert(EMBEDDED, path, progress=False)
+    return path
+
+
+@pytest.fixture(scope="session")
+def embedded(embedded_dir):
+    """The embedded model and its tokenizer as the command line loads them without a GPU."""
+    return load(embedded_dir, dtype=mx.float32)
 
 
 @pytest.fixture(scope="session")

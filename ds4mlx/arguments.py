@@ -1,0 +1,68 @@
+"""Options that several commands share, and what they are turned into.
+
+Whatever is wrong with an option is wrong usage, so it is found before a model is loaded.
+"""
+
+import contextlib
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from ds4mlx.errors import DataError
+
+SIZE_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+Model = Annotated[
+    str | None,
+    typer.Option("-m", "--model", help="Model directory; default $DS4MLX_MODEL, else a small one."),
+]
+System = Annotated[str | None, typer.Option("--system", help="System text.")]
+Think = Annotated[
+    Literal["none", "low", "high", "max"],
+    typer.Option("--think", help="Reasoning before the answer."),
+]
+MaxTokens = Annotated[int, typer.Option("--max-tokens", min=0, help="Longest answer, in tokens.")]
+Temp = Annotated[float, typer.Option("--temp", help="Temperature; 0 is greedy and repeatable.")]
+TopP = Annotated[float, typer.Option("--top-p", help="Keep the likeliest share of tokens.")]
+TopK = Annotated[int, typer.Option("--top-k", help="Keep the k likeliest tokens; 0: all.")]
+MinP = Annotated[float, typer.Option("--min-p", help="Least share of the likeliest token.")]
+Seed = Annotated[int | None, typer.Option("--seed", help="Makes sampling repeatable.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+@contextlib.contextmanager
+def checked() -> Iterator[None]:
+    """What is wrong with the value of an option, a DataError, is wrong usage here."""
+    try:
+        yield
+    except DataError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def prompt_text(prompt: str | None, prompt_file: str | None) -> str:
+    """The prompt from exactly one of the two options, byte for byte."""
+    if (prompt is None) == (prompt_file is None):
+        raise typer.BadParameter("give exactly one of -p and --prompt-file")
+    if "-" in (prompt, prompt_file):
+        name, raw = "stdin", sys.stdin.buffer.read()
+    elif prompt_file is None:
+        return prompt or ""
+    else:
+        name, raw = prompt_file, Path(prompt_file).read_bytes()
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{name}: not UTF-8 text: {error.reason} at byte {error.start}") from None
+
+
+def size(text: str) -> int:
+    """Bytes of a size such as 512M or 1.5G."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
+    found = int(float(match[1]) * SIZE_UNITS[match[2].upper()]) if match else 0
+    if found < 1:
+        raise typer.BadParameter(f"{text!r} is not a size such as 512M or 8G")
+    return found

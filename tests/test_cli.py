@@ -1,0 +1,410 @@
+"""The command line: exit codes, what goes to stdout and what to stderr, and every option."""
+
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+
+import processes
+import pytest
+
+from ds4mlx import __version__, generate, stream_generate
+from ds4mlx.chat import encode_messages
+from ds4mlx.cli import run
+from ds4mlx.default_model import EMBEDDED
+from ds4mlx.directory import JOURNAL, MANIFEST
+from ds4mlx.sampling import Sampler
+
+PROMPT = "def add(a, b):"
+
+
+@pytest.fixture
+def ask(embedded_dir, capsys):
+    """Runs `generate` in this process: exit code, stdout, stderr. Greedy and short if not told."""
+
+    def ask(*options):
+        fixed = ["--temp", "0", "--max-tokens", "8", "-m", str(embedded_dir)]
+        code = run(["generate", *fixed, *map(str, options)])
+        return code, *capsys.readouterr()
+
+    return ask
+
+
+def encoded(text=PROMPT, system=None, **options):
+    messages = [{"role": "system", "content": system}] if system else []
+    return encode_messages([*messages, {"role": "user", "content": text}], **options)
+
+
+def stdin(monkeypatch, raw):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(raw)))
+
+
+# Exit codes and failures
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["nonsense"],
+        ["generate"],
+        ["generate", "-p"],
+        ["generate", "-p", "a", "--prompt-file", "b"],
+        ["generate", "-p", "a", "--raw", "--system", "b"],
+        ["generate", "-p", "a", "--temp", "-1"],
+        ["generate", "-p", "a", "--temp", "nan"],
+        ["generate", "-p", "a", "--temp", "warm"],
+        ["generate", "-p", "a", "--top-p", "1.1"],
+        ["generate", "-p", "a", "--top-k", "-1"],
+        ["generate", "-p", "a", "--min-p", "2"],
+        ["generate", "-p", "a", "--seed", "-1"],
+        ["generate", "-p", "a", "--max-tokens", "-1"],
+        ["generate", "-p", "a", "--think", "much"],
+        ["generate", "-p", "a", "--stop", ""],
+        ["generate", "-p", "a", "--nonsense"],
+        ["generate", "a"],
+        ["chat", "--top-p", "-1"],
+        ["chat", "extra"],
+        ["convert", "a"],
+        ["convert", "a", "b", "--recipe", "q9"],
+        ["convert", "a", "b", "--release", "may"],
+        ["convert", "a", "b", "--max-memory", "lots"],
+        ["convert", "a", "b", "--max-memory", "0"],
+        ["convert", "a", "b", "--max-memory", "-1G"],
+        ["convert", "a", "b", "--max-memory", "0.0001K"],
+        ["verify"],
+        ["inspect"],
+    ],
+    ids=" ".join,
+)
+def test_wrong_usage(arguments, capsys):
+    """Told before any model is looked for: there is none here."""
+    assert run([*arguments, "-m", "/nowhere"] if arguments[0] == "generate" else arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("Usage: ds4mlx")
+    assert "Error: " in err and "Traceback" not in err
+
+
+def test_without_arguments_there_is_help(capsys):
+    assert run([]) == 2
+    out, err = capsys.readouterr()
+    assert all(command in out + err for command in ("convert", "verify", "inspect", "chat"))
+
+
+@pytest.mark.parametrize("command", [[], ["generate"], ["chat"], ["convert"], ["inspect"]])
+def test_help(command, capsys):
+    assert run([*command, "--help"]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith(f"Usage: ds4mlx {' '.join(command)}".strip()) and err == ""
+
+
+def test_version(capsys):
+    assert run(["--version"]) == 0
+    assert capsys.readouterr() == (f"ds4mlx {__version__}\n", "")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["generate", "-p", "a", "-m", "/nowhere"],
+        ["chat", "-m", "/nowhere"],
+        ["verify", "/nowhere"],
+        ["inspect", "/nowhere"],
+        ["convert", "/nowhere", "/nowhere/either"],
+        ["generate", "--prompt-file", "/nowhere"],
+    ],
+    ids=" ".join,
+)
+def test_failures_are_one_line(arguments, capsys):
+    assert run(arguments) == 1
+    out, err = capsys.readouterr()
+    (line,) = err.splitlines()
+    assert out == "" and line.startswith("error: ") and "/nowhere" in line
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--debug", "inspect", "/nowhere"], ["inspect", "/nowhere", "--debug"]]
+)
+def test_debug_shows_the_traceback(arguments, capsys):
+    assert run(arguments) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("Traceback (most recent call last):")
+    assert err.splitlines()[-1].startswith("error: /nowhere")
+
+
+def test_the_command_is_also_a_module():
+    """And failures of the real process look as they do here."""
+    done = processes.run("inspect", "/nowhere")
+    assert done.returncode == 1 and done.stdout == b""
+    assert done.stderr.startswith(b"error: /nowhere") and done.stderr.count(b"\n") == 1
+    assert b"Traceback" in processes.run("--debug", "inspect", "/nowhere").stderr
+    assert processes.run("nonsense").returncode == 2
+    assert processes.run("--version").stdout.decode() == f"ds4mlx {__version__}\n"
+
+
+# generate: the prompt
+
+
+def test_the_text_goes_to_stdout_and_the_rest_to_stderr(ask, embedded):
+    code, out, err = ask("-p", PROMPT)
+    assert code == 0
+    assert out == generate(*embedded, encoded(thinking="high"), 8) + "\n"
+    assert err.startswith("[prompt ") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("think", "system"),
+    [("none", None), ("none", "Be brief."), ("low", None), ("high", "Be brief."), ("max", None)],
+)
+def test_chat_encoding(ask, embedded, think, system):
+    options = ["--system", system] if system else []
+    _, out, _ = ask("-p", PROMPT, "--think", think, *options)
+    assert out == generate(*embedded, encoded(system=system, thinking=think), 8) + "\n"
+
+
+def test_raw(ask, embedded):
+    _, out, _ = ask("-p", PROMPT, "--raw")
+    assert out == generate(*embedded, PROMPT, 8) + "\n"
+
+
+@pytest.mark.parametrize("options", [["-p", "-"], ["--prompt-file", "-"]])
+def test_a_prompt_from_stdin(ask, embedded, monkeypatch, options):
+    stdin(monkeypatch, "a\r\nb 🦊\n".encode())
+    _, out, _ = ask("--raw", *options)
+    assert out == generate(*embedded, "a\r\nb 🦊\n", 8) + "\n"
+
+
+def test_a_prompt_from_a_file(ask, embedded, tmp_path):
+    """Byte for byte, line ends included."""
+    (tmp_path / "prompt").write_bytes("a\r\nb 🦊\n".encode())
+    _, out, _ = ask("--raw", "--prompt-file", tmp_path / "prompt")
+    assert out == generate(*embedded, "a\r\nb 🦊\n", 8) + "\n"
+
+
+def test_a_prompt_that_is_no_text(ask, tmp_path, monkeypatch):
+    (tmp_path / "prompt").write_bytes(b"abc\xff")
+    code, out, err = ask("--prompt-file", tmp_path / "prompt")
+    assert (code, out) == (1, "")
+    assert err == f"error: {tmp_path}/prompt: not UTF-8 text: invalid start byte at byte 3\n"
+    stdin(monkeypatch, b"\xe6\xb7")
+    assert ask("-p", "-")[2] == "error: stdin: not UTF-8 text: unexpected end of data at byte 0\n"
+    for option in ([], ["--raw"]):
+        code, out, err = ask("-p", "a\udcff", *option)
+        assert (code, out) == (1, "") and err.startswith("error: ") and "Unicode" in err
+
+
+def test_a_prompt_file_that_cannot_be_read(ask, tmp_path):
+    assert ask("--prompt-file", tmp_path)[::2] == (1, f"error: {tmp_path}: Is a directory\n")
+
+
+def test_an_empty_prompt(ask):
+    assert ask("-p", "")[0] == 0
+    assert ask("-p", "", "--raw") == (1, "", "error: the prompt is empty\n")
+
+
+# generate: sampling and the end
+
+
+def test_greedy_and_seeded_runs_repeat(ask):
+    assert ask("-p", PROMPT)[1] == ask("-p", PROMPT)[1]
+    drawn = [ask("-p", PROMPT, "--temp", "1", "--seed", seed)[1] for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_the_filters_reach_the_sampler(ask):
+    """Each by itself leaves one token to draw from."""
+    greedy = ask("-p", PROMPT)[1]
+    for option in (["--top-k", "1"], ["--top-p", "0"], ["--min-p", "1"]):
+        assert ask("-p", PROMPT, "--temp", "1", *option)[1] == greedy
+
+
+def test_stop(ask, embedded):
+    whole = generate(*embedded, PROMPT, 30)
+    stop = whole[9:13]
+    _, out, err = ask("-p", PROMPT, "--raw", "--max-tokens", "30", "--stop", "☃", "--stop", stop)
+    assert out.rstrip("\n") == whole[: whole.index(stop)].rstrip("\n")
+    assert "cut" not in err
+
+
+def test_no_tokens(ask):
+    assert ask("-p", PROMPT, "--max-tokens", "0") == (0, "", "")
+
+
+def test_too_many_tokens(ask):
+    code, out, err = ask("-p", PROMPT, "--max-tokens", "65536")
+    assert (code, out) == (1, "") and "exceed the context of 65536" in err
+
+
+def test_logprobs(ask, embedded, tmp_path):
+    code, _, _ = ask("-p", PROMPT, "--raw", "--logprobs", tmp_path / "log")
+    lines = [json.loads(line) for line in (tmp_path / "log").read_text("utf-8").splitlines()]
+    seen = list(stream_generate(*embedded, PROMPT, 8, sampler=Sampler(temperature=0)))
+    assert code == 0 and [line["token"] for line in lines] == [r.token for r in seen]
+    for line, response in zip(lines, seen, strict=True):
+        top = line["top"]
+        assert len(top) == 20 and {key: line[key] for key in top[0]} == top[0]
+        chances = [entry["logprob"] for entry in top]
+        assert chances == sorted(chances, reverse=True)
+        assert sum(2.718281828**chance for chance in chances) <= 1 + 1e-6
+        assert chances == pytest.approx([response.logprobs[e["token"]].item() for e in top])
+        for entry in top:
+            assert bytes(entry["bytes"]) == embedded[1].token_bytes(entry["token"])
+            assert bytes(entry["bytes"]).decode(errors="replace") == entry["text"]
+
+
+def test_a_logprobs_file_that_cannot_be_written_is_seen_first(ask, tmp_path):
+    path = tmp_path / "none" / "log"
+    assert ask("-p", PROMPT, "--logprobs", path, "-m", "/nowhere") == (
+        *(1, ""),
+        f"error: {path}: No such file or directory\n",
+    )
+
+
+# convert, inspect, verify
+
+
+def test_a_dry_run_writes_nothing(small_source, tmp_path, capsys):
+    target = tmp_path / "out"
+    arguments = ["convert", str(small_source), str(target), "--dry-run"]
+    assert run([*arguments, "--max-memory", "1.5MiB", "--release", "0731"]) == 0
+    out, err = capsys.readouterr()
+    assert not target.exists() and err == ""
+    for kind in ("mxfp8", "mxfp4", "bf16", "f32", "i32"):
+        assert kind in out
+
+
+def test_convert_verify_inspect(small_source, tmp_path, capsys):
+    target = tmp_path / "out"
+    assert run(["convert", str(small_source), str(target), "--max-memory", "64K"]) == 0
+    assert capsys.readouterr().out == ""
+    assert run(["verify", str(target), "--against", str(small_source), "--json"]) == 0
+    checked = json.loads(capsys.readouterr().out)
+    assert {line["error"] for line in checked} == {0.0}
+    assert run(["inspect", str(target), "--json", "--tensors"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {t["name"] for t in found["tensors"]} == {line["name"] for line in checked}
+    assert run(["inspect", str(target)]) == 0
+    table = capsys.readouterr().out
+    assert all(component in table for component in found["bytes_by_component"])
+    assert run(["convert", str(small_source), str(target), "--recipe", "f32"]) == 1
+    assert "--overwrite" in capsys.readouterr().err
+
+
+# Signals and streams, on real processes
+
+
+def test_ctrl_c_ends_a_generation(embedded_dir, embedded):
+    """What was made is on stdout, whole; the exit code says why there is no more."""
+    options = ["--raw", "-p", PROMPT, "--temp", "0", "--max-tokens", "60000"]
+    with processes.start("generate", "-m", embedded_dir, *options) as process:
+        first = process.stdout.read(1)
+        process.send_signal(signal.SIGINT)
+        rest, err = process.communicate(timeout=processes.PATIENCE)
+    text = (first + rest).decode()
+    assert process.returncode == 130 and text.endswith("\n")
+    assert err.startswith(b"[prompt ") and b"Traceback" not in err
+    whole = ""
+    for response in stream_generate(*embedded, PROMPT, 60000):
+        whole += response.text
+        if len(whole) >= len(text):
+            break
+    assert whole.startswith(text.rstrip("\n"))
+
+
+def test_ctrl_c_keeps_the_logprobs_so_far(embedded_dir, tmp_path):
+    options = ["-p", "x", "--max-tokens", "60000", "--logprobs", tmp_path / "log"]
+    with processes.start("generate", "-m", embedded_dir, *options) as process:
+        assert process.stdout.read(1)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=processes.PATIENCE)
+    lines = (tmp_path / "log").read_text("utf-8").splitlines()
+    assert process.returncode == 130
+    assert all(len(json.loads(line)["top"]) == 20 for line in lines)
+    shown = int(re.search(rb"generated ([0-9]+) tokens", err)[1])
+    assert len(lines) in (shown - 1, shown)  # Ctrl-C may come between showing and noting
+
+
+@pytest.mark.parametrize("command", ["generate", "chat"])
+def test_ctrl_c_while_loading(embedded_dir, tmp_path, command):
+    """A configuration that is a pipe without a writer makes loading wait there."""
+    model = shutil.copytree(embedded_dir, tmp_path / "model")
+    (model / "config.json").unlink()
+    os.mkfifo(model / "config.json")
+    options = ["-p", "x"] if command == "generate" else []
+    interrupted_while_reading(model / "config.json", command, "-m", model, *options)
+
+
+def test_ctrl_c_while_reading_the_prompt(tmp_path):
+    os.mkfifo(tmp_path / "prompt")
+    interrupted_while_reading(tmp_path / "prompt", "generate", "--prompt-file", tmp_path / "prompt")
+
+
+def interrupted_while_reading(fifo, *arguments):
+    """Start a command, interrupt it where it reads `fifo`, and look at its end."""
+    with processes.start(*arguments) as process, processes.writer(fifo, process):
+        out, err = processes.interrupt(process)
+    assert (process.returncode, out, err) == (130, b"", b"")
+
+
+def test_ctrl_c_during_a_conversion(small_source, tmp_path, capsys):
+    arguments = ["convert", small_source, tmp_path]
+    done = processes.run_dying(60, signal.SIGINT, *arguments)
+    assert done.returncode == 130 and b"Traceback" not in done.stderr
+    last = done.stderr.decode().splitlines()[-1]
+    assert last == "interrupted; the same command goes on from here"
+    assert (tmp_path / JOURNAL).exists() and not (tmp_path / MANIFEST).exists()
+    assert run([*map(str, arguments)]) == 0 and run(["verify", str(tmp_path)]) == 0
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["generate", "-p", "x", "--max-tokens", "300"], ["inspect", EMBEDDED, "--tensors"]],
+)
+def test_a_reader_that_leaves_is_no_failure(embedded_dir, arguments):
+    """As in `ds4mlx ... | head -c 1`."""
+    with processes.start(*arguments, DS4MLX_MODEL=embedded_dir) as process:
+        assert process.stdout.read(1)
+        process.stdout.close()
+        err = process.stderr.read()
+        code = process.wait(processes.PATIENCE)
+    assert code == 0 and b"Traceback" not in err and b"BrokenPipe" not in err
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")  # noqa: PTH110
+def test_output_that_cannot_be_written():
+    with open("/dev/full", "w") as full:  # noqa: PTH123
+        command = [*processes.COMMAND, "inspect", str(EMBEDDED)]
+        done = subprocess.run(command, check=False, stdout=full, stderr=subprocess.PIPE)
+    assert done.returncode == 1
+    assert done.stderr == b"error: No space left on device\n"
+
+
+def test_a_terminal_that_cannot_show_every_character(embedded_dir):
+    options = ["-p", "x", "--seed", "1", "--max-tokens", "60"]
+    done = processes.run("generate", "-m", embedded_dir, *options, PYTHONIOENCODING="ascii")
+    assert done.returncode == 0 and b"?" in done.stdout
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "<&- >&- 2>&-"])
+def test_closed_streams(embedded_dir, closed):
+    command = " ".join([*processes.COMMAND, "chat", "--max-tokens", "3", "-m", str(embedded_dir)])
+    done = subprocess.run(
+        ["bash", "-c", f"{command} {closed}"],
+        check=False,
+        input=b"one\n",
+        capture_output=True,
+        env=processes.environment(),
+    )
+    assert done.returncode == 0 and b"rror" not in done.stderr
+
+
+def test_a_generation_on_a_terminal(embedded_dir):
+    """Progress that vanishes, then dim reasoning, then a line of numbers."""
+    options = ["-p", "x", "--max-tokens", "3"]
+    with processes.Terminal("generate", "-m", embedded_dir, *options) as terminal:
+        shown = terminal.until(r"\x1b\[2m.*\x1b\[0m\r\n\[prompt .* GB\]\r\n")
+        code, rest = terminal.end()
+    assert (code, rest) == (0, "")
+    assert "loading: 1 of " in shown and "\r\x1b[K\x1b[2m" in shown

@@ -1,0 +1,322 @@
+"""Several turns over one decode state are what one prompt of all of them is; and the chat."""
+
+import signal
+
+import mlx.core as mx
+import numpy as np
+import processes
+import pytest
+from steering import Dictation, Failing, InterruptAt, text_of, tokens_of
+
+from ds4mlx import DataError, RewindError, stream_generate
+from ds4mlx.chat import encode_messages
+from ds4mlx.conversation import Conversation
+from ds4mlx.sampling import Sampler
+
+GREEDY = Sampler(temperature=0)
+LENGTH = 6
+QUESTIONS = ["What is 2 + 2?", "And 3 + 3?", "你好 🦊", "def f(x):\n    return"]
+
+
+@pytest.fixture
+def talk(embedded):
+    """A conversation to begin."""
+    return lambda *options, **more: Conversation(*embedded, GREEDY, *options, **more)
+
+
+def fresh_answer(conversation, messages):
+    """Tokens that answer messages from an empty state."""
+    text = encode_messages(messages, thinking=conversation.thinking)
+    return tokens_of(
+        stream_generate(conversation.model, conversation.tokenizer, text, LENGTH, sampler=GREEDY)
+    )
+
+
+def ask_and_compare(conversation, question):
+    """A turn; its answer must be that of an empty state. Returns the prompt tokens it fed."""
+    before = [*conversation.messages, {"role": "user", "content": question}]
+    want = fresh_answer(conversation, before)
+    seen = list(conversation.ask(question, LENGTH))
+    assert tokens_of(seen) == want
+    assert conversation.messages[:-1] == before
+    answer = conversation.messages[-1]
+    assert answer["role"] == "assistant"
+    assert conversation.held == held_tokens(conversation, before, seen)
+    return seen[0].prompt_tokens
+
+
+def held_tokens(conversation, messages, seen):
+    text = encode_messages(messages, thinking=conversation.thinking)
+    ids = conversation.tokenizer.encode(text) + tokens_of(seen)
+    return ids[: conversation.cache.offset]
+
+
+def dictate(conversation, question, answer):
+    """A turn with this answer, which the model might have given."""
+    tokens = [*conversation.tokenizer.encode(answer), conversation.tokenizer.eos_token_id]
+    conversation.sampler = Dictation(tokens)
+    seen = list(conversation.ask(question, 1000))
+    conversation.sampler = GREEDY
+    assert text_of(seen) == answer
+
+
+@pytest.mark.parametrize(
+    ("thinking", "system"),
+    [("none", None), ("low", "Be brief."), ("high", None), ("max", None)],
+)
+def test_turns_answer_as_one_prompt_does(talk, thinking, system):
+    conversation = talk(thinking, system)
+    for question in QUESTIONS[:3]:
+        ask_and_compare(conversation, question)
+    assert len(conversation.messages) == 2 * 3 + (system is not None)
+    assert conversation.prompt().endswith("<｜end▁of▁sentence｜>")
+
+
+def test_a_turn_feeds_only_what_is_new(talk):
+    conversation = talk("none", "A long system text. " * 12)
+    dictate(conversation, "Hello", "Hi, what can I do?")
+    whole = len(conversation.tokenizer.encode(conversation.prompt()))
+    fed = ask_and_compare(conversation, "Nothing")
+    assert whole > 90 and fed < 20
+
+
+def test_progress_is_told(talk):
+    told = []
+    seen = next(talk("none").ask("x", 1, lambda *now: told.append(now)))
+    assert told == [(seen.prompt_tokens, seen.prompt_tokens)]
+
+
+def test_reasoning_is_dropped_from_history(talk):
+    """The state steps back to before the reasoning, no further."""
+    conversation = talk("high")
+    dictate(conversation, QUESTIONS[0], "Two and two are four, as ever.</think>4")
+    assert conversation.messages[-1]["content"] == "4"
+    assert conversation.messages[-1]["reasoning_content"] == "Two and two are four, as ever."
+    held = len(conversation.held)
+    fed = ask_and_compare(conversation, QUESTIONS[1])
+    assert "as ever" not in conversation.prompt()
+    assert fed < held
+
+
+def test_reasoning_longer_than_the_state_can_step_back(talk):
+    conversation = talk("high")
+    dictate(conversation, QUESTIONS[0], "a.\n" * 150 + "</think>4")
+    start = len(conversation.tokenizer.encode(QUESTIONS[0])) + 2
+    with pytest.raises(RewindError):
+        conversation.cache.rewind(start)
+    ask_and_compare(conversation, QUESTIONS[1])
+
+
+def test_the_thinking_may_change_between_turns(talk):
+    conversation = talk("none")
+    for thinking, question in zip(["none", "high", "max", "none"], QUESTIONS, strict=True):
+        conversation.thinking = thinking
+        ask_and_compare(conversation, question)
+
+
+def test_an_answer_is_read_as_it_was_asked_for(talk):
+    """Even if the thinking changes before its end."""
+    conversation = talk("high")
+    conversation.sampler = Dictation(conversation.tokenizer.encode("why</think>so"))
+    for _ in conversation.ask("x", 5):
+        conversation.thinking = "none"
+    assert conversation.messages[-1]["reasoning_content"] == "why"
+
+
+def test_reset_begins_anew_and_keeps_the_system_text(talk):
+    conversation = talk("none", "Be brief.")
+    first = tokens_of(conversation.ask(QUESTIONS[0], LENGTH))
+    conversation.reset()
+    assert conversation.messages == [{"role": "system", "content": "Be brief."}]
+    assert conversation.cache.offset == 0
+    assert tokens_of(conversation.ask(QUESTIONS[0], LENGTH)) == first
+    conversation.system = None
+    conversation.reset()
+    assert conversation.messages == []
+    ask_and_compare(conversation, QUESTIONS[0])
+
+
+# Answers that end early
+
+
+@pytest.mark.parametrize("thinking", ["none", "high"])
+@pytest.mark.parametrize("taken", [1, 4])
+def test_an_answer_that_is_closed_counts_as_far_as_it_came(talk, thinking, taken):
+    conversation = talk(thinking)
+    ask_and_compare(conversation, QUESTIONS[0])
+    answer = conversation.ask(QUESTIONS[1], LENGTH)
+    text = text_of(next(answer) for _ in range(taken))
+    answer.close()
+    kept = conversation.messages[-1]
+    assert kept["content" if thinking == "none" else "reasoning_content"] == text
+    ask_and_compare(conversation, QUESTIONS[2])
+
+
+def test_an_answer_that_never_began_leaves_no_trace(talk):
+    conversation = talk("none")
+    ask_and_compare(conversation, QUESTIONS[0])
+    before = list(conversation.messages)
+    conversation.ask(QUESTIONS[1], LENGTH).close()
+    assert list(conversation.ask(QUESTIONS[1], 0)) == []
+    assert conversation.messages == before
+    ask_and_compare(conversation, QUESTIONS[2])
+
+
+def test_ctrl_c_anywhere_keeps_the_conversation_consistent(talk):
+    conversation = talk("none")
+    with InterruptAt(0) as whole:
+        list(conversation.ask(QUESTIONS[0], 4))
+    points = np.random.default_rng(4).integers(1, whole.count, 6).tolist()
+    for point in points:
+        conversation.reset()
+        dictate(conversation, QUESTIONS[1], "6")
+        with pytest.raises(KeyboardInterrupt), InterruptAt(point):
+            list(conversation.ask(QUESTIONS[0], 4))
+        ask_and_compare(conversation, QUESTIONS[2])
+
+
+# Turns that fail
+
+
+@pytest.mark.parametrize(
+    ("question", "length", "message"),
+    [
+        ("too much", 65536, "exceed the context of 65536"),
+        ("word " * 40000, 1, "exceed the context of 65536"),
+        ("half a pair \ud83e", 5, "not Unicode text"),
+        ("negative", -1, "max_tokens must be at least 0"),
+    ],
+)
+def test_a_turn_that_is_refused_changes_nothing(talk, question, length, message):
+    conversation = talk("none", "Be brief.")
+    ask_and_compare(conversation, QUESTIONS[0])
+    before = list(conversation.messages)
+    with pytest.raises(DataError, match=message):
+        list(conversation.ask(question, length))
+    assert conversation.messages == before
+    ask_and_compare(conversation, QUESTIONS[1])
+
+
+@pytest.mark.parametrize("draw", [1, 4])
+def test_a_turn_that_breaks_down_is_taken_back(talk, draw):
+    conversation = talk("none")
+    ask_and_compare(conversation, QUESTIONS[0])
+    before = list(conversation.messages)
+    conversation.sampler = Failing(draw)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        list(conversation.ask(QUESTIONS[1], LENGTH))
+    conversation.sampler = GREEDY
+    assert conversation.messages == before
+    ask_and_compare(conversation, QUESTIONS[1])
+
+
+def test_a_wrong_thinking_is_refused(talk):
+    conversation = talk("much")
+    with pytest.raises(DataError, match="thinking must be one of"):
+        list(conversation.ask("x", 5))
+    assert conversation.messages == []
+
+
+def test_an_invalid_tool_call_in_an_answer_does_not_stop_the_chat(talk):
+    conversation = talk("none")
+    dictate(
+        conversation, "x", '<｜DSML｜tool_calls>\n<｜DSML｜invoke name="f">\n</｜DSML｜tool_calls>'
+    )
+    ask_and_compare(conversation, QUESTIONS[0])
+
+
+# The chat itself, as a process
+
+
+def chat(embedded_dir, lines, *options):
+    arguments = ["chat", "-m", embedded_dir, "--temp", "0", "--max-tokens", "6", *options]
+    done = processes.run(*arguments, stdin=lines.encode())
+    return done.returncode, done.stdout.decode(), done.stderr.decode()
+
+
+def test_turns_from_a_pipe(embedded_dir, talk):
+    """Answers on stdout, one timing line each on stderr, and nothing else."""
+    code, out, err = chat(embedded_dir, "one\n\ntwo", "--think", "none")
+    conversation = talk("none")
+    answers = [text_of(conversation.ask(question, 6)) for question in ("one", "two")]
+    assert code == 0 and out == "".join(f"{answer}\n" for answer in answers)
+    assert len(err.splitlines()) == 2
+    assert all(line.startswith("[prompt ") for line in err.splitlines())
+
+
+def test_commands(embedded_dir, talk):
+    lines = "one\n/reset\none\n/think none\none\n/think\n/what\n/help\n/quit\nnot read\n"
+    code, out, err = chat(embedded_dir, lines, "--think", "low")
+    thoughtful, plain = talk("low"), talk("none")
+    first = text_of(thoughtful.ask("one", 6))
+    plain.messages = list(thoughtful.messages)
+    assert code == 0
+    assert out == f"{first}\n{first}\n{text_of(plain.ask('one', 6))}\n"
+    assert "the conversation is forgotten" in err and "thinking: none" in err
+    assert "no such command: /what" in err and "no such command: /think" in err
+    assert err.count("/system TEXT") == 3
+
+
+def test_a_system_text_stays_until_another_comes(embedded_dir, talk):
+    code, out, _ = chat(
+        embedded_dir, "/reset\none\n/system B\none\n/system\none\n", "--system", "A"
+    )
+    want = [text_of(talk("high", system).ask("one", 6)) for system in ("A", "B", None)]
+    assert code == 0 and out == "".join(f"{answer}\n" for answer in want)
+
+
+def test_a_turn_that_fails_is_one_line_and_the_chat_goes_on(embedded_dir):
+    lines = f"{'word ' * 40000}\none\n"
+    code, out, err = chat(embedded_dir, lines)
+    error, timing = err.splitlines()
+    assert error.startswith("error: ") and "exceed the context" in error
+    assert code == 0 and out.strip() and timing.startswith("[prompt ")
+
+
+def test_bytes_that_are_no_text_do_not_stop_the_chat(embedded_dir):
+    arguments = ["chat", "-m", embedded_dir, "--temp", "0", "--max-tokens", "6"]
+    done = processes.run(*arguments, stdin=b"\xff\xfe\none\n")
+    assert done.returncode == 0 and done.stderr.count(b"[prompt ") == 2
+    assert b"Traceback" not in done.stderr
+
+
+def test_ctrl_c_ends_the_answer_and_not_the_chat(embedded_dir):
+    arguments = ["chat", "-m", embedded_dir, "--temp", "0", "--max-tokens", "60000"]
+    with processes.start(*arguments) as process:
+        for question in (b"one\n", b"two\n"):
+            process.stdin.write(question)
+            assert process.stdout.read(1)
+            process.send_signal(signal.SIGINT)
+            assert process.stderr.readline().startswith(b"[prompt ")
+            rest = process.stdout.read(1 << 16)  # all of it was written before the timing
+            assert rest.endswith(b"\n")
+        out, err = process.communicate(timeout=processes.PATIENCE)
+    assert (process.returncode, out, err) == (0, b"", b"")
+
+
+def test_a_chat_on_a_terminal(embedded_dir):
+    """Dim reasoning; Ctrl-C ends the answer, at the prompt it does nothing; Ctrl-D leaves."""
+    arguments = ["chat", "-m", embedded_dir, "--temp", "0", "--max-tokens", "60000"]
+    with processes.Terminal(*arguments) as terminal:
+        for question in ("one", "two"):
+            terminal.until(r"> $")
+            terminal.type(f"{question}\n")
+            terminal.until(rf"{question}.*\r\n.*\x1b\[2m.")
+            terminal.type("\x03")
+            shown = terminal.until(r"\[prompt .* GB\]\r\n")
+            assert "\x1b[0m\r\n[prompt " in shown
+        terminal.until(r"> $")
+        terminal.type("half a line")
+        terminal.until("half a line$")
+        terminal.interrupt()
+        terminal.until(r"> $")
+        terminal.type("\x04")
+        code, _ = terminal.end()
+    assert code == 0
+
+
+def test_the_state_is_as_long_as_what_it_holds(talk):
+    conversation = talk("high")
+    dictate(conversation, "x", "a</think>b")
+    assert conversation.cache.offset == len(conversation.held)
+    assert mx.array(conversation.held).max().item() < 768

@@ -1,0 +1,276 @@
+"""Text from a model: repeatable, stopped where it should be, whatever the chunks and the cache."""
+
+import signal
+import threading
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from steering import Dictation, InterruptAt, text_of, tokens_of
+
+from ds4mlx import DataError, generate, stream_generate
+from ds4mlx.generation import StopStrings, prefill
+from ds4mlx.sampling import Sampler
+
+PROMPT = "def add(a, b):\n    return"
+
+
+@pytest.fixture(scope="module")
+def answer(embedded):
+    """What follows from dictated text, not from the model's noise."""
+
+    def dictate(text, *arguments, end=True, **options):
+        tokens = text if isinstance(text, list) else embedded[1].encode(text)
+        tokens = [*tokens, embedded[1].eos_token_id] if end else tokens
+        return list(
+            stream_generate(*embedded, "x", *arguments, sampler=Dictation(tokens), **options)
+        )
+
+    return dictate
+
+
+def test_generate_is_the_joined_stream(embedded):
+    whole = generate(*embedded, PROMPT, max_tokens=12)
+    assert whole == text_of(stream_generate(*embedded, PROMPT, max_tokens=12))
+    assert whole == generate(*embedded, PROMPT, 12, sampler=Sampler(temperature=0))
+    assert len(whole) > 10
+
+
+def test_text_is_that_of_the_tokens(embedded):
+    seen = list(stream_generate(*embedded, PROMPT, 40, sampler=Sampler(seed=2)))
+    tokens = [t for t in tokens_of(seen) if t != embedded[1].eos_token_id]
+    assert text_of(seen) == embedded[1].decode(tokens)
+
+
+def test_greedy_tokens_are_those_of_whole_forward_passes(embedded):
+    model, tokenizer = embedded
+    seen = list(stream_generate(model, tokenizer, PROMPT, 20))
+    ids = tokenizer.encode(PROMPT)
+    logits = model(mx.array([ids + tokens_of(seen)]))[0, len(ids) - 1 : -1]
+    assert tokens_of(seen) == mx.argmax(logits, axis=-1).tolist()
+    wanted = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    for response, row in zip(seen, wanted, strict=True):
+        assert response.logprobs.dtype == mx.float32
+        assert mx.exp(response.logprobs).sum().item() == pytest.approx(1, abs=1e-5)
+        np.testing.assert_allclose(np.array(response.logprobs), np.array(row), atol=1e-3)
+
+
+def test_log_probabilities_are_the_models_whatever_the_sampler(embedded):
+    plain = next(stream_generate(*embedded, PROMPT))
+    cold = next(stream_generate(*embedded, PROMPT, sampler=Sampler(0.1, top_k=2, seed=1)))
+    assert plain.logprobs.tolist() == cold.logprobs.tolist()
+
+
+def test_a_seed_repeats_the_tokens(embedded):
+    def drawn(seed):
+        return tokens_of(stream_generate(*embedded, PROMPT, 12, sampler=Sampler(seed=seed)))
+
+    assert drawn(5) == drawn(5)
+    assert drawn(5) != drawn(6)
+
+
+def test_text_and_its_ids_are_the_same_prompt(embedded):
+    ids = embedded[1].encode(PROMPT)
+    assert generate(*embedded, ids, 10) == generate(*embedded, PROMPT, 10)
+    assert generate(*embedded, np.array(ids), 10) == generate(*embedded, PROMPT, 10)
+
+
+# Stop strings
+
+LETTERS = st.text("ab\U0001f98a", max_size=30)
+
+
+@given(LETTERS, st.lists(st.text("ab", min_size=1, max_size=4), max_size=3), st.data())
+def test_text_is_cut_before_the_stop_that_is_complete_first(text, stops, data):
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=10)))
+    hold, shown = StopStrings(stops), ""
+    for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True):
+        shown += hold.add(text[start:end])
+        assert not any(stop in shown for stop in stops)
+        if hold.found:
+            break
+    ends = [(text.find(stop) + len(stop), text.find(stop)) for stop in stops if stop in text]
+    assert hold.found == bool(ends)
+    assert shown + hold.finish() == (text[: min(ends)[1]] if ends else text)
+
+
+@given(LETTERS, st.lists(st.text("ab", min_size=1, max_size=4), max_size=3))
+def test_no_more_is_held_back_than_a_stop_may_need(text, stops):
+    hold, shown = StopStrings(stops), ""
+    for end, letter in enumerate(text, 1):
+        shown += hold.add(letter)
+        if hold.found:
+            return
+        waiting = text[len(shown) : end]
+        assert waiting == "" or any(stop.startswith(waiting) for stop in stops)
+
+
+def test_a_stop_across_tokens(answer):
+    seen = answer("one two three four", stop=["o thr"])
+    assert text_of(seen) == "one tw"
+    assert seen[-1].finish_reason == "stop"
+    assert {response.finish_reason for response in seen[:-1]} == {None}
+
+
+def test_one_stop_may_be_given_as_a_text(answer):
+    assert text_of(answer("one two", stop=" two")) == "one"
+
+
+def test_a_stop_that_does_not_come_costs_nothing(answer):
+    seen = answer("one two thr", stop=["three"])
+    assert text_of(seen) == "one two thr" and seen[-1].finish_reason == "stop"
+    cut = answer("one two thr", 3, stop=["one two three"])
+    assert cut[-1].finish_reason == "length"
+    assert "one two thr".startswith(text_of(cut)) and text_of(cut)
+
+
+def test_a_stop_in_the_last_allowed_token_is_a_stop(answer):
+    assert answer([*b"ab"], 2, end=False)[-1].finish_reason == "length"
+    seen = answer("abc", end=True)
+    assert answer("abc", len(seen) - 1, stop=["c"])[-1].finish_reason == "stop"
+
+
+def test_an_empty_stop_is_refused(embedded):
+    with pytest.raises(DataError, match="a stop string is empty"):
+        stream_generate(*embedded, PROMPT, stop=["a", ""])
+
+
+# Ends
+
+
+def test_the_end_of_the_sentence_ends_and_is_not_shown(answer, embedded):
+    seen = answer("done", 50)
+    assert text_of(seen) == "done"
+    assert seen[-1].finish_reason == "stop" and seen[-1].token == embedded[1].eos_token_id
+
+
+def test_special_tokens_other_than_the_end_are_shown(answer):
+    assert text_of(answer("why</think>so")) == "why</think>so"
+
+
+def test_length(embedded):
+    seen = list(stream_generate(*embedded, PROMPT, max_tokens=4))
+    assert [response.finish_reason for response in seen] == [None] * 3 + ["length"]
+    assert [response.generation_tokens for response in seen] == [1, 2, 3, 4]
+    assert {response.prompt_tokens for response in seen} == {len(embedded[1].encode(PROMPT))}
+    assert all(response.prompt_tps > 0 and response.generation_tps > 0 for response in seen)
+    assert seen[-1].peak_memory > 0
+
+
+def test_an_unfinished_character_shows_at_the_end(answer, embedded):
+    tokens = [t for t in range(768) if embedded[1].token_bytes(t) == b"\xe6"]
+    assert text_of(answer(tokens)) == "\ufffd"
+    assert [r.text for r in answer(tokens * 2, 2, end=False)] == ["", "\ufffd\ufffd"]
+
+
+def test_no_tokens_feed_nothing(embedded):
+    cache = embedded[0].make_cache()
+    assert list(stream_generate(*embedded, PROMPT, 0, cache=cache)) == []
+    assert generate(*embedded, PROMPT, 0) == "" and cache.offset == 0
+
+
+# What is refused, before anything runs
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "message"),
+    [
+        ("", {}, "the prompt is empty"),
+        ([], {}, "the prompt is empty"),
+        ([5, 768], {}, "token id 768 is outside the vocabulary of 768"),
+        ([-1], {}, "token id -1 is outside"),
+        ("x", {"max_tokens": -1}, "max_tokens must be at least 0"),
+        ("x", {"max_tokens": 65536}, "exceed the context of 65536"),
+        ([5] * 65536, {"max_tokens": 1}, "65536 tokens of prompt and 1 to generate exceed"),
+        ("x", {"prefill_step": 0}, "prefill_step must be at least 1"),
+        ("a\udc80", {}, "the text is not Unicode"),
+    ],
+)
+def test_bad_requests_are_refused_at_once(embedded, prompt, options, message):
+    cache = embedded[0].make_cache()
+    with pytest.raises(DataError, match=message):
+        stream_generate(*embedded, prompt, cache=cache, **options)
+    assert cache.offset == 0
+
+
+def test_what_a_cache_holds_counts_as_context(embedded):
+    cache = embedded[0].make_cache()
+    list(stream_generate(*embedded, "x" * 50, 1, cache=cache))
+    room = 65536 - cache.offset - 1
+    assert next(stream_generate(*embedded, [5], room, cache=cache)).token >= 0
+    with pytest.raises(DataError, match="exceed the context"):
+        stream_generate(*embedded, [5], room, cache=cache)
+
+
+# Prefill and cache
+
+
+@pytest.mark.parametrize("step", [3, 64, 149, 150, 151])
+def test_chunks_do_not_change_the_tokens(embedded, step):
+    ids = np.random.default_rng(3).integers(16, 768, 150).tolist()
+    told = []
+    options = {"prefill_step": step, "on_prefill": lambda *told_now: told.append(told_now)}
+    want = tokens_of(stream_generate(*embedded, ids, 8))
+    assert tokens_of(stream_generate(*embedded, ids, 8, **options)) == want
+    assert told == [(min(done, 150), 150) for done in range(step, 150 + step, step)]
+
+
+def test_prefill_gives_the_last_logits(embedded):
+    model, tokenizer = embedded
+    ids, cache = tokenizer.encode(PROMPT * 5), model.make_cache()
+    logits = prefill(model, ids, cache, step=16)
+    assert cache.offset == len(ids) and logits.shape == (1, model.args.vocab_size)
+    np.testing.assert_allclose(np.array(logits), np.array(model(mx.array([ids]))[:, -1]), atol=1e-3)
+
+
+@pytest.mark.parametrize("taken", [1, 2, 9])
+def test_a_cache_holds_all_but_the_last_token(embedded, taken):
+    """However the answer ends; so what was given out can be continued exactly."""
+    model, tokenizer = embedded
+    ids = tokenizer.encode(PROMPT)
+    want = tokens_of(stream_generate(model, tokenizer, ids, 20))
+    cut, closed = model.make_cache(), model.make_cache()
+    assert tokens_of(stream_generate(model, tokenizer, ids, taken, cache=cut)) == want[:taken]
+    responses = stream_generate(model, tokenizer, ids, 20, cache=closed)
+    assert tokens_of(next(responses) for _ in range(taken)) == want[:taken]
+    responses.close()
+    for cache in (cut, closed):
+        assert cache.offset == len(ids) + taken - 1
+        last = want[taken - 1 : taken]
+        rest = tokens_of(stream_generate(model, tokenizer, last, 20 - taken, cache=cache))
+        assert rest == want[taken:]
+
+
+# Ctrl-C
+
+
+def test_ctrl_c_anywhere_leaves_the_cache_whole(embedded):
+    """The layers agree, and going on from there gives what an undisturbed run gives."""
+    model, tokenizer = embedded
+    ids = tokenizer.encode(PROMPT * 4)
+    options = {"prefill_step": 16}
+    want = tokens_of(stream_generate(model, tokenizer, ids, 6, **options))
+    with InterruptAt(0) as whole:
+        list(stream_generate(model, tokenizer, ids, 6, **options))
+    for point in np.random.default_rng(8).integers(1, whole.count, 14).tolist():
+        cache = model.make_cache()
+        with pytest.raises(KeyboardInterrupt), InterruptAt(point):
+            list(stream_generate(model, tokenizer, ids, 6, cache=cache, **options))
+        held = cache.offset
+        assert {layer.offset for layer in cache} == {held}
+        fed = (ids + want)[held : max(len(ids), held + 1)]
+        known = want[: max(0, held + 1 - len(ids))]
+        rest = stream_generate(model, tokenizer, fed, 6 - len(known), cache=cache)
+        assert known + tokens_of(rest) == want
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_other_threads_generate_too(embedded):
+    """Where signals can neither come nor be handled."""
+    got = []
+    thread = threading.Thread(target=lambda: got.append(generate(*embedded, PROMPT, 5)))
+    thread.start()
+    thread.join()
+    assert got == [generate(*embedded, PROMPT, 5)]

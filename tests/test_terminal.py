@@ -1,0 +1,131 @@
+"""What is written around a generation's text, on a terminal and elsewhere."""
+
+import gc
+import io
+
+import pytest
+
+from ds4mlx import stream_generate
+from ds4mlx.generation import Response
+from ds4mlx.terminal import DIM, ERASE, PLAIN, Printer, progress, show, timing
+
+
+class Screen(io.StringIO):
+    """A terminal that shows nothing."""
+
+    def isatty(self):
+        return True
+
+
+@pytest.fixture(autouse=True)
+def capable(monkeypatch):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+
+
+def written(out, pieces, reasoning=True):
+    printer = Printer(out, reasoning)
+    for piece in pieces:
+        printer.write(piece)
+    printer.close()
+    return out.getvalue()
+
+
+def test_elsewhere_the_text_is_as_it_is():
+    for reasoning in (True, False):
+        assert written(io.StringIO(), ["why", "</think>", "so"], reasoning) == "why</think>so\n"
+
+
+def test_on_a_terminal_the_reasoning_is_dim():
+    want = f"{DIM}why it is{PLAIN}\n\nso\n"
+    assert written(Screen(), ["why", " it is", "</think>", "so"]) == want
+    assert written(Screen(), ["why it is</think>so"]) == want
+    assert written(Screen(), ["why"]) == f"{DIM}why{PLAIN}\n"
+    assert written(Screen(), ["</think>so"]) == "so\n"
+    assert written(Screen(), ["so"], reasoning=False) == "so\n"
+
+
+@pytest.mark.parametrize(("name", "value"), [("NO_COLOR", "1"), ("TERM", "dumb")])
+def test_styles_can_be_turned_off(monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    assert written(Screen(), ["why", "</think>", "so"]) == "why\n\nso\n"
+
+
+@pytest.mark.parametrize(
+    ("pieces", "want"),
+    [([], ""), ([""], ""), (["a"], "a\n"), (["a\n"], "a\n"), (["a", "\n", ""], "a\n")],
+)
+def test_one_line_end_closes_the_text(pieces, want):
+    assert written(io.StringIO(), pieces) == want
+
+
+def test_an_interrupted_line_ends_after_the_mark_of_ctrl_c():
+    for out, want in ((Screen(), "a\n\n"), (io.StringIO(), "a\n")):
+        printer = Printer(out, reasoning=False)
+        printer.write("a\n")
+        printer.close(interrupted=True)
+        assert out.getvalue() == want
+
+
+def test_text_is_shown_at_once(embedded):
+    """Every response is out before the next is made, and none is collected."""
+    out, told = io.StringIO(), []
+
+    def keep(response):
+        told.append(response.text)
+        assert out.getvalue() == "".join(told)
+        assert sum(type(thing) is Response for thing in gc.get_objects()) <= 2
+
+    last, interrupted = show(stream_generate(*embedded, "ab", 20), Printer(out, False), keep)
+    assert last.generation_tokens == len(told) == 20 and not interrupted
+
+
+def interrupted_by(responses, after):
+    for count, response in enumerate(responses):
+        if count == after:
+            raise KeyboardInterrupt
+        yield response
+
+
+def test_ctrl_c_ends_what_is_shown(embedded):
+    out = Screen()
+    answer = interrupted_by(stream_generate(*embedded, "ab", 20), 3)
+    last, interrupted = show(answer, Printer(out, reasoning=True))
+    assert interrupted and last.generation_tokens == 3
+    assert out.getvalue().startswith(DIM) and out.getvalue().endswith(f"{PLAIN}\n")
+    assert show(interrupted_by(iter("x"), 0), Printer(io.StringIO(), True)) == (None, True)
+
+
+def test_a_failure_leaves_the_terminal_undimmed(embedded):
+    def broken():
+        yield next(stream_generate(*embedded, "ab"))
+        raise RuntimeError("broken")
+
+    out = Screen()
+    with pytest.raises(RuntimeError):
+        show(broken(), Printer(out, reasoning=True))
+    assert out.getvalue().endswith(f"{PLAIN}\n")
+
+
+def test_the_timing_says_why_an_answer_is_cut(embedded):
+    first, *_, last = stream_generate(*embedded, "ab", 5)
+    assert timing(last).startswith(f"[prompt {last.prompt_tokens} tokens, ")
+    assert "| generated 5 tokens, " in timing(last) and "(cut: --max-tokens)" in timing(last)
+    assert "| generated 1 tokens |" in timing(first)
+
+
+def test_progress_is_a_line_that_vanishes(monkeypatch):
+    screen = Screen()
+    monkeypatch.setattr("sys.stderr", screen)
+    for done in (2048, 4096, 5000):
+        progress("prompt", "tokens", done, 5000)
+    shown = ["", "prompt: 2,048 of 5,000 tokens", "prompt: 4,096 of 5,000 tokens", ""]
+    assert screen.getvalue() == ERASE.join(shown)
+
+
+def test_progress_is_for_terminals_only(monkeypatch, capsys):
+    progress("prompt", "tokens", 1, 2)
+    monkeypatch.setattr("sys.stderr", screen := Screen())
+    monkeypatch.setenv("TERM", "dumb")
+    progress("prompt", "tokens", 1, 2)
+    assert screen.getvalue() == capsys.readouterr().err == ""
