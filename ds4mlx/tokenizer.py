@@ -5,6 +5,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer as Encoder
 from tokenizers import pre_tokenizers
+from tokenizers.models import BPE
 
 from ds4mlx.config import ModelConfig
 from ds4mlx.directory import CONFIG
@@ -24,11 +25,14 @@ class Tokenizer:
 
     @classmethod
     def from_dir(cls, path: str | Path) -> "Tokenizer":
-        """Read `tokenizer.json` and `config.json` of a directory. Raises DataError."""
+        """Read `tokenizer.json` and `config.json` of a directory. Raises DataError.
+
+        Without a `tokenizer.json` the model still works on token ids: see `NoTokenizer`.
+        """
         file = Path(path) / "tokenizer.json"
         config = ModelConfig.from_file(Path(path) / CONFIG)
         if not file.is_file():
-            raise DataError(f"{file}: no such file, so text cannot be encoded")
+            return NoTokenizer(file, config.bos_token_id, config.eos_token_id)
         try:
             encoder = Encoder.from_file(str(file))
         except Exception as error:  # noqa: BLE001 - the library raises nothing narrower
@@ -73,6 +77,17 @@ class Tokenizer:
     def stream(self) -> "TextStream":
         """A new stream of text from tokens."""
         return TextStream(self)
+
+
+class NoTokenizer(Tokenizer):
+    """Stands in for one that a directory lacks: no text is encoded, token ids decode to nothing."""
+
+    def __init__(self, file: Path, bos_token_id: int, eos_token_id: int):
+        super().__init__(Encoder(BPE()), bos_token_id, eos_token_id)
+        self._file = file
+
+    def encode(self, text: str) -> list[int]:
+        raise DataError(f"{self._file}: no such file, so text cannot be encoded")
 
 
 class TextStream:

@@ -9,7 +9,7 @@ import numpy as np
 import processes
 import pytest
 
-from ds4mlx import DataError, generate, load
+from ds4mlx import DataError, generate, load, stream_generate
 from ds4mlx.directory import JOURNAL, MANIFEST, canonical
 from ds4mlx.load import locate, raise_wired_limit
 
@@ -109,13 +109,16 @@ def test_an_edited_tokenizer(copy):
         load(copy)
 
 
-def test_a_model_without_a_tokenizer(copy):
+def test_a_model_without_a_tokenizer_works_on_token_ids(copy):
     manifest = json.loads((copy / MANIFEST).read_text())
     (copy / "tokenizer.json").unlink()
     del manifest["files"]["tokenizer.json"]
     (copy / MANIFEST).write_bytes(canonical(manifest))
-    with pytest.raises(DataError, match=r"tokenizer\.json: no such file, so text"):
-        load(copy)
+    model, tokenizer = load(copy)
+    given = list(stream_generate(model, tokenizer, [5, 6, 7], 4))
+    assert [r.text for r in given] == [""] * len(given) and given[0].token is not None
+    with pytest.raises(DataError, match=r"tokenizer\.json: no such file, so text cannot be enc"):
+        generate(model, tokenizer, "words", 4)
 
 
 # The hub, without a network: what it would have downloaded lies in its cache.

@@ -169,7 +169,8 @@ def test_a_file_that_is_no_tokenizer_is_named(copy, content):
 def test_a_missing_file_is_named(copy):
     (copy / "tokenizer.json").unlink()
     with pytest.raises(DataError, match=r"tokenizer\.json: no such file"):
-        Tokenizer.from_dir(copy)
+        Tokenizer.from_dir(copy).encode("a")
+    assert Tokenizer.from_dir(copy).decode([1, 2]) == ""
     (copy / "config.json").unlink()
     with pytest.raises(DataError, match=r"config\.json: no such file"):
         Tokenizer.from_dir(copy)
