@@ -20,8 +20,8 @@ import numpy as np
 
 from ds4mlx import tensor_file
 from ds4mlx.config import ModelConfig
-from ds4mlx.convert.source import INDEX, experts, scale_name
-from ds4mlx.inventory import Entry, inventory
+from ds4mlx.convert.official import INDEX, scale_name
+from ds4mlx.inventory import Entry, experts, inventory
 
 RESULTS = Path(__file__).parent / "results" / "convert_memory.json"
 LIMIT = 1.5e9

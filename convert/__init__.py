@@ -1,7 +1,11 @@
-"""Official weights to MLX model directories: convert, verify, inspect."""
+"""Weights to MLX model directories: convert, verify, inspect; and the quantisers by themselves."""
 
 from ds4mlx.convert.conversion import convert
+from ds4mlx.convert.gguf_source import GGUFSource
 from ds4mlx.convert.inspection import inspect
+from ds4mlx.convert.quantise import Quantised, dequantize, quantize
 from ds4mlx.convert.verification import verify
 
-__all__ = ["convert", "inspect", "verify"]
+read_gguf = GGUFSource
+
+__all__ = ["Quantised", "convert", "dequantize", "inspect", "quantize", "read_gguf", "verify"]

@@ -1,15 +1,10 @@
 """Number codes of the official files: E4M3, E8M0, packed E2M1, BF16; and what must not occur."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ds4mlx.errors import DataError
-
-if TYPE_CHECKING:
-    from ds4mlx.convert.source import Source
-    from ds4mlx.inventory import Entry
 
 GROUP = 32
 
@@ -74,12 +69,10 @@ def check(stored: np.ndarray, dtype: str, path: Path, name: str) -> None:
         raise DataError(f"{path}: tensor {name} holds {what}")
 
 
-def check_ids(table: np.ndarray, source: "Source", entry: "Entry") -> np.ndarray:
-    """Expert ids as int32; DataError if one is out of range or twice in a row."""
-    name, count = entry.official(), source.config.n_routed_experts
-    where = source.file(name).path
+def check_ids(table: np.ndarray, count: int, path: Path, name: str) -> np.ndarray:
+    """Expert ids as int32; DataError if one is not in 0..count-1 or twice in a row."""
     if ((table < 0) | (table >= count)).any():
-        raise DataError(f"{where}: tensor {name} names an expert outside 0..{count - 1}")
+        raise DataError(f"{path}: tensor {name} names an expert outside 0..{count - 1}")
     if (np.diff(np.sort(table, axis=1), axis=1) == 0).any():
-        raise DataError(f"{where}: tensor {name} names an expert twice for one token")
+        raise DataError(f"{path}: tensor {name} names an expert twice for one token")
     return table.astype(np.int32)

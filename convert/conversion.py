@@ -13,16 +13,18 @@ from typing import Any
 
 from tqdm import tqdm
 
+from ds4mlx.convert.encoder import CHUNK
+from ds4mlx.convert.importance import Importance
 from ds4mlx.convert.journal import Journal, check_unlocked
-from ds4mlx.convert.plan import OutTensor, Plan
-from ds4mlx.convert.planes import CHUNK
-from ds4mlx.convert.source import Source, experts
+from ds4mlx.convert.plan import OutEntry, Plan
+from ds4mlx.convert.sources import Source, open_source
 from ds4mlx.convert.writer import PARTIAL, FileWriter, write_whole
 from ds4mlx.directory import CONFIG, FORMAT_VERSION, JOURNAL, MANIFEST, canonical, read_manifest
 from ds4mlx.errors import DataError
 
-COPIED = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 JOURNAL_SECONDS = 5.0
+# Small files that a conversion may leave beside the weights.
+TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 # What lies beside the data while it is written: manifest, journal, headers.
 SPARE = 16 << 20
 
@@ -30,8 +32,10 @@ SPARE = 16 << 20
 def convert(
     src: str | Path,
     dst: str | Path,
-    recipe: str = "official",
+    recipe: str | None = None,
     *,
+    imatrix: str | Path | None = None,
+    mtp: str | Path | None = None,
     release: str | None = None,
     max_memory: int | None = None,
     dry_run: bool = False,
@@ -39,16 +43,20 @@ def convert(
     progress: bool = True,
     journal_seconds: float = JOURNAL_SECONDS,
 ) -> Plan:
-    """Convert `src`, a local directory or hub repo id in the official layout, into `dst`.
+    """Convert `src` into the model directory `dst`.
 
-    recipe: a key of RECIPES. release: "april" or "0731", where the source does not say.
+    src: a local directory or hub repo id in the official layout, or a GGUF file (any of its shards).
+    recipe: one of RECIPES; "official" unless told, and always "keep" for GGUF. imatrix: a file of
+    importances that steers the 2- and 4-bit recipes. mtp: a GGUF file with the MTP block of a GGUF
+    source. release: "april" or "0731", where the source does not say.
     max_memory: bytes that one chunk of rows may take when decoded (default 32 MiB; a few such
     exist at a time). dry_run: only plan. overwrite: replace an earlier conversion in `dst`.
     Returns the plan. Raises DataError naming file, tensor and cause.
     """
     if release not in (None, "april", "0731"):
         raise DataError(f"release must be 'april' or '0731', not {release!r}")
-    plan = Plan(Source(src), recipe, release)
+    importance = None if imatrix is None else Importance.read(Path(imatrix).expanduser())
+    plan = Plan(open_source(src, mtp), recipe, release, importance)
     if dry_run:
         return plan
     target = Path(dst).expanduser()
@@ -64,6 +72,7 @@ def convert(
         raise DataError(f"{cause}; nothing is lost, the same command goes on from here") from error
     finally:
         journal.close()
+    _say(quality_report(read_manifest(target)), progress)
     _say(f"{target}: {plan.nbytes:,} bytes in {len(plan.files)} weight files", progress)
     return plan
 
@@ -91,7 +100,7 @@ def _ready(target: Path, plan: Plan, overwrite: bool) -> bool:
 def _clear(target: Path) -> None:
     """Delete an earlier conversion, its manifest first; files that are not ours stay."""
     check_unlocked(target)
-    ours = [MANIFEST, CONFIG, *COPIED, JOURNAL]
+    ours = [MANIFEST, CONFIG, *TEXT_FILES, JOURNAL]
     weights = [
         p.name for p in target.glob("*.safetensors*") if p.suffix in (".safetensors", PARTIAL)
     ]
@@ -112,9 +121,9 @@ def _write(
             if file.name in journal.done and _whole(target / file.name, file.nbytes):
                 bar.update(file.nbytes)
                 continue
-            writer = FileWriter(file, plan.source, target, journal, chunk, seconds, bar.update)
+            writer = FileWriter(file, plan.encoder, target, journal, chunk, seconds, bar.update)
             writer.write()
-            journal.done[file.name] = {"tensors": writer.checksums}
+            journal.done[file.name] = {"entries": writer.records}
     files = _write_small_files(plan, target)
     write_whole(target / MANIFEST, canonical(_manifest(plan, journal, files)))
 
@@ -136,9 +145,7 @@ def _write_small_files(plan: Plan, target: Path) -> dict[str, bytes]:
     """Write config.json with the release, and the source's tokenizer files; {name: bytes}."""
     values = {**plan.source.config_values, "release": plan.release}
     files = {CONFIG: (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode()}
-    for name in COPIED:
-        if (plan.source.path / name).exists():
-            files[name] = (plan.source.path / name).read_bytes()
+    files |= plan.source.small_files()
     if "tokenizer.json" not in files:
         print(
             f"note: {plan.source.path} has no tokenizer.json, so text cannot be encoded",
@@ -156,13 +163,13 @@ def _manifest(plan: Plan, journal: Journal, small: dict[str, bytes]) -> dict[str
         name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
         for name, data in small.items()
     }
-    tensors = {}
+    tensors: dict[str, Any] = {}
     for file in plan.files:
         header = hashlib.sha256(file.header).hexdigest()
         files[file.name] = {"bytes": file.nbytes, "header_sha256": header}
-        checksums = journal.done[file.name]["tensors"]
-        for tensor in file.tensors:
-            tensors[tensor.plane.name] = _listed(plan.source, tensor, file.name, checksums)
+        records = journal.done[file.name]["entries"]
+        for out in file.entries:
+            tensors |= _listed(plan.source, out, file.name, records[out.entry.name])
     return {
         "format": FORMAT_VERSION,
         "ds4mlx": __version__,
@@ -170,31 +177,50 @@ def _manifest(plan: Plan, journal: Journal, small: dict[str, bytes]) -> dict[str
         "source": plan.source.fingerprint(),
         "recipe": plan.recipe,
         "release": plan.release,
+        "importance": plan.importance and plan.importance.name,
         "files": files,
         "tensors": tensors,
     }
 
 
-def _listed(
-    source: Source, tensor: OutTensor, file: str, checksums: dict[str, str]
-) -> dict[str, Any]:
-    """A tensor's line of the manifest."""
-    entry = tensor.entry
-    shards = {source.file(entry.official(e)).path.name for e in range(experts(entry))}
-    return {
+def _listed(source: Source, out: OutEntry, file: str, record: dict[str, Any]) -> dict[str, Any]:
+    """An entry's lines of the manifest, one a plane."""
+    name, shards = source.origin(out.entry)
+    shared = {
         "file": file,
-        "dtype": tensor.plane.dtype,
-        "shape": list(tensor.plane.shape),
-        "format": tensor.storage,
-        "sha256": checksums[tensor.plane.name],
-        "source": {
-            "tensor": entry.official("{expert}") if entry.kind == "experts" else entry.official(),
-            "files": sorted(shards),
-        },
-        "lossless": tensor.lossless,
+        "format": out.storage,
+        "source": {"tensor": name, "files": shards},
+        "lossless": out.lossless,
+    }
+    if out.quantised:
+        lost, size = record["loss"]
+        shared["relative_error"] = lost / size if size else 0.0
+    return {
+        plane.name: {
+            **shared,
+            "dtype": plane.dtype,
+            "shape": list(plane.shape),
+            "sha256": record["planes"][plane.name],
+        }
+        for plane in out.planes
     }
 
 
+def quality_report(manifest: dict[str, Any]) -> str:
+    """Table of what quantising lost: weighted squared error relative to the weights, by layer."""
+    rows: dict[str, dict[str, float]] = {}
+    for name, listed in manifest["tensors"].items():
+        if name.endswith(".weight") and "relative_error" in listed:
+            layer, _, part = name.removesuffix(".weight").partition(".ffn.experts.")
+            rows.setdefault(layer, {})[part] = listed["relative_error"]
+    if not rows:
+        return ""
+    lines = [f"{'relative error':<16} {'gate':>9} {'down':>9} {'up':>9}"]
+    for layer, parts in rows.items():
+        lines.append(f"{layer:<16} " + " ".join(f"{parts[p]:>9.5f}" for p in ("w1", "w2", "w3")))
+    return "\n".join(lines)
+
+
 def _say(text: str, wanted: bool) -> None:
-    if wanted:
+    if wanted and text:
         print(text, file=sys.stderr)

@@ -6,9 +6,9 @@ from typing import Any
 
 from ds4mlx.cache import state_bytes
 from ds4mlx.config import ModelConfig
-from ds4mlx.convert.source import Source, experts, scale_name
+from ds4mlx.convert.sources import Source, open_source
 from ds4mlx.directory import MANIFEST, ModelDirectory, planes
-from ds4mlx.inventory import COMPONENTS, Entry
+from ds4mlx.inventory import COMPONENTS
 from ds4mlx.tensor_file import TensorFile
 
 CONTEXTS = (4096, 32768, 100_000, 300_000, 1_048_576)
@@ -72,7 +72,7 @@ def inspect(location: str | Path, tensors: bool = False) -> Inspection:
         config, recipe, release = directory.config, directory.recipe, directory.config.release
         listed = _from_directory(directory)
     else:
-        source = Source(location)
+        source = open_source(location)
         config, recipe, release = source.config, None, source.config.release
         listed = _from_source(source)
     sizes = {what: sum(t.bytes for t in listed if t.component == what) for what in COMPONENTS}
@@ -112,12 +112,5 @@ def _from_directory(directory: ModelDirectory) -> list[Listed]:
 def _from_source(source: Source) -> list[Listed]:
     entries = [entry for listed in source.inventory.values() for entry in listed]
     return [
-        Listed(e.name, e.component, source.dtype(e), e.shape, _source_bytes(source, e))
-        for e in entries
+        Listed(e.name, e.component, source.dtype(e), e.shape, source.nbytes(e)) for e in entries
     ]
-
-
-def _source_bytes(source: Source, entry: Entry) -> int:
-    names = [entry.official(expert) for expert in range(experts(entry))]
-    names += [scale_name(name) for name in names if scale_name(name) in source.files]
-    return sum(source.info(name).nbytes for name in names)

@@ -4,32 +4,57 @@ import hashlib
 import json
 import math
 from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
 
 from ds4mlx import tensor_file
-from ds4mlx.convert.recipes import check_recipe, storage
-from ds4mlx.convert.source import Source
-from ds4mlx.directory import FORMAT_VERSION, TYPE_BITS, Plane, planes
+from ds4mlx.convert.encoder import Encoder
+from ds4mlx.convert.gguf_source import GGUFSource
+from ds4mlx.convert.importance import Importance
+from ds4mlx.convert.quantise import QUANTISERS
+from ds4mlx.convert.recipes import choose_recipe, storage
+from ds4mlx.convert.sources import Source
+from ds4mlx.directory import FORMAT_VERSION, STORED_TYPES, Plane, planes
 from ds4mlx.inventory import COMPONENTS, Entry
 
 
 @dataclass(frozen=True)
-class OutTensor:
-    """A tensor to write: one plane of an entry."""
+class OutEntry:
+    """A weight to write."""
 
     entry: Entry
-    plane: Plane
     storage: str
     lossless: bool
 
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.plane.shape) * TYPE_BITS[self.plane.dtype] // 8
+    @cached_property
+    def planes(self) -> list[Plane]:
+        """The arrays it becomes."""
+        return planes(self.entry, self.storage)
 
     @property
-    def row_bytes(self) -> int:
-        """Bytes of one row of one matrix."""
-        *_, width = self.plane.shape if len(self.plane.shape) > 1 else (1,)
-        return width * TYPE_BITS[self.plane.dtype] // 8
+    def quantised(self) -> bool:
+        """Whether writing it rounds to a few bits."""
+        return not self.lossless and self.storage in QUANTISERS
+
+    @property
+    def rows(self) -> int:
+        """Rows of all its matrices together."""
+        return (
+            math.prod(self.entry.shape[:-1]) if len(self.entry.shape) > 1 else self.entry.shape[0]
+        )
+
+    @property
+    def nbytes(self) -> int:
+        return sum(plane_bytes(plane) for plane in self.planes)
+
+    def row_bytes(self, plane: Plane) -> int:
+        """Bytes that one row takes in a plane."""
+        return plane_bytes(plane) // self.rows
+
+
+def plane_bytes(plane: Plane) -> int:
+    return math.prod(plane.shape) * np.dtype(STORED_TYPES[plane.dtype]).itemsize
 
 
 @dataclass(frozen=True)
@@ -37,33 +62,44 @@ class OutFile:
     """A weight file to write."""
 
     name: str
-    tensors: list[OutTensor]
+    entries: list[OutEntry]
 
-    @property
+    @cached_property
     def header(self) -> bytes:
-        return tensor_file.header(
-            {t.plane.name: (t.plane.dtype, t.plane.shape) for t in self.tensors}
-        )
+        """The bytes before the first tensor's."""
+        listed = (plane for out in self.entries for plane in out.planes)
+        return tensor_file.header({p.name: (p.dtype, p.shape) for p in listed})
 
     @property
     def nbytes(self) -> int:
-        return len(self.header) + sum(tensor.nbytes for tensor in self.tensors)
+        return len(self.header) + sum(out.nbytes for out in self.entries)
 
 
 class Plan:
     """The whole output of one conversion; `str(plan)` is what `--dry-run` prints."""
 
-    def __init__(self, source: Source, recipe: str, release: str | None):
-        check_recipe(recipe)
-        self.source, self.recipe = source, recipe
+    def __init__(
+        self,
+        source: Source,
+        recipe: str | None,
+        release: str | None,
+        importance: Importance | None = None,
+    ):
+        self.source, self.importance = source, importance
+        self.recipe = choose_recipe(recipe, source, isinstance(source, GGUFSource))
         self.release = release or source.config.release
-        self.files = []
-        for name, entries in source.inventory.items():
-            tensors = []
-            for entry in entries:
-                chosen, lossless = storage(recipe, entry, source)
-                tensors += [OutTensor(entry, p, chosen, lossless) for p in planes(entry, chosen)]
-            self.files.append(OutFile(name, tensors))
+        self.encoder = Encoder(source, importance)
+        self.files = [
+            OutFile(name, [OutEntry(e, *storage(self.recipe, e, source)) for e in entries])
+            for name, entries in source.inventory.items()
+        ]
+        if importance is not None:
+            importance.check(out.entry for out in self.entries if out.quantised)
+
+    @property
+    def entries(self) -> list[OutEntry]:
+        """Every weight, in file order."""
+        return [out for file in self.files for out in file.entries]
 
     @property
     def nbytes(self) -> int:
@@ -72,16 +108,17 @@ class Plan:
 
     def fingerprint(self) -> str:
         """Digest of everything that decides the output's bytes."""
-        parts = [FORMAT_VERSION, self.recipe, self.release, self.source.fingerprint()]
+        steered = self.importance.fingerprint if self.importance else None
+        parts = [FORMAT_VERSION, self.recipe, self.release, self.source.fingerprint(), steered]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def classes(self) -> list[tuple[str, str, str, bool, int]]:
         """(component, type in the source, storage format, bit-exact, bytes) of every class of tensors."""
         sums: dict[tuple[str, str, str, bool], int] = {}
-        for tensor in (t for file in self.files for t in file.tensors):
-            found = self.source.dtype(tensor.entry)
-            key = (tensor.entry.component, found, tensor.storage, tensor.lossless)
-            sums[key] = sums.get(key, 0) + tensor.nbytes
+        for out in self.entries:
+            found = self.source.dtype(out.entry)
+            key = (out.entry.component, found, out.storage, out.lossless)
+            sums[key] = sums.get(key, 0) + out.nbytes
         ordered = sorted(sums.items(), key=lambda item: (COMPONENTS.index(item[0][0]), item[0][1:]))
         return [(*key, size) for key, size in ordered]
 

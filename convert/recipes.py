@@ -1,40 +1,61 @@
-"""Recipes: which storage format each kind of tensor gets, and whether that keeps every bit."""
+"""Recipes: which storage format each tensor gets, and whether that keeps every bit."""
 
-from ds4mlx.convert.source import Source
+import re
+
+from ds4mlx.config import ModelConfig
+from ds4mlx.convert.sources import Source
 from ds4mlx.errors import DataError
-from ds4mlx.inventory import Entry, Kind
+from ds4mlx.formats import FORMATS
+from ds4mlx.inventory import Entry
 
-# A source type -> the format that holds it exactly.
-EXACT = {
-    "F8_E4M3": "mxfp8",
-    "I8": "mxfp4",
-    "BF16": "bf16",
-    "F32": "f32",
-    "I64": "i32",
-    "I32": "i32",
-}
-# What a recipe changes; a kind that is not named keeps its exact format.
-RECIPES: dict[str, dict[Kind, str]] = {
-    "official": {},
-    "bf16": {"matrix": "bf16", "experts": "bf16", "plain": "bf16"},
-    "f32": {"matrix": "f32", "experts": "f32", "plain": "f32"},
-}
-# FP8, FP4 and BF16 values all fit BF16 exactly; only F32 ones are rounded.
-LOSSLESS = {("bf16", dtype) for dtype in ("F8_E4M3", "I8", "BF16")}
-PLANNED = ("q2", "q2-q4", "q4", "keep")
+RECIPES = ("official", "q2", "q2-q4", "q4", "bf16", "f32", "keep")
+# Formats of the routed experts' gate and up (w1, w3), and of down (w2).
+TWO_BITS, FOUR_BITS = ("iq2_xxs", "q2_k"), ("q4_k", "q4_k")
+# Layers at the end that `q2-q4` keeps at four bits.
+LATE = 6
+# FP8, FP4 and BF16 values all fit BF16 exactly; F32 ones are rounded.
+FITS_BF16 = ("F8_E4M3", "I8", "BF16")
 
 
-def check_recipe(recipe: str) -> None:
-    """DataError if there is no such recipe."""
-    if recipe in PLANNED:
-        raise DataError(f"recipe {recipe!r} is not available yet; there are: {', '.join(RECIPES)}")
-    if recipe not in RECIPES:
-        raise DataError(f"there is no recipe {recipe!r}; there are: {', '.join(RECIPES)}")
+def choose_recipe(recipe: str | None, source: Source, gguf: bool) -> str:
+    """The recipe asked for, or the source's default; DataError if the source has no such recipe."""
+    offered = ("keep",) if gguf else RECIPES[:-1]
+    recipe = recipe or offered[0]
+    if recipe not in offered:
+        kind = "a GGUF file" if gguf else "an official checkpoint"
+        raise DataError(
+            f"there is no recipe {recipe!r} for {kind}; there are: {', '.join(offered)}"
+        )
+    return recipe
 
 
 def storage(recipe: str, entry: Entry, source: Source) -> tuple[str, bool]:
     """The format an entry gets, and whether its values stay bit for bit."""
-    dtype = source.dtype(entry)
-    chosen = RECIPES[recipe].get(entry.kind, EXACT[dtype])
-    lossless = chosen in (EXACT[dtype], "f32") or (chosen, dtype) in LOSSLESS
-    return chosen, lossless
+    exact, chosen = source.exact(entry), source.exact(entry)
+    if recipe in ("bf16", "f32") and entry.kind in ("matrix", "experts", "plain"):
+        chosen = recipe
+    elif recipe in ("q2", "q2-q4", "q4") and entry.kind == "experts":
+        chosen = _expert_format(recipe, entry, source.config)
+        _check_width(entry, chosen, source)
+    lossless = chosen in (exact, "f32")
+    return chosen, lossless or (chosen == "bf16" and source.dtype(entry) in FITS_BF16)
+
+
+def _expert_format(recipe: str, entry: Entry, config: ModelConfig) -> str:
+    """Formats of routed experts; the MTP block's are those of the last main layer."""
+    number = re.match(r"layers\.(\d+)\.", entry.name)
+    last = config.num_hidden_layers - 1
+    layer = int(number[1]) if number else last
+    four = recipe == "q4" or (recipe == "q2-q4" and layer > last - LATE)
+    gate_and_up, down = FOUR_BITS if four else TWO_BITS
+    return down if ".w2." in entry.name else gate_and_up
+
+
+def _check_width(entry: Entry, storage: str, source: Source) -> None:
+    block = FORMATS[storage].block
+    if entry.shape[-1] % block:
+        name, files = source.origin(entry)
+        raise DataError(
+            f"{source.path / files[0]}: tensor {name} has rows of {entry.shape[-1]}, and {storage} "
+            f"needs a multiple of {block}: use another recipe"
+        )

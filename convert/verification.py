@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from ds4mlx.convert.planes import decode, row_chunks
-from ds4mlx.convert.source import Source
+from ds4mlx.convert.encoder import row_chunks
+from ds4mlx.convert.quantise import decode
+from ds4mlx.convert.sources import Source, open_source
 from ds4mlx.directory import STORED_TYPES, ModelDirectory, Plane, planes
 from ds4mlx.errors import DataError
 from ds4mlx.inventory import Entry
@@ -28,15 +29,19 @@ class Checked:
 
 
 def verify(
-    dst: str | Path, against: str | Path | None = None, progress: bool = True
+    dst: str | Path,
+    against: str | Path | None = None,
+    progress: bool = True,
+    *,
+    mtp: str | Path | None = None,
 ) -> list[Checked]:
     """Check every file, header and tensor of `dst`; with `against`, the values too.
 
-    against: the official source that `dst` was made from. Raises DataError naming the first file or
+    against: the source that `dst` was made from; mtp: as for `convert`. Raises DataError naming the first file or
     tensor that is not as recorded. Returns one line a weight.
     """
     directory = ModelDirectory.open(dst)
-    source = Source(against) if against is not None else None
+    source = None if against is None else open_source(against, mtp)
     if source is not None and source.config != directory.config.model_copy(
         update={"release": source.config.release}
     ):

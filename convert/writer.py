@@ -1,23 +1,71 @@
 """Writes one weight file, a chunk of rows at a time, so that it can stop and go on anywhere.
 
 The file is `NAME.partial` until its last byte is on the disk. Every few seconds the journal notes how
-far it is; going on re-reads what is there and compares its checksum before trusting it.
+far it is; going on re-reads what is there and compares its checksums before trusting it.
 """
 
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ds4mlx.convert.encoder import Encoder, Rows, row_chunks
 from ds4mlx.convert.journal import Journal
-from ds4mlx.convert.plan import OutFile, OutTensor
-from ds4mlx.convert.planes import encode, row_chunks
-from ds4mlx.convert.source import Source
+from ds4mlx.convert.plan import OutEntry, OutFile, plane_bytes
+from ds4mlx.inventory import experts
 
 PARTIAL = ".partial"
 BLOCK = 8 << 20
+
+
+class EntryWriter:
+    """Writes the planes of one entry side by side; each has its place in the file."""
+
+    def __init__(self, fd: int, out: OutEntry, position: int, advance: Callable[[int], Any]):
+        self.fd, self.out, self.advance = fd, out, advance
+        self.places: dict[str, int] = {}  # plane -> where it begins in the file
+        for plane in out.planes:
+            self.places[plane.plane] = position
+            position += plane_bytes(plane)
+        self.running = {plane.plane: hashlib.sha256() for plane in out.planes}
+        self.loss = (0.0, 0.0)
+        self.done = 0  # rows in place
+
+    def matches(self, record: dict[str, Any]) -> bool:
+        """Take up a record of rows in place, if the bytes it vouches for are there."""
+        rows = record["rows"]
+        for plane in self.out.planes:
+            nbytes = rows * self.out.row_bytes(plane)
+            running = digest(self.fd, self.places[plane.plane], nbytes)
+            if running.hexdigest() != record["planes"][plane.name]:
+                return False
+            self.running[plane.plane] = running
+        self.done, self.loss = rows, tuple(record["loss"])
+        return True
+
+    def skip(self) -> None:
+        """Count what is in place as written."""
+        self.advance(self.done * sum(self.out.row_bytes(plane) for plane in self.out.planes))
+
+    def put(self, rows: Rows, count: int) -> None:
+        """Write the next `count` rows."""
+        for plane in self.out.planes:
+            data = rows.planes[plane.plane].tobytes()
+            write_at(
+                self.fd, data, self.places[plane.plane] + self.done * self.out.row_bytes(plane)
+            )
+            self.running[plane.plane].update(data)
+            self.advance(len(data))
+        self.done += count
+        self.loss = (self.loss[0] + rows.loss[0], self.loss[1] + rows.loss[1])
+
+    def record(self) -> dict[str, Any]:
+        """What is in place now: rows, checksum of each plane so far, and loss."""
+        names = {plane.plane: plane.name for plane in self.out.planes}
+        checksums = {names[plane]: running.hexdigest() for plane, running in self.running.items()}
+        return {"rows": self.done, "planes": checksums, "loss": list(self.loss)}
 
 
 class FileWriter:
@@ -26,105 +74,72 @@ class FileWriter:
     def __init__(
         self,
         file: OutFile,
-        source: Source,
+        encoder: Encoder,
         directory: Path,
         journal: Journal,
         chunk: int,
         seconds: float,
         advance: Callable[[int], Any],
     ):
-        self.file, self.source, self.journal = file, source, journal
+        self.file, self.encoder, self.journal = file, encoder, journal
         self.chunk, self.seconds, self.advance = chunk, seconds, advance
         self.path = directory / file.name
         self.partial = directory / (file.name + PARTIAL)
-        self.checksums: dict[str, str] = {}  # finished tensor -> sha256
+        self.records: dict[str, dict[str, Any]] = {}  # entry -> record, of those begun
         self.noted = time.monotonic()
 
     def write(self) -> None:
         """Write or finish the file and note it in the journal."""
         fd = os.open(self.partial, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            self._resume_or_restart(fd)
+            self._write(fd, self._trusted(fd))
             os.fsync(fd)
         finally:
             os.close(fd)
         self.partial.replace(self.path)
         sync_directory(self.path.parent)
         header = hashlib.sha256(self.file.header).hexdigest()
-        self.journal.append({"file": self.file.name, "header": header, "tensors": self.checksums})
+        self.journal.append({"file": self.file.name, "header": header, "entries": self.records})
 
-    def _resume_or_restart(self, fd: int) -> None:
-        record = self.journal.progress.get(self.file.name)
-        if record is None or not self._matches(fd, record):
-            record = {"tensors": {}, "bytes": 0}
-            os.ftruncate(fd, 0)
-            write_at(fd, self.file.header, 0)
+    def _trusted(self, fd: int) -> dict[str, Any]:
+        """The journal's records of this file, if its header is in place; else an empty file."""
+        note = self.journal.progress.get(self.file.name)
+        if note is not None and os.pread(fd, len(self.file.header), 0) == self.file.header:
+            return note["entries"]
+        os.ftruncate(fd, 0)
+        write_at(fd, self.file.header, 0)
+        return {}
+
+    def _write(self, fd: int, trusted: dict[str, Any]) -> None:
         position = len(self.file.header)
         self.advance(position)
-        for tensor in self.file.tensors:
-            name = tensor.plane.name
-            if name in record["tensors"]:
-                self.checksums[name] = record["tensors"][name]
-                self.advance(tensor.nbytes)
-            else:
-                self._write_tensor(fd, position, tensor, record["bytes"])
-                record = {"tensors": {}, "bytes": 0}
-            position += tensor.nbytes
+        for out in self.file.entries:
+            writer = EntryWriter(fd, out, position, self.advance)
+            record = trusted.get(out.entry.name)
+            if record is not None and writer.matches(record):
+                writer.skip()
+            self._fill(fd, writer)
+            position += out.nbytes
 
-    def _matches(self, fd: int, record: dict[str, Any]) -> bool:
-        """Whether the bytes that a progress record vouches for are in the file."""
-        position = len(self.file.header)
-        if os.pread(fd, position, 0) != self.file.header:
-            return False
-        for tensor in self.file.tensors:
-            name = tensor.plane.name
-            wanted, nbytes = record["tensors"].get(name), tensor.nbytes
-            if wanted is None:
-                wanted, nbytes = record["sha256"], record["bytes"]
-            if digest(fd, position, nbytes).hexdigest() != wanted:
-                return False
-            if name not in record["tensors"]:
-                return True
-            position += nbytes
-        return True
+    def _fill(self, fd: int, writer: EntryWriter) -> None:
+        """Write the rows that are not in place yet."""
+        out, end, per_matrix = writer.out, 0, writer.out.rows // experts(writer.out.entry)
+        for expert, rows in row_chunks(out.entry, self.chunk, whole=out.quantised):
+            end = expert * per_matrix + rows.stop
+            if end > writer.done:
+                start = max(rows.start, writer.done - expert * per_matrix)
+                encoded = self.encoder.rows(out.storage, out.entry, expert, slice(start, rows.stop))
+                writer.put(encoded, rows.stop - start)
+                self.records[out.entry.name] = writer.record()
+                self._note(fd)
+        self.records[out.entry.name] = writer.record()
 
-    def _write_tensor(self, fd: int, position: int, tensor: OutTensor, skip: int) -> None:
-        """Write a tensor at `position`; its first `skip` bytes are there."""
-        running = digest(fd, position, skip)
-        self.advance(skip)
-        for end, rows in self._pieces(tensor, skip):
-            write_at(fd, rows, position + end - len(rows))
-            running.update(rows)
-            self.advance(len(rows))
-            if time.monotonic() - self.noted >= self.seconds:
-                self._note(fd, end, running.hexdigest())
-        self.checksums[tensor.plane.name] = running.hexdigest()
-
-    def _pieces(self, tensor: OutTensor, skip: int) -> Iterator[tuple[int, bytes]]:
-        """(where it ends in the tensor, bytes) of every chunk of rows beyond `skip` bytes."""
-        end = 0
-        for expert, rows in row_chunks(tensor.entry, self.chunk):
-            end += (rows.stop - rows.start) * tensor.row_bytes
-            start = end - (rows.stop - rows.start) * tensor.row_bytes
-            if end > skip:
-                late = max(0, skip - start) // tensor.row_bytes  # rows of it that are there
-                rows = slice(rows.start + late, rows.stop)
-                found = encode(
-                    tensor.storage, tensor.plane.plane, self.source, tensor.entry, expert, rows
-                )
-                yield end, found.tobytes()
-
-    def _note(self, fd: int, nbytes: int, checksum: str) -> None:
-        os.fsync(fd)
-        self.journal.append(
-            {
-                "file": self.file.name,
-                "tensors": self.checksums,
-                "bytes": nbytes,
-                "sha256": checksum,
-            }
-        )
-        self.noted = time.monotonic()
+    def _note(self, fd: int) -> None:
+        """Tell the journal now and then."""
+        if time.monotonic() - self.noted >= self.seconds:
+            os.fsync(fd)
+            self.journal.append({"file": self.file.name, "entries": self.records})
+            self.noted = time.monotonic()
 
 
 def write_at(fd: int, data: bytes, position: int) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 
 from ds4mlx.config import ModelConfig
 from ds4mlx.errors import DataError
+from ds4mlx.formats import FORMATS
 from ds4mlx.inventory import Entry, inventory
 from ds4mlx.tensor_file import TensorFile
 
@@ -22,21 +23,14 @@ MANIFEST = "manifest.json"
 JOURNAL = "convert-journal.jsonl"
 CONFIG = "config.json"
 
-# Formats: plane -> (type tag, bits a weight), along the last axis.
-PLANES: dict[str, dict[str, tuple[str, float]]] = {
-    "f32": {"weight": ("F32", 32)},
-    "bf16": {"weight": ("BF16", 16)},
-    "i32": {"weight": ("I32", 32)},
-    "mxfp8": {"weight": ("U32", 8), "scales": ("U8", 0.25)},
-    "mxfp4": {"weight": ("U32", 4), "scales": ("U8", 0.25)},
-}
-TYPE_BITS = {"F32": 32, "BF16": 16, "I32": 32, "U32": 32, "U8": 8}
-# How NumPy holds them; BF16 as bit patterns.
+# How NumPy holds a plane's elements; BF16 as bit patterns.
 STORED_TYPES = {
     "F32": np.float32,
+    "F16": np.float16,
     "BF16": np.uint16,
     "I32": np.int32,
     "U32": np.uint32,
+    "I8": np.int8,
     "U8": np.uint8,
 }
 
@@ -46,18 +40,18 @@ class Plane:
     """One stored array of an entry."""
 
     name: str  # name of the tensor in the file
-    plane: str  # "weight" (also for tensors that have only one plane) or "scales"
+    plane: str  # its name in the format: "weight" is the first, or only, one
     dtype: str
     shape: tuple[int, ...]
 
 
 def planes(entry: Entry, storage: str) -> list[Plane]:
     """The arrays that hold an entry in a storage format."""
-    *rows, width = entry.shape
-    found = []
-    for plane, (dtype, bits) in PLANES[storage].items():
+    *rows, columns = entry.shape
+    found, layout = [], FORMATS[storage].layout
+    for plane, width in FORMATS[storage].widths(columns).items():
         name = entry.name if plane == "weight" else f"{entry.module}.{plane}"
-        found.append(Plane(name, plane, dtype, (*rows, int(width * bits) // TYPE_BITS[dtype])))
+        found.append(Plane(name, plane, layout[plane][0], (*rows, width)))
     return found
 
 
@@ -131,7 +125,7 @@ class ModelDirectory:
         listed = self.manifest["tensors"].get(entry.name)
         if listed is None:
             raise DataError(f"{self.path / MANIFEST}: tensor {entry.name} is missing")
-        if listed["format"] not in PLANES:
+        if listed["format"] not in FORMATS:
             raise DataError(
                 f"{self.path / MANIFEST}: {entry.name} has unknown format {listed['format']}"
             )

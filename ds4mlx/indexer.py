@@ -9,6 +9,7 @@ from ds4mlx.config import ModelConfig
 from ds4mlx.linear import Linear
 from ds4mlx.rope import Angles, Rotary, rotate
 from ds4mlx.rounding import Rounding, round_index
+from ds4mlx.ties import settle
 
 
 class Indexer(nn.Module):
@@ -25,6 +26,7 @@ class Indexer(nn.Module):
         self.weights_proj = Linear(self.heads, config.hidden_size)
         self.compressor = Compressor(config, self.width, ratio)
         self.rounding: Rounding = rounding
+        self.heap_ties = config.index_ties == "heap"
 
     def extend(self, x: mx.array, offset: int, state: CompressorState, rotary: Rotary) -> mx.array:
         """Take tokens x (B, L, D); return all index rows so far (B, R, width)."""
@@ -65,4 +67,7 @@ class Indexer(nn.Module):
         A query with fewer visible rows gets invisible ones among them: mask by visibility again.
         """
         masked = mx.where(visible, scores, -mx.inf)
-        return mx.argpartition(-masked, self.topk - 1, axis=-1)[..., : self.topk]
+        chosen = mx.argpartition(-masked, self.topk - 1, axis=-1)[..., : self.topk]
+        if self.heap_ties and mx.default_device() == mx.cpu:
+            return settle(masked, chosen)
+        return chosen

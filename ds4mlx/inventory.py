@@ -43,6 +43,15 @@ class Entry:
         return self.name.rpartition(".")[0]
 
     @property
+    def is_matrix(self) -> bool:
+        """Whether its module is a Matrix, which can hold it in any storage format."""
+        if self.kind in ("matrix", "experts"):
+            return True
+        return (
+            self.kind == "plain" and len(self.shape) == 2 and not self.name.endswith("gate.weight")
+        )
+
+    @property
     def component(self) -> str:
         """Which of COMPONENTS it belongs to."""
         return component(self.name)
@@ -50,6 +59,11 @@ class Entry:
     def official(self, expert: int | str = 0) -> str:
         """Its name in the official files; of one expert if it is a stack."""
         return official_name(self.name, expert)
+
+
+def experts(entry: Entry) -> int:
+    """How many matrices an entry is a stack of; 1 if it is none."""
+    return entry.shape[0] if entry.kind == "experts" else 1
 
 
 def official_name(name: str, expert: int | str = 0) -> str:

@@ -19,16 +19,17 @@ class Matrix(nn.Module):
 
     def store(self, storage: str) -> None:
         """Hold the weight in format `storage`, a key of FORMATS, from now on; its values are unset."""
-        for plane in self.planes:
-            del self[plane]
+        if "storage" in self:
+            for plane in self.planes:
+                del self[plane]
         self.storage = storage
         for plane, empty in self.format.empty(self._shape).items():
             self[plane] = empty
 
     @property
-    def planes(self) -> list[str]:
-        """Names of the arrays that hold the weight."""
-        return list(self.parameters())
+    def planes(self) -> dict[str, mx.array]:
+        """The arrays that hold the weight, by name."""
+        return {plane: self[plane] for plane in self.format.layout}
 
     @property
     def format(self) -> Format:
@@ -37,14 +38,14 @@ class Matrix(nn.Module):
 
     def decode(self) -> mx.array:
         """The weight's values, float32, in its logical shape."""
-        return self.format.decode(self)
+        return self.format.decode(self.planes)
 
 
 class Linear(Matrix):
     """y = x . W^T in x's type; x: (..., in) -> (..., out)."""
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.format.matmul(self, x)
+        return self.format.matmul(self.planes, x)
 
 
 class GroupedLinear(Matrix):
@@ -57,12 +58,19 @@ class GroupedLinear(Matrix):
     def __call__(self, x: mx.array) -> mx.array:
         """x: (B, L, groups, in) -> (B, L, groups, out)."""
         batch, length, groups, width = x.shape
-        planes = {
-            name: self[name].reshape(groups, -1, self[name].shape[-1]) for name in self.planes
-        }
+        planes = {p: a.reshape(groups, -1, a.shape[-1]) for p, a in self.planes.items()}
         rows = x.transpose(2, 0, 1, 3).reshape(groups, batch * length, width)
         product = self.format.matmul(planes, rows)
         return product.reshape(groups, batch, length, -1).transpose(1, 2, 0, 3)
+
+
+class Embedding(Matrix):
+    """A row per token id."""
+
+    def __call__(self, ids: mx.array) -> mx.array:
+        """int (...) -> (..., width), float32 or the type of plain values."""
+        rows = {plane: array[ids] for plane, array in self.planes.items()}
+        return rows["weight"] if len(rows) == 1 else self.format.decode(rows)
 
 
 class ExpertStack(Matrix):
@@ -70,7 +78,7 @@ class ExpertStack(Matrix):
 
     def __call__(self, x: mx.array, experts: mx.array, ordered: bool = False) -> mx.array:
         """x: (..., 1, in), experts: int (...) -> (..., 1, out); `ordered`: experts ascend."""
-        return self.format.gather(self, x, experts, ordered)
+        return self.format.gather(self.planes, x, experts, ordered)
 
 
 class RMSNorm(nn.Module):

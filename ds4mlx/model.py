@@ -13,7 +13,7 @@ from ds4mlx.attention import Attention
 from ds4mlx.cache import DecodeState, LayerState
 from ds4mlx.config import ModelConfig
 from ds4mlx.hyper import HyperConnection, HyperHead, collapse
-from ds4mlx.linear import Linear, RMSNorm
+from ds4mlx.linear import Embedding, Linear, RMSNorm
 from ds4mlx.moe import MoE
 from ds4mlx.rope import Rotary
 from ds4mlx.rounding import Rounding
@@ -80,7 +80,7 @@ class Model(nn.Module):
         plain, long = Rotary(args, compressed=False), Rotary(args, compressed=True)
         tables = {0: plain, 4: long, 128: long}
         layers, drafts = args.num_hidden_layers, args.num_nextn_predict_layers
-        self.embed = nn.Embedding(args.vocab_size, args.hidden_size)
+        self.embed = Embedding(args.vocab_size, args.hidden_size)
         self.layers = [Block(args, i, rounding, tables[args.ratio(i)]) for i in range(layers)]
         self.hc_head = HyperHead(args)
         self.norm = RMSNorm(args.hidden_size, args.rms_norm_eps)

@@ -15,7 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from ds4mlx.config import ModelConfig, read_json
 from ds4mlx.convert import codecs
 from ds4mlx.errors import DataError
-from ds4mlx.inventory import Entry, inventory
+from ds4mlx.inventory import Entry, experts, inventory
 from ds4mlx.tensor_file import TensorFile, TensorInfo
 
 INDEX = "model.safetensors.index.json"
@@ -29,6 +29,16 @@ ACCEPTED = {
     "exact": ("F32",),
     "ids": ("I64", "I32"),
 }
+# A source type -> the format that holds it exactly.
+EXACT = {
+    "F8_E4M3": "mxfp8",
+    "I8": "mxfp4",
+    "BF16": "bf16",
+    "F32": "f32",
+    "I64": "i32",
+    "I32": "i32",
+}
+COPIED = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 NUMPY = {
     "F8_E4M3": np.uint8,
     "F8_E8M0": np.uint8,
@@ -40,7 +50,7 @@ NUMPY = {
 }
 
 
-class Source:
+class OfficialSource:
     """A checkpoint in the official layout. Raises DataError naming file, tensor and cause."""
 
     def __init__(self, location: str | Path):
@@ -70,6 +80,40 @@ class Source:
         """Type tag that the source stores an entry in."""
         return self.info(entry.official()).dtype
 
+    def exact(self, entry: Entry) -> str:
+        """The storage format that holds an entry's values exactly."""
+        return EXACT[self.dtype(entry)]
+
+    def origin(self, entry: Entry) -> tuple[str, list[str]]:
+        """Official name of an entry (`{expert}` in a stack's) and the shards that hold it."""
+        name = entry.official("{expert}") if entry.kind == "experts" else entry.official()
+        return name, sorted({self.file(entry.official(e)).path.name for e in range(experts(entry))})
+
+    def nbytes(self, entry: Entry) -> int:
+        """Bytes of an entry in the source, scales included."""
+        names = [entry.official(expert) for expert in range(experts(entry))]
+        names += [scale_name(name) for name in names if scale_name(name) in self.files]
+        return sum(self.info(name).nbytes for name in names)
+
+    def small_files(self) -> dict[str, bytes]:
+        """The tokenizer's files, {name: bytes}."""
+        there = (name for name in COPIED if (self.path / name).exists())
+        return {name: (self.path / name).read_bytes() for name in there}
+
+    def stored(self, entry: Entry, expert: int, start: int, stop: int) -> dict[str, np.ndarray]:
+        """Rows of an entry as planes of its exact format."""
+        name, dtype = entry.official(expert), self.dtype(entry)
+        if dtype not in ("F8_E4M3", "I8"):
+            values = self.values if entry.kind == "ids" else self._rows
+            return {"weight": values(entry, expert, start, stop)}
+        codes = self.rows(name, start, stop).view(np.uint32)
+        if dtype == "F8_E4M3":
+            return {"weight": codes, "scales": self.tile_scales(name, start, stop)}
+        return {"weight": codes, "scales": self.rows(scale_name(name), start, stop)}
+
+    def _rows(self, entry: Entry, expert: int, start: int, stop: int) -> np.ndarray:
+        return self.rows(entry.official(expert), start, stop)
+
     def rows(self, name: str, start: int, stop: int) -> np.ndarray:
         """Rows start..stop-1 of an official tensor, as stored (8-bit types as uint8, BF16 as uint16)."""
         info, dtype = self.info(name), NUMPY[self.info(name).dtype]
@@ -89,7 +133,10 @@ class Source:
             return codecs.decode_fp4(stored, self.rows(scale_name(name), start, stop))
         if dtype == "BF16":
             return codecs.from_bf16(stored)
-        return codecs.check_ids(stored, self, entry) if entry.kind == "ids" else stored
+        if entry.kind == "ids":
+            count = self.config.n_routed_experts
+            return codecs.check_ids(stored, count, self.file(name).path, name)
+        return stored
 
     def tile_scales(self, name: str, start: int, stop: int) -> np.ndarray:
         """E8M0 codes of FP8 rows, one per row and group of 32: uint8 (rows, in / 32)."""
@@ -170,11 +217,6 @@ class Source:
                 f"{self.file(name).path}: tensor {name} has type {found}, expected F8_E8M0"
             )
         self._check_shape(name, shape)
-
-
-def experts(entry: Entry) -> int:
-    """How many official tensors an entry is made of."""
-    return entry.shape[0] if entry.kind == "experts" else 1
 
 
 def scale_name(name: str) -> str:

@@ -1,0 +1,52 @@
+"""From rows of a source tensor to rows of the planes that a storage format keeps, and back."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ds4mlx.convert import codecs
+from ds4mlx.convert.importance import Importance
+from ds4mlx.convert.quantise import QUANTISERS, quantise
+from ds4mlx.convert.sources import Source
+from ds4mlx.inventory import Entry, experts
+
+# float32 bytes that a chunk of rows may take; rows come in multiples of 128, the height of a tile.
+CHUNK = 32 << 20
+TILE = 128
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Encoded rows: planes (rows, elements), and what was lost: (weighted squared error, size)."""
+
+    planes: dict[str, np.ndarray]
+    loss: tuple[float, float] = (0.0, 0.0)
+
+
+class Encoder:
+    """Encodes rows of a source's entries; `importance` steers what the quantisers keep."""
+
+    def __init__(self, source: Source, importance: Importance | None):
+        self.source, self.importance = source, importance
+
+    def rows(self, storage: str, entry: Entry, expert: int, rows: slice) -> Rows:
+        """Rows of an entry (of one expert if it is a stack) in a storage format."""
+        if storage == self.source.exact(entry):
+            return Rows(self.source.stored(entry, expert, rows.start, rows.stop))
+        values = self.source.values(entry, expert, rows.start, rows.stop)
+        if storage in QUANTISERS:
+            columns = self.importance.of(entry, expert) if self.importance else None
+            return Rows(*quantise(values, storage, columns))
+        return Rows({"weight": codecs.to_bf16(values) if storage == "bf16" else values})
+
+
+def row_chunks(entry: Entry, limit: int = CHUNK, whole: bool = False) -> list[tuple[int, slice]]:
+    """(expert, rows) of every chunk of an entry, in file order.
+
+    A chunk is about `limit` bytes of float32, or all rows of a matrix if `whole`.
+    """
+    shape = entry.shape[1:] if entry.kind == "experts" else entry.shape
+    width = 4 * int(np.prod(shape[1:]))
+    step = shape[0] if whole else max(1, limit // width // TILE) * TILE
+    pieces = [slice(a, min(a + step, shape[0])) for a in range(0, shape[0], step)]
+    return [(expert, rows) for expert in range(experts(entry)) for rows in pieces]

@@ -1,0 +1,114 @@
+"""How much each input column of a routed expert matters: read from an imatrix file.
+
+Two forms: the legacy `.dat` that ds4 and older llama.cpp tools write, and llama.cpp's GGUF form. Both
+hold, per expert and column, the mean of x^2 over the tokens that were routed to the expert.
+"""
+
+import hashlib
+import re
+import struct
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from ds4mlx.convert.gguf_container import MAGIC, GGUFFile
+from ds4mlx.errors import DataError
+from ds4mlx.inventory import Entry
+
+PARTS = {"w1": "gate", "w2": "down", "w3": "up"}
+SUMS, COUNTS = ".in_sum2", ".counts"
+
+
+class Importance:
+    """Importances of stacks of experts: GGUF name -> float32 (experts, columns) once checked."""
+
+    def __init__(self, name: str, stacks: dict[str, np.ndarray], fingerprint: str):
+        self.name, self.stacks, self.fingerprint = name, stacks, fingerprint
+
+    @classmethod
+    def read(cls, path: Path) -> "Importance":
+        """Read either form. Raises DataError naming file and entry."""
+        try:
+            raw = path.read_bytes()
+        except OSError as error:
+            raise DataError(f"{path}: {error.strerror}") from None
+        stacks = _from_gguf(path) if raw[:4] == MAGIC else _from_dat(raw, path)
+        if not stacks:
+            raise DataError(f"{path}: holds no importance of routed experts")
+        for name, stack in stacks.items():
+            if not (np.isfinite(stack).all() and (stack >= 0).all()):
+                raise DataError(f"{path}: {name} has importances that are negative or not finite")
+        return cls(path.name, stacks, hashlib.sha256(raw).hexdigest())
+
+    def of(self, entry: Entry, expert: int) -> np.ndarray | None:
+        """Importance (columns,) of one expert of a stack; None for the MTP block, which has none."""
+        stack = self.stacks.get(stack_name(entry) or "")
+        return None if stack is None else stack[expert]
+
+    def check(self, entries: Iterable[Entry]) -> None:
+        """DataError if a main layer's entry has no importance, or one of another shape."""
+        for entry in entries:
+            name = stack_name(entry)
+            if name is None:
+                continue
+            if name not in self.stacks:
+                raise DataError(f"{self.name}: has no importance of {name}")
+            experts, _, columns = entry.shape
+            stack = self.stacks[name]
+            if stack.size not in (experts * columns, columns):
+                raise DataError(
+                    f"{self.name}: {name} has {stack.size} values, expected {experts} x {columns}"
+                )
+            self.stacks[name] = np.broadcast_to(stack.reshape(-1, columns), (experts, columns))
+
+
+def stack_name(entry: Entry) -> str | None:
+    """What imatrix files call a stack of routed experts; None for other entries."""
+    found = re.fullmatch(r"layers\.(\d+)\.ffn\.experts\.(w[123])\.weight", entry.name)
+    return found and f"blk.{found[1]}.ffn_{PARTS[found[2]]}_exps.weight"
+
+
+def is_stack(name: str) -> bool:
+    """Whether an entry of an imatrix file is of routed experts; others are not used."""
+    return re.fullmatch(r"blk\.\d+\.ffn_(gate|down|up)_exps\.weight", name) is not None
+
+
+def _from_dat(raw: bytes, path: Path) -> dict[str, np.ndarray]:
+    """Entries of (length, name, calls, count, count floats); a reader divides by the calls."""
+    stacks, position = {}, 4
+    try:
+        (entries,) = struct.unpack_from("<i", raw)
+        for _ in range(entries):
+            name, calls, values, position = _dat_entry(raw, position)
+            if is_stack(name):
+                stacks[name] = values / max(calls, 1)
+    except (struct.error, ValueError) as error:
+        raise DataError(f"{path}: not an imatrix file, or truncated: {error}") from None
+    return stacks
+
+
+def _dat_entry(raw: bytes, position: int) -> tuple[str, int, np.ndarray, int]:
+    (length,) = struct.unpack_from("<i", raw, position)
+    if not 0 < length < 1024:
+        raise ValueError(f"a name of {length} bytes")
+    name = raw[position + 4 : position + 4 + length].decode()
+    calls, count = struct.unpack_from("<ii", raw, position + 4 + length)
+    if count < 0:
+        raise ValueError(f"{name} has {count} values")
+    start = position + 12 + length
+    return name, calls, np.frombuffer(raw, "<f4", count, start), start + 4 * count
+
+
+def _from_gguf(path: Path) -> dict[str, np.ndarray]:
+    file = GGUFFile(path)
+    if file.text("general.type") != "imatrix":
+        raise DataError(f"{path}: is a GGUF file, but no imatrix")
+    stacks = {}
+    for name in [n.removesuffix(SUMS) for n in file.tensors if n.endswith(SUMS)]:
+        if is_stack(name):
+            sums, counts = file.floats(name + SUMS), file.floats(name + COUNTS)
+            counts = counts.reshape(-1, 1)
+            # an expert that no token reached matters as little as possible, evenly
+            stacks[name] = np.where(counts > 0, sums / np.maximum(counts, 1), 1.0)
+    return {name: stack.astype(np.float32) for name, stack in stacks.items()}

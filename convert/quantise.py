@@ -1,0 +1,147 @@
+"""Quantisers by format, and the two functions that go from values to planes and back."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+from ds4mlx.convert.quantise_iq2 import quantise_iq2
+from ds4mlx.convert.quantise_k import Q2_K, Q4_K, q2_k_planes, q4_k_planes, quantise_k
+from ds4mlx.errors import DataError
+from ds4mlx.formats import BLOCK_FORMATS, DTYPES, FORMATS
+
+BLOCK = 256
+# Blocks quantised at a time: the search of IQ2_XXS takes about 256 KB of scratch a block.
+BATCH = 1 << 12
+
+Quantiser = Callable[[mx.array, mx.array | None], dict[str, np.ndarray]]
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """A matrix in a block format: planes (rows, elements), as NumPy arrays."""
+
+    format: str
+    planes: Mapping[str, np.ndarray]
+
+
+def _iq2(x: mx.array, importance: mx.array | None) -> dict[str, np.ndarray]:
+    assert importance is not None
+    return quantise_iq2(x, importance)
+
+
+QUANTISERS: dict[str, Quantiser] = {
+    "iq2_xxs": _iq2,
+    "q2_k": lambda x, importance: q2_k_planes(quantise_k(x, importance, Q2_K)),
+    "q4_k": lambda x, importance: q4_k_planes(quantise_k(x, importance, Q4_K)),
+}
+
+
+def quantise(
+    values: np.ndarray, storage: str, importance: np.ndarray | None
+) -> tuple[dict[str, np.ndarray], tuple[float, float]]:
+    """Planes of values (rows, columns) float32, and (weighted squared error, weighted size).
+
+    importance: float32 (columns,) or None. IQ2_XXS then takes the columns' own energy, as ds4 does;
+    the K formats their unweighted search. The error is weighted by the importance that was used.
+    """
+    if importance is None and storage == "iq2_xxs":
+        importance = (values.astype(np.float64) ** 2).sum(0).astype(np.float32)
+    rows, columns = values.shape
+    blocks = mx.array(values).reshape(-1, BLOCK)
+    per_row = None if importance is None else mx.array(importance).reshape(-1, BLOCK)
+    parts, loss = [], np.zeros(2)
+    for start in range(0, len(blocks), BATCH):
+        x = blocks[start : start + BATCH]
+        places = (start + mx.arange(len(x))) % (columns // BLOCK)
+        w = None if per_row is None else per_row[places]
+        parts.append(QUANTISERS[storage](x, w))
+        loss += _loss(parts[-1], storage, x, w)
+    planes = {p: np.concatenate([part[p] for part in parts]).reshape(rows, -1) for p in parts[0]}
+    return planes, (float(loss[0]), float(loss[1]))
+
+
+def _loss(
+    planes: dict[str, np.ndarray], storage: str, x: mx.array, w: mx.array | None
+) -> np.ndarray:
+    """(weighted squared error, weighted size) of some blocks."""
+    stored = FORMATS[storage].decode({p: mx.array(array) for p, array in planes.items()})
+    w = mx.ones_like(x) if w is None else w
+    error, size = (w * (stored - x) ** 2).sum(-1), (w * x * x).sum(-1)
+    return np.array(mx.stack([error, size])).astype(np.float64).sum(-1)
+
+
+def decode(storage: str, planes: Mapping[str, np.ndarray]) -> np.ndarray:
+    """The values that stored planes (rows, elements) stand for, float32; as the products see them."""
+    layout = FORMATS[storage].layout
+    arrays = {p: mx.array(stored).view(DTYPES[layout[p][0]]) for p, stored in planes.items()}
+    return np.array(FORMATS[storage].decode(arrays))
+
+
+def quantize(w: np.ndarray, type: str, importance: np.ndarray | None = None) -> Quantised:
+    """Quantise a matrix (rows, columns) float32; importance (columns,) says which columns matter.
+
+    type: "IQ2_XXS", "Q2_K" or "Q4_K". Raises DataError for another type, a width that is not a multiple
+    of 256, values that are not finite, or importances that are negative.
+    """
+    name, w = type.lower(), np.asarray(w, np.float32)
+    if name not in QUANTISERS:
+        raise DataError(f"there is no quantiser for {type}; there are: {', '.join(QUANTISERS)}")
+    if w.ndim != 2 or w.shape[1] % BLOCK or not w.size:
+        raise DataError(f"{type} needs rows of a multiple of {BLOCK} values, not {w.shape}")
+    if not np.isfinite(w).all():
+        raise DataError(f"{type}: the values are not all finite")
+    if importance is not None:
+        importance = np.asarray(importance, np.float32)
+        if importance.shape != (w.shape[1],) or not (importance >= 0).all():
+            raise DataError(f"{type}: importance must be {w.shape[1]} values of at least 0")
+    return Quantised(name, quantise(w, name, importance)[0])
+
+
+def dequantize(q: Quantised | np.ndarray, type: str | None = None) -> np.ndarray:
+    """The values that the products multiply by, float32 (rows, columns).
+
+    q: what `quantize` gave; or raw GGUF blocks, uint8 (rows, bytes), of any supported block type, with
+    `type` naming it. Raises DataError for an unknown type or a row of broken blocks.
+    """
+    if not isinstance(q, Quantised):
+        q = _from_blocks(np.asarray(q, np.uint8), (type or "").lower())
+    return decode(q.format, q.planes)
+
+
+PLAIN = {"f32": np.float32, "f16": np.float16, "bf16": np.uint16, "i32": np.int32}
+BLOCK_BYTES = {
+    **{name: np.dtype(dtype).itemsize for name, dtype in PLAIN.items()},
+    "mxfp4": 17,
+    **{name: found.block_bytes for name, found in BLOCK_FORMATS.items()},
+}
+
+
+def _from_blocks(raw: np.ndarray, name: str) -> Quantised:
+    if name not in BLOCK_BYTES:
+        raise DataError(f"there is no type {name!r}; there are: {', '.join(BLOCK_BYTES)}")
+    if raw.ndim != 2 or raw.shape[1] % BLOCK_BYTES[name]:
+        raise DataError(f"{name}: rows of {raw.shape} bytes are not blocks of {BLOCK_BYTES[name]}")
+    return Quantised(name, block_planes(raw, name))
+
+
+def block_planes(raw: np.ndarray, name: str) -> dict[str, np.ndarray]:
+    """Rows of raw GGUF data uint8 (..., bytes) as planes of the format that holds them exactly."""
+    if name == "mxfp4":
+        return mxfp4_planes(raw)
+    if name in BLOCK_FORMATS:
+        return BLOCK_FORMATS[name].from_blocks(raw)
+    return {"weight": np.ascontiguousarray(raw).view(PLAIN[name])}
+
+
+def mxfp4_planes(raw: np.ndarray) -> dict[str, np.ndarray]:
+    """GGUF's MXFP4 blocks uint8 (..., 17 g) as MLX's planes: codes in natural order, and scales.
+
+    A block is a scale, then 16 bytes with code j low and code j + 16 high.
+    """
+    blocks = raw.reshape(*raw.shape[:-1], -1, 17)
+    codes = np.concatenate([blocks[..., 1:] & 15, blocks[..., 1:] >> 4], axis=-1)
+    pairs = codes[..., 0::2] | codes[..., 1::2] << 4
+    weight = np.ascontiguousarray(pairs).reshape(*raw.shape[:-1], -1).view(np.uint32)
+    return {"weight": weight, "scales": np.ascontiguousarray(blocks[..., 0])}
