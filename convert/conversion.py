@@ -4,22 +4,21 @@ Whatever interrupts it (Ctrl-C, kill, a full disk), the next run goes on from th
 result has the same bytes; until the manifest is written, last, the directory does not load.
 """
 
-import hashlib
 import json
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
 from ds4mlx.convert.encoder import CHUNK
 from ds4mlx.convert.importance import Importance
 from ds4mlx.convert.journal import Journal, check_unlocked
-from ds4mlx.convert.plan import OutEntry, Plan
-from ds4mlx.convert.sources import Source, open_source
+from ds4mlx.convert.manifest import manifest, quality_report
+from ds4mlx.convert.plan import Plan
+from ds4mlx.convert.sources import open_source
 from ds4mlx.convert.writer import PARTIAL, FileWriter, write_whole
-from ds4mlx.directory import CONFIG, FORMAT_VERSION, JOURNAL, MANIFEST, canonical, read_manifest
+from ds4mlx.directory import CONFIG, JOURNAL, MANIFEST, canonical, read_manifest
 from ds4mlx.errors import DataError
 
 JOURNAL_SECONDS = 5.0
@@ -125,7 +124,7 @@ def _write(
             writer.write()
             journal.done[file.name] = {"entries": writer.records}
     files = _write_small_files(plan, target)
-    write_whole(target / MANIFEST, canonical(_manifest(plan, journal, files)))
+    write_whole(target / MANIFEST, canonical(manifest(plan, journal, files)))
 
 
 def _whole(path: Path, nbytes: int) -> bool:
@@ -154,71 +153,6 @@ def _write_small_files(plan: Plan, target: Path) -> dict[str, bytes]:
     for name, data in files.items():
         write_whole(target / name, data)
     return files
-
-
-def _manifest(plan: Plan, journal: Journal, small: dict[str, bytes]) -> dict[str, Any]:
-    from ds4mlx import __version__
-
-    files: dict[str, Any] = {
-        name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-        for name, data in small.items()
-    }
-    tensors: dict[str, Any] = {}
-    for file in plan.files:
-        header = hashlib.sha256(file.header).hexdigest()
-        files[file.name] = {"bytes": file.nbytes, "header_sha256": header}
-        records = journal.done[file.name]["entries"]
-        for out in file.entries:
-            tensors |= _listed(plan.source, out, file.name, records[out.entry.name])
-    return {
-        "format": FORMAT_VERSION,
-        "ds4mlx": __version__,
-        "plan": plan.fingerprint(),
-        "source": plan.source.fingerprint(),
-        "recipe": plan.recipe,
-        "release": plan.release,
-        "importance": plan.importance and plan.importance.name,
-        "files": files,
-        "tensors": tensors,
-    }
-
-
-def _listed(source: Source, out: OutEntry, file: str, record: dict[str, Any]) -> dict[str, Any]:
-    """An entry's lines of the manifest, one a plane."""
-    name, shards = source.origin(out.entry)
-    shared = {
-        "file": file,
-        "format": out.storage,
-        "source": {"tensor": name, "files": shards},
-        "lossless": out.lossless,
-    }
-    if out.quantised:
-        lost, size = record["loss"]
-        shared["relative_error"] = lost / size if size else 0.0
-    return {
-        plane.name: {
-            **shared,
-            "dtype": plane.dtype,
-            "shape": list(plane.shape),
-            "sha256": record["planes"][plane.name],
-        }
-        for plane in out.planes
-    }
-
-
-def quality_report(manifest: dict[str, Any]) -> str:
-    """Table of what quantising lost: weighted squared error relative to the weights, by layer."""
-    rows: dict[str, dict[str, float]] = {}
-    for name, listed in manifest["tensors"].items():
-        if name.endswith(".weight") and "relative_error" in listed:
-            layer, _, part = name.removesuffix(".weight").partition(".ffn.experts.")
-            rows.setdefault(layer, {})[part] = listed["relative_error"]
-    if not rows:
-        return ""
-    lines = [f"{'relative error':<16} {'gate':>9} {'down':>9} {'up':>9}"]
-    for layer, parts in rows.items():
-        lines.append(f"{layer:<16} " + " ".join(f"{parts[p]:>9.5f}" for p in ("w1", "w2", "w3")))
-    return "\n".join(lines)
 
 
 def _say(text: str, wanted: bool) -> None:

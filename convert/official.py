@@ -230,7 +230,7 @@ def _local(location: str | Path) -> Path:
     if path.is_dir():
         return path
     if path.exists():
-        raise DataError(f"{path}: not a directory (GGUF files are not supported yet)")
+        raise DataError(f"{path}: not a directory")
     if str(location).count("/") != 1 or str(location).startswith((".", "~", "/")):
         raise DataError(f"{path}: no such directory")
     try:

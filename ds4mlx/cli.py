@@ -56,9 +56,18 @@ def options(
 
 @app.command()
 def convert(
-    src: Annotated[str, typer.Argument(help="Official directory or hub repo id.")],
+    src: Annotated[str, typer.Argument(help="Official directory, hub repo id, or GGUF file.")],
     dst: Annotated[Path, typer.Argument(help="Model directory to write.")],
-    recipe: Annotated[str, typer.Option(help="official, bf16 or f32.")] = "official",
+    recipe: Annotated[
+        str | None,
+        typer.Option(help="official (default), q2, q2-q4, q4, bf16 or f32; for GGUF only keep."),
+    ] = None,
+    imatrix: Annotated[
+        Path | None, typer.Option(help="Importances for q2, q2-q4 and q4: .dat or GGUF.")
+    ] = None,
+    mtp: Annotated[
+        Path | None, typer.Option(help="GGUF file with the MTP block of a GGUF source.")
+    ] = None,
     release: Annotated[
         Literal["april", "0731"] | None, typer.Option(help="Where the source does not say.")
     ] = None,
@@ -68,18 +77,27 @@ def convert(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan only.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
 ) -> None:
-    """Convert official weights to a model directory; goes on where it was interrupted."""
-    from ds4mlx.convert import convert as run
-    from ds4mlx.convert.recipes import check_recipe
+    """Convert weights to a model directory; goes on where it was interrupted.
 
-    with arg.checked():
-        check_recipe(recipe)
+    In every recipe but bf16 and f32 all tensors other than the routed experts keep the source's values
+    bit for bit. Routed experts: official and keep, the source's values; q2, gate and up IQ2_XXS, down
+    Q2_K; q2-q4, the same but Q4_K in the last 6 layers; q4, Q4_K. --dry-run lists it for a source.
+    """
+    from ds4mlx.convert import convert as run
+    from ds4mlx.convert.recipes import RECIPES
+
+    if recipe not in (None, *RECIPES):
+        raise typer.BadParameter(
+            f"{recipe!r} is not one of {', '.join(RECIPES)}", param_hint="--recipe"
+        )
     limit = None if max_memory is None else arg.size(max_memory)
     try:
         plan = run(
             src,
             dst,
             recipe,
+            imatrix=imatrix,
+            mtp=mtp,
             release=release,
             max_memory=limit,
             dry_run=dry_run,

@@ -7,7 +7,7 @@ from reference import run
 
 from ds4mlx import attention
 from ds4mlx.attention import sink_attention
-from ds4mlx.formats import _widened_matmul
+from ds4mlx.formats.dense import _widened_matmul
 
 
 @pytest.mark.parametrize("scratch", [1, 3000, 40_000])
@@ -71,7 +71,7 @@ def test_sink_attention_against_a_loop():
 
 
 def test_widened_matmul_in_blocks(monkeypatch):
-    monkeypatch.setattr("ds4mlx.formats.WIDEN_ROWS", 7)
+    monkeypatch.setattr("ds4mlx.formats.dense.WIDEN_ROWS", 7)
     weight = mx.random.normal((30, 16)).astype(mx.bfloat16)
     x = mx.random.normal((2, 3, 16))
     want = np.array(x) @ np.array(weight.astype(mx.float32)).T

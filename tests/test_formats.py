@@ -18,7 +18,7 @@ def filled(module, storage: str, seed: int = 0):
     rng = np.random.default_rng(seed)
     for name, plane in module.format.empty(module._shape).items():
         if plane.dtype in (mx.uint32, mx.int8):
-            raw = rng.integers(0, 256, plane.shape + (plane.itemsize,), np.uint8)
+            raw = rng.integers(0, 256, (*plane.shape, plane.itemsize), np.uint8)
             if storage == "mxfp8":
                 raw[(raw & 0x7F) == 0x7F] = 0  # NaN in E4M3
             raw = raw.view({4: np.uint32, 1: np.int8}[plane.itemsize])
@@ -26,7 +26,7 @@ def filled(module, storage: str, seed: int = 0):
         elif plane.dtype == mx.uint8:
             module[name] = mx.array(rng.integers(115, 125, plane.shape, np.uint8))
         else:
-            module[name] = mx.array(rng.normal(size=plane.shape)).astype(plane.dtype)
+            module[name] = mx.array(0.05 * rng.normal(size=plane.shape)).astype(plane.dtype)
     return module
 
 

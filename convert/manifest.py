@@ -1,0 +1,75 @@
+"""What a finished conversion says of itself: every file, weight, checksum, source and loss."""
+
+import hashlib
+from typing import Any
+
+from ds4mlx.convert.journal import Journal
+from ds4mlx.convert.plan import OutEntry, Plan
+from ds4mlx.convert.sources import Source
+from ds4mlx.directory import FORMAT_VERSION
+
+
+def manifest(plan: Plan, journal: Journal, small: dict[str, bytes]) -> dict[str, Any]:
+    """The manifest of a finished conversion; `small`: its files that are not weights."""
+    from ds4mlx import __version__
+
+    files: dict[str, Any] = {
+        name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        for name, data in small.items()
+    }
+    tensors: dict[str, Any] = {}
+    for file in plan.files:
+        header = hashlib.sha256(file.header).hexdigest()
+        files[file.name] = {"bytes": file.nbytes, "header_sha256": header}
+        records = journal.done[file.name]["entries"]
+        for out in file.entries:
+            tensors |= _listed(plan.source, out, file.name, records[out.entry.name])
+    return {
+        "format": FORMAT_VERSION,
+        "ds4mlx": __version__,
+        "plan": plan.fingerprint(),
+        "source": plan.source.fingerprint(),
+        "recipe": plan.recipe,
+        "release": plan.release,
+        "importance": plan.importance and plan.importance.name,
+        "files": files,
+        "tensors": tensors,
+    }
+
+
+def _listed(source: Source, out: OutEntry, file: str, record: dict[str, Any]) -> dict[str, Any]:
+    """An entry's lines of the manifest, one a plane."""
+    name, shards = source.origin(out.entry)
+    shared = {
+        "file": file,
+        "format": out.storage,
+        "source": {"tensor": name, "files": shards},
+        "lossless": out.lossless,
+    }
+    if out.quantised:
+        lost, size = record["loss"]
+        shared["relative_error"] = lost / size if size else 0.0
+    return {
+        plane.name: {
+            **shared,
+            "dtype": plane.dtype,
+            "shape": list(plane.shape),
+            "sha256": record["planes"][plane.name],
+        }
+        for plane in out.planes
+    }
+
+
+def quality_report(manifest: dict[str, Any]) -> str:
+    """Table of what quantising lost: weighted squared error relative to the weights, by layer."""
+    rows: dict[str, dict[str, float]] = {}
+    for name, listed in manifest["tensors"].items():
+        if name.endswith(".weight") and "relative_error" in listed:
+            layer, _, part = name.removesuffix(".weight").partition(".ffn.experts.")
+            rows.setdefault(layer, {})[part] = listed["relative_error"]
+    if not rows:
+        return ""
+    lines = [f"{'relative error':<16} {'gate':>9} {'down':>9} {'up':>9}"]
+    for layer, parts in rows.items():
+        lines.append(f"{layer:<16} " + " ".join(f"{parts[p]:>9.5f}" for p in ("w1", "w2", "w3")))
+    return "\n".join(lines)
