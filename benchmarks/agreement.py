@@ -5,7 +5,6 @@ python benchmarks/agreement.py [--results FILE]
 
 import argparse
 import json
-import platform
 import sys
 import tempfile
 from pathlib import Path
@@ -18,6 +17,7 @@ sys.path[:0] = [str(TESTS), str(TESTS / "oracle")]
 
 import make_checkpoint
 import reference
+from device import device
 
 from ds4mlx import load
 from ds4mlx.convert import convert
@@ -62,16 +62,6 @@ def compare(scratch: str, dtype: str) -> list[dict]:
                 }
             )
     return found
-
-
-def device() -> str:
-    """The GPU's name, or the processor's."""
-    if mx.default_device() == mx.gpu:
-        return str(mx.device_info()["device_name"])
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
-    return f"{len(names)} cores of {names[0]}" if names else platform.processor()
 
 
 if __name__ == "__main__":

@@ -1,15 +1,15 @@
 """Peak memory and speed of converting layers of V4-Flash's own shapes.
 
 Writes a synthetic official checkpoint (random codes; about 9 GB: embedding, head, and two layers with
-all 256 experts), converts it in a process of its own, and reports that process's peak resident size.
+all 256 experts), converts it in a process of its own, and reports that process's peak resident size
+and, on a GPU, what it took of the GPU's memory.
 
-    python benchmarks/convert_memory.py --scratch DIR [--recipe R] [--layers N]
+    python benchmarks/convert_memory.py --scratch DIR [--recipe R] [--layers N] [--results FILE]
 """
 
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -17,15 +17,22 @@ import time
 from pathlib import Path
 
 import numpy as np
+from device import device
 
 from ds4mlx import tensor_file
 from ds4mlx.config import ModelConfig
 from ds4mlx.convert.official import INDEX, scale_name
 from ds4mlx.inventory import Entry, experts, inventory
 
-RESULTS = Path(__file__).parent / "results" / "convert_memory.json"
 LIMIT = 1.5e9
 ROWS = 1024
+CONVERT = """
+import sys
+import mlx.core as mx
+from ds4mlx.convert import convert
+convert(*sys.argv[1:])
+print(mx.get_peak_memory())
+"""
 STORED = {"matrix": "F8_E4M3", "experts": "I8", "plain": "BF16", "exact": "F32", "ids": "I64"}
 
 
@@ -35,21 +42,23 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=arguments.scratch) as scratch:
         source, target = Path(scratch) / "source", Path(scratch) / "target"
         nbytes = synthesise(source, arguments.layers)
-        seconds, peak = convert(source, target, arguments.recipe)
+        seconds, peak, arrays = convert(source, target, arguments.recipe)
         written = sum(file.stat().st_size for file in target.glob("*.safetensors"))
     result = {
-        "cpu": cpu(),
+        "device": device(),
         "layers": arguments.layers,
         "recipe": arguments.recipe,
         "source_bytes": nbytes,
         "written_bytes": written,
         "peak_resident_bytes": peak,
+        "peak_array_bytes": arrays,
         "seconds": round(seconds, 1),
         "source_mb_per_second": round(nbytes / seconds / 1e6),
     }
     for key, value in result.items():
         print(f"{key:<22} {value:>20,}" if isinstance(value, int) else f"{key:<22} {value!s:>20}")
-    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+    if arguments.results:
+        arguments.results.write_text(json.dumps(result, indent=1) + "\n")
     sys.exit(peak > LIMIT)
 
 
@@ -58,6 +67,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--scratch", type=Path, help="where to put twice the bytes")
     parser.add_argument("--recipe", default="official")
     parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--results", type=Path)
     return parser.parse_args()
 
 
@@ -116,24 +126,19 @@ def random(dtype: str, start: int, shape: tuple[int, ...]) -> np.ndarray:
     return codes % 0x7F if dtype == "F8_E4M3" else codes % 20 + 110 if "E8M0" in dtype else codes
 
 
-def convert(source: Path, target: Path, recipe: str) -> tuple[float, int]:
-    """Seconds and peak resident bytes of `ds4mlx convert`."""
+def convert(source: Path, target: Path, recipe: str) -> tuple[float, int, int]:
+    """Seconds, peak resident bytes, and peak bytes of MLX's arrays of a conversion."""
     begun = time.perf_counter()
-    command = [sys.executable, "-m", "ds4mlx", "convert", source, target, "--recipe", recipe]
-    child = subprocess.Popen(list(map(str, command)))
-    _, status, usage = os.wait4(child.pid, 0)
+    command = [sys.executable, "-c", CONVERT, str(source), str(target), recipe]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        arrays = int(child.stdout.read() or 0)
+        _, status, usage = os.wait4(child.pid, 0)
+        child.returncode = os.waitstatus_to_exitcode(status)
     if status:
         sys.exit("the conversion failed")
     unit = 1 if sys.platform == "darwin" else 1024
-    return time.perf_counter() - begun, usage.ru_maxrss * unit
-
-
-def cpu() -> str:
-    """Name of the processor, and its cores in use."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
-    return f"{len(names)} cores of {names[0]}" if names else platform.processor()
+    return time.perf_counter() - begun, usage.ru_maxrss * unit, arrays
 
 
 RNG = np.random.default_rng(0)

@@ -6,7 +6,7 @@ import numpy as np
 
 from ds4mlx.convert import codecs
 from ds4mlx.convert.importance import Importance
-from ds4mlx.convert.quantise import QUANTISERS, quantise
+from ds4mlx.convert.quantise import QUANTISERS, on_device, quantise
 from ds4mlx.convert.sources import Source
 from ds4mlx.inventory import Entry, experts
 
@@ -31,12 +31,14 @@ class Encoder:
 
     def rows(self, storage: str, entry: Entry, expert: int, rows: slice) -> Rows:
         """Rows of an entry (of one expert if it is a stack) in a storage format."""
-        if storage == self.source.exact(entry):
-            return Rows(self.source.stored(entry, expert, rows.start, rows.stop))
-        values = self.source.values(entry, expert, rows.start, rows.stop)
-        if storage in QUANTISERS:
+        exact = self.source.exact(entry)
+        if storage == exact or storage in QUANTISERS:
+            stored = self.source.stored(entry, expert, rows.start, rows.stop)
+            if storage == exact:
+                return Rows(stored)
             columns = self.importance.of(entry, expert) if self.importance else None
-            return Rows(*quantise(values, storage, columns))
+            return Rows(*quantise(on_device(exact, stored), storage, columns))
+        values = self.source.values(entry, expert, rows.start, rows.stop)
         return Rows({"weight": codecs.to_bf16(values) if storage == "bf16" else values})
 
 

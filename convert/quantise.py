@@ -12,10 +12,10 @@ from ds4mlx.errors import DataError
 from ds4mlx.formats import BLOCK_FORMATS, DTYPES, FORMATS
 
 BLOCK = 256
-# Blocks quantised at a time: the search of IQ2_XXS takes about 256 KB of scratch a block.
-BATCH = 1 << 12
+# Blocks quantised at a time: the search of IQ2_XXS takes about 64 KB of scratch a block.
+CPU_BATCH, GPU_BATCH = 1 << 9, 1 << 15
 
-Quantiser = Callable[[mx.array, mx.array | None], dict[str, np.ndarray]]
+Quantiser = Callable[[mx.array, mx.array | None], dict[str, mx.array]]
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Quantised:
     planes: Mapping[str, np.ndarray]
 
 
-def _iq2(x: mx.array, importance: mx.array | None) -> dict[str, np.ndarray]:
+def _iq2(x: mx.array, importance: mx.array | None) -> dict[str, mx.array]:
     assert importance is not None
     return quantise_iq2(x, importance)
 
@@ -39,44 +39,57 @@ QUANTISERS: dict[str, Quantiser] = {
 
 
 def quantise(
-    values: np.ndarray, storage: str, importance: np.ndarray | None
+    values: mx.array, storage: str, importance: np.ndarray | None
 ) -> tuple[dict[str, np.ndarray], tuple[float, float]]:
     """Planes of values (rows, columns) float32, and (weighted squared error, weighted size).
 
     importance: float32 (columns,) or None. IQ2_XXS then takes the columns' own energy, as ds4 does;
     the K formats their unweighted search. The error is weighted by the importance that was used.
+    Raises DataError if half precision cannot hold the scales.
     """
+    weight = None if importance is None else mx.array(importance)
     if importance is None and storage == "iq2_xxs":
-        importance = (values.astype(np.float64) ** 2).sum(0).astype(np.float32)
+        weight = (values * values).sum(0)
     rows, columns = values.shape
-    blocks = mx.array(values).reshape(-1, BLOCK)
-    per_row = None if importance is None else mx.array(importance).reshape(-1, BLOCK)
-    parts, loss = [], np.zeros(2)
-    for start in range(0, len(blocks), BATCH):
-        x = blocks[start : start + BATCH]
+    blocks = values.reshape(-1, BLOCK)
+    per_row = None if weight is None else weight.reshape(-1, BLOCK)
+    batch = GPU_BATCH if mx.default_device() == mx.gpu else CPU_BATCH
+    parts, losses = [], []
+    for start in range(0, len(blocks), batch):
+        x = blocks[start : start + batch]
         places = (start + mx.arange(len(x))) % (columns // BLOCK)
         w = None if per_row is None else per_row[places]
         parts.append(QUANTISERS[storage](x, w))
-        loss += _loss(parts[-1], storage, x, w)
-    planes = {p: np.concatenate([part[p] for part in parts]).reshape(rows, -1) for p in parts[0]}
-    return planes, (float(loss[0]), float(loss[1]))
+        losses.append(np.array(_loss(parts[-1], storage, x, w)))
+        mx.eval(parts[-1])
+    joined = {p: np.concatenate([np.array(part[p]) for part in parts]) for p in parts[0]}
+    error, size = (
+        float(np.concatenate(side).sum(dtype=np.float64)) for side in zip(*losses, strict=True)
+    )
+    if not np.isfinite(error):
+        raise DataError(
+            f"values up to {float(mx.abs(values).max()):.3g} are too large for {storage}"
+        )
+    return {p: a.reshape(rows, -1) for p, a in joined.items()}, (error, size)
 
 
-def _loss(
-    planes: dict[str, np.ndarray], storage: str, x: mx.array, w: mx.array | None
-) -> np.ndarray:
-    """(weighted squared error, weighted size) of some blocks."""
-    stored = FORMATS[storage].decode({p: mx.array(array) for p, array in planes.items()})
+def _loss(planes: dict[str, mx.array], storage: str, x: mx.array, w: mx.array | None) -> mx.array:
+    """Weighted squared error and weighted size of every block (N, 256), as (2, N)."""
+    stored = FORMATS[storage].decode(planes)
     w = mx.ones_like(x) if w is None else w
-    error, size = (w * (stored - x) ** 2).sum(-1), (w * x * x).sum(-1)
-    return np.array(mx.stack([error, size])).astype(np.float64).sum(-1)
+    return mx.stack([(w * (stored - x) ** 2).sum(-1), (w * x * x).sum(-1)])
 
 
-def decode(storage: str, planes: Mapping[str, np.ndarray]) -> np.ndarray:
+def on_device(storage: str, planes: Mapping[str, np.ndarray]) -> mx.array:
     """The values that stored planes (rows, elements) stand for, float32; as the products see them."""
     layout = FORMATS[storage].layout
     arrays = {p: mx.array(stored).view(DTYPES[layout[p][0]]) for p, stored in planes.items()}
-    return np.array(FORMATS[storage].decode(arrays))
+    return FORMATS[storage].decode(arrays)
+
+
+def decode(storage: str, planes: Mapping[str, np.ndarray]) -> np.ndarray:
+    """`on_device`, as a NumPy array."""
+    return np.array(on_device(storage, planes))
 
 
 def quantize(w: np.ndarray, type: str, importance: np.ndarray | None = None) -> Quantised:
@@ -96,7 +109,7 @@ def quantize(w: np.ndarray, type: str, importance: np.ndarray | None = None) -> 
         importance = np.asarray(importance, np.float32)
         if importance.shape != (w.shape[1],) or not (importance >= 0).all():
             raise DataError(f"{type}: importance must be {w.shape[1]} values of at least 0")
-    return Quantised(name, quantise(w, name, importance)[0])
+    return Quantised(name, quantise(mx.array(w), name, importance)[0])
 
 
 def dequantize(q: Quantised | np.ndarray, type: str | None = None) -> np.ndarray:

@@ -2,46 +2,47 @@
 
 Like ggml's quantiser, with two searches made exhaustive instead of local: every one of the 256 points
 is considered, and the points are chosen once more for the scale that is finally stored. The
-distance to a point is quadratic in the scale, so two matrix products serve all candidate scales.
+distances of all eights to all points are one matrix product.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import mlx.core as mx
-import numpy as np
 
 from ds4mlx.convert.fitting import fit_scale, halved, nearest, safe_divide
 from ds4mlx.formats.iq import iq2_grid
 
-# Candidate scales a group of 32 tries, as the size of three levels' step in units of the first.
-CANDIDATES = [5 + 0.1 * k for k in range(-6, 7)]
+# Scales that a group of 32 tries, relative to the first guess.
+CANDIDATES = [3 / (3.5 + 0.5 * k) for k in range(7)]
 TOP_LEVEL = 15
 
 
-@dataclass(frozen=True)
-class Groups:
-    """Groups of 32 weights (G, 32) ready for the search: magnitudes v (one may be negative, to make
-    the count of minus signs even), weights w, and the products that give distances."""
+class Groups(NamedTuple):
+    """Groups of 32 weights ready for the search, in rows of eight.
+
+    v: magnitudes (M, 8), one may be negative, to make the count of minus signs even; w: weights.
+    """
 
     v: mx.array
     w: mx.array
-    squares: mx.array  # (G, 4, 256) sum of weights times squared levels
-    products: mx.array  # (G, 4, 256) sum of weights times magnitude times level
 
 
-def quantise_iq2(x: mx.array, importance: mx.array) -> dict[str, np.ndarray]:
+def quantise_iq2(x: mx.array, importance: mx.array) -> dict[str, mx.array]:
     """Planes of blocks x (N, 256) with the importance of every weight."""
-    w = importance * mx.sqrt((x * x).mean(-1, keepdims=True) + x * x)
-    minus, v = even_signs(x.reshape(-1, 8), w.reshape(-1, 8))
-    groups = prepare(v, w.reshape(-1, 8))
+    minus, groups = prepare(x, importance)
     scale = best_scale(groups).reshape(len(x), 8)
+    return finish(minus, groups, scale)
+
+
+def finish(minus: mx.array, groups: Groups, scale: mx.array) -> dict[str, mx.array]:
+    """Planes for scales (N, 8); the points are chosen once more for the scales as stored."""
     d = halved(scale.max(-1, keepdims=True) / (2 * TOP_LEVEL + 1))
     level = nearest(0.5 * (safe_divide(scale, d) - 1), TOP_LEVEL)
-    points = snap(groups, (d * (2 * level + 1)).reshape(-1, 1))
-    return {
-        "weight": words(points, minus.reshape(-1, 4, 8), level.reshape(-1)).reshape(len(x), 16),
-        "d": np.array(d.astype(mx.float16)),
-    }
+    points = snap(groups, (d * (2 * level + 1)).reshape(-1))
+    weight = words(points.reshape(-1, 4), minus.reshape(-1, 4, 8), level.reshape(-1)).reshape(
+        len(d), 16
+    )
+    return {"weight": weight, "d": d.astype(mx.float16)}
 
 
 def even_signs(x: mx.array, w: mx.array) -> tuple[mx.array, mx.array]:
@@ -56,18 +57,11 @@ def even_signs(x: mx.array, w: mx.array) -> tuple[mx.array, mx.array]:
     return minus, mx.where(minus, -x, x)
 
 
-def prepare(v: mx.array, w: mx.array) -> Groups:
-    """The products of magnitudes and weights (M, 8) with all grid points."""
-    levels, w_root = grid_levels(), mx.sqrt(w)
-    squares = w_root @ (levels * levels).T
-    products = (w_root * v) @ levels.T
-    per_group = (-1, 4, 256)
-    return Groups(
-        v.reshape(-1, 32),
-        w.reshape(-1, 32),
-        squares.reshape(per_group),
-        products.reshape(per_group),
-    )
+def prepare(x: mx.array, importance: mx.array) -> tuple[mx.array, Groups]:
+    """Where blocks x (N, 256) store a minus, (32 N, 8), and their groups."""
+    w = (importance * mx.sqrt((x * x).mean(-1, keepdims=True) + x * x)).reshape(-1, 8)
+    minus, v = even_signs(x.reshape(-1, 8), w)
+    return minus, Groups(v, w)
 
 
 def grid_levels() -> mx.array:
@@ -77,36 +71,40 @@ def grid_levels() -> mx.array:
 
 def best_scale(groups: Groups) -> mx.array:
     """The scale of every group (G,) with the best weighted fit; 0 where nothing fits."""
-    first, _ = fit_scale(mx.maximum(groups.v, 0), groups.w, 4)
+    v, w = (mx.contiguous(side.reshape(-1, 32).T) for side in groups)
+    first, _ = fit_scale(mx.maximum(v, 0), w, 4, [0])
     best, scale = mx.full(first.shape, -1.0), mx.zeros_like(first)
     for candidate in CANDIDATES:
-        best, scale = _try(groups, 3 * first / candidate, best, scale)
+        best, scale = _try(groups, candidate * first, best, scale)
         mx.eval(best, scale)
     return _try(groups, scale, best, scale)[1]
 
 
 def _try(groups: Groups, tried: mx.array, best: mx.array, scale: mx.array):
     """Snap with the scale `tried`, fit the scale to the points, and keep it where it scores better."""
-    levels = grid_levels()[snap(groups, tried[:, None])].reshape(groups.v.shape)
-    xq = (groups.w * groups.v * levels).sum(-1)
-    qq = (groups.w * levels * levels).sum(-1)
+    levels = grid_levels()[snap(groups, tried)]
+    xq = (groups.w * groups.v * levels).reshape(-1, 32).sum(-1)
+    qq = (groups.w * levels * levels).reshape(-1, 32).sum(-1)
     score = mx.where(xq > 0, safe_divide(xq * xq, qq), -1.0)
     better = score > best
     return mx.where(better, score, best), mx.where(better, safe_divide(xq, qq), scale)
 
 
 def snap(groups: Groups, scale: mx.array) -> mx.array:
-    """Index of the best grid point of every eight, (G, 4), for scales (G, 1)."""
-    scale = scale[..., None]
-    return mx.argmin(scale * (scale * groups.squares - 2 * groups.products), axis=-1)
+    """Index of the nearest grid point of every eight, (M,), for scales (G,).
+
+    Nearest by sum of sqrt(w) (v - s l)^2, of which only s l^2 - 2 v l tells points apart.
+    """
+    w_root, levels = mx.sqrt(groups.w), grid_levels()
+    scaled = mx.repeat(scale, 4)[:, None] * w_root
+    sides = mx.concatenate([scaled, -2 * w_root * groups.v], axis=-1)
+    return mx.argmin(sides @ mx.concatenate([levels * levels, levels], axis=-1).T, axis=-1)
 
 
-def words(points: mx.array, minus: mx.array, level: mx.array) -> np.ndarray:
+def words(points: mx.array, minus: mx.array, level: mx.array) -> mx.array:
     """The two words of every group, uint32 (G, 2): four points; four 7-bit signs below the level."""
-    index = np.array(points.astype(mx.uint32))
-    signs = np.packbits(np.array(minus), axis=-1, bitorder="little")[..., 0].astype(np.uint32) & 127
-    shifts = np.arange(4, dtype=np.uint32)
-    first = np.bitwise_or.reduce(index << shifts * np.uint32(8), axis=-1)
-    second = np.bitwise_or.reduce(signs << shifts * np.uint32(7), axis=-1)
-    top = np.array(level).astype(np.uint32) << np.uint32(28)
-    return np.stack([first, second | top], axis=-1)
+    places = mx.arange(4, dtype=mx.uint32)
+    first = (points.astype(mx.uint32) << 8 * places).sum(-1)
+    signs = (minus[..., :7].astype(mx.uint32) << mx.arange(7, dtype=mx.uint32)).sum(-1)
+    second = (signs << 7 * places).sum(-1) | level.astype(mx.uint32) << 28
+    return mx.stack([first, second], axis=-1)

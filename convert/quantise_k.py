@@ -1,16 +1,16 @@
 """Q2_K and Q4_K: sub-blocks with a small integer scale and offset, under two half-precision ones.
 
-After the candidates of the usual search, d and dmin are solved once more for the levels that they
-led to, which lowers the error a little below the usual quantiser's.
+A scale and an offset are searched for every sub-block; then sub-block scales, offsets, and the two
+block scales are solved in turn for the codes that they led to. The last step brings the error some
+percent below that of ggml's quantiser, which has only the search.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import mlx.core as mx
-import numpy as np
 
 from ds4mlx.convert.fitting import fit_affine, fit_scale, halved, nearest, safe_divide
-from ds4mlx.formats.bits import pack
 
 REFITS = 2
 
@@ -27,14 +27,13 @@ class Shape:
     energy: float  # how much the block's mean square counts in the weights
 
 
-STEPS = tuple(-0.9 + 0.05 * k for k in range(37))
+STEPS = tuple(-0.9 + 0.15 * k for k in range(13))
 Q2_K = Shape(16, 3, 15, tuple(-0.5 + 0.1 * k for k in range(16)), True, 1)
 Q4_K = Shape(32, 15, 63, tuple(-1 + 0.1 * k for k in range(21)), False, 2)
 
 
-@dataclass(frozen=True)
-class Levels:
-    """Quantised blocks: x = d s q - dmin m; d, dmin (N,), s, m (N, subs), q (N, subs, sub)."""
+class Levels(NamedTuple):
+    """Quantised blocks: x = d s q - dmin m; d, dmin (N,), s, m (subs, N), q (sub, subs, N)."""
 
     d: mx.array
     dmin: mx.array
@@ -42,23 +41,36 @@ class Levels:
     m: mx.array
     q: mx.array
 
+    def decoded(self) -> mx.array:
+        """The values, (sub, subs, N)."""
+        return self.d * self.s * self.q - self.dmin * self.m
+
+    def rounded(self, x: mx.array, top: int) -> "Levels":
+        """The best codes for these scales."""
+        inverse = safe_divide(mx.array(1.0), self.d * self.s)
+        return self._replace(q=nearest((x + self.dmin * self.m) * inverse, top))
+
 
 def quantise_k(x: mx.array, importance: mx.array | None, shape: Shape) -> Levels:
     """Blocks x (N, 256), with the importance of every weight or None."""
-    subs = (len(x), 256 // shape.sub, shape.sub)
-    w = weights(x, importance, shape).reshape(subs)
-    x = x.reshape(subs)
+    x, w = by_element(x, shape), by_element(weights(x, importance, shape), shape)
     if importance is None:
         s, m = fit_affine(x, w, shape.top, shape.plain_steps, shape.absolute)
         (d, s), (dmin, m) = by_largest(s, shape.scale_top), by_largest(m, shape.scale_top)
     else:
         s, m = fit_affine(x, w, shape.top, STEPS)
-        d, s = fit_scale(s, w.sum(-1), shape.scale_top)
-        dmin, m = fit_scale(m, w.sum(-1), shape.scale_top)
-    found = rounded(x, Levels(halved(d), halved(dmin), s, m, x), shape.top)
+        d, s = fit_scale(s, w.sum(0), shape.scale_top)
+        dmin, m = fit_scale(m, w.sum(0), shape.scale_top)
+    found = Levels(halved(d), halved(dmin), s, m, x).rounded(x, shape.top)
     for _ in range(REFITS):
-        found = refit(x, w, found, shape.top)
+        found = refit(x, w, found, shape)
+        mx.eval(found)
     return found
+
+
+def by_element(x: mx.array, shape: Shape) -> mx.array:
+    """Blocks (N, 256) as (sub, subs, N)."""
+    return mx.contiguous(x.reshape(len(x), -1, shape.sub).transpose(2, 1, 0))
 
 
 def weights(x: mx.array, importance: mx.array | None, shape: Shape) -> mx.array:
@@ -72,78 +84,79 @@ def weights(x: mx.array, importance: mx.array | None, shape: Shape) -> mx.array:
 
 
 def by_largest(x: mx.array, top: int) -> tuple[mx.array, mx.array]:
-    """(scale, levels) such that the largest of x (N, n) gets the top level."""
-    scale = x.max(-1) / top
-    return scale, nearest(safe_divide(x, scale[:, None]), top)
+    """(scale, levels) such that the largest of x (n, N) gets the top level."""
+    scale = x.max(0) / top
+    return scale, nearest(safe_divide(x, scale), top)
 
 
-def rounded(x: mx.array, found: Levels, top: int) -> Levels:
-    """The best codes q for given scales."""
-    scale, offset = found.d[:, None] * found.s, found.dmin[:, None] * found.m
-    q = nearest(safe_divide(x + offset[..., None], scale[..., None]), top)
-    return Levels(found.d, found.dmin, found.s, found.m, q)
+def refit(x: mx.array, w: mx.array, found: Levels, shape: Shape) -> Levels:
+    """Solve for sub-block scales, offsets, then d and dmin in turn; keep each where it is better."""
+    found = kept(x, w, found, solve_s(x, w, found, shape.scale_top).rounded(x, shape.top), 0)
+    found = kept(x, w, found, solve_m(x, w, found, shape.scale_top).rounded(x, shape.top), 0)
+    return kept(x, w, found, solve_d(x, w, found).rounded(x, shape.top), (0, 1))
 
 
-def decoded(found: Levels) -> mx.array:
-    """The values, (N, subs, sub)."""
-    scale, offset = found.d[:, None] * found.s, found.dmin[:, None] * found.m
-    return scale[..., None] * found.q - offset[..., None]
+def solve_s(x: mx.array, w: mx.array, found: Levels, top: int) -> Levels:
+    """The best sub-block scales for the codes and everything else."""
+    wq, offset = w * found.q, found.dmin * found.m
+    best = safe_divide((wq * (x + offset)).sum(0), found.d * (wq * found.q).sum(0))
+    return found._replace(s=nearest(best, top))
 
 
-def refit(x: mx.array, w: mx.array, found: Levels, top: int) -> Levels:
-    """Solve d and dmin for the codes, round again, and keep that where it is better."""
-    a = found.s[..., None] * found.q
-    b = mx.broadcast_to(-found.m[..., None], a.shape)
+def solve_m(x: mx.array, w: mx.array, found: Levels, top: int) -> Levels:
+    """The best sub-block offsets for the codes and everything else."""
+    gap = found.d * found.s * found.q - x
+    best = safe_divide((w * gap).sum(0), found.dmin * w.sum(0))
+    return found._replace(m=nearest(best, top))
+
+
+def solve_d(x: mx.array, w: mx.array, found: Levels) -> Levels:
+    """The best d and dmin for the codes and everything else."""
+    a, b = found.s * found.q, mx.broadcast_to(-found.m, x.shape)
     aa, ab, bb = _dot(w, a, a), _dot(w, a, b), _dot(w, b, b)
     xa, xb = _dot(w, x, a), _dot(w, x, b)
     determinant = aa * bb - ab * ab
     regular = determinant > 0
     d = mx.where(regular, safe_divide(xa * bb - xb * ab, determinant), safe_divide(xa, aa))
     dmin = mx.where(regular, safe_divide(aa * xb - ab * xa, determinant), 0.0)
-    new = Levels(halved(d), halved(mx.maximum(dmin, 0)), found.s, found.m, found.q)
-    new = rounded(x, new, top)
-    gain = _loss(x, w, found) - _loss(x, w, new)
-    better = (gain > 0) & (new.d > 0)
-    return Levels(
-        mx.where(better, new.d, found.d),
-        mx.where(better, new.dmin, found.dmin),
-        found.s,
-        found.m,
-        mx.where(better[:, None, None], new.q, found.q),
-    )
+    return found._replace(d=halved(mx.maximum(d, 0)), dmin=halved(mx.maximum(dmin, 0)))
+
+
+def kept(x: mx.array, w: mx.array, old: Levels, new: Levels, axes: int | tuple[int, ...]) -> Levels:
+    """The one with the lower error, for every sub-block (axes 0) or block (axes 0 and 1)."""
+    better = _loss(x, w, new, axes) < _loss(x, w, old, axes)
+    return Levels(*(o if o is n else mx.where(better, n, o) for o, n in zip(old, new, strict=True)))
+
+
+def _loss(x: mx.array, w: mx.array, found: Levels, axes: int | tuple[int, ...]) -> mx.array:
+    gap = found.decoded() - x
+    return (w * gap * gap).sum(axes)
 
 
 def _dot(w: mx.array, a: mx.array, b: mx.array) -> mx.array:
-    return (w * a * b).sum((-1, -2))
+    return (w * a * b).sum((0, 1))
 
 
-def _loss(x: mx.array, w: mx.array, found: Levels) -> mx.array:
-    gap = decoded(found) - x
-    return _dot(w, gap, gap)
-
-
-def q2_k_planes(found: Levels) -> dict[str, np.ndarray]:
+def q2_k_planes(found: Levels) -> dict[str, mx.array]:
     """Planes of Q2_K blocks, (N, elements)."""
-    s, m = np.array(found.s).astype(np.uint8), np.array(found.m).astype(np.uint8)
-    return {
-        "weight": pack(np.array(found.q.flatten(1)).astype(np.uint8), 2),
-        "scales": s | m << 4,
-        "d": _half_pairs(found),
-    }
+    s, m = found.s.astype(mx.uint8), found.m.astype(mx.uint8)
+    return {"weight": _words(found.q, 2), "scales": (s | m << 4).T, "d": _half_pairs(found)}
 
 
-def q4_k_planes(found: Levels) -> dict[str, np.ndarray]:
+def q4_k_planes(found: Levels) -> dict[str, mx.array]:
     """Planes of Q4_K blocks, (N, elements); the six-bit scales packed as in GGUF."""
-    s, m = np.array(found.s).astype(np.uint8), np.array(found.m).astype(np.uint8)
-    early = [side[:, :4] | side[:, 4:] >> 4 << 6 for side in (s, m)]
-    late = s[:, 4:] & 15 | (m[:, 4:] & 15) << 4
-    octets = np.ascontiguousarray(np.concatenate([*early, late], axis=1))
-    return {
-        "weight": pack(np.array(found.q.flatten(1)).astype(np.uint8), 4),
-        "scales": octets.view(np.uint32),
-        "d": _half_pairs(found),
-    }
+    s, m = found.s.astype(mx.uint8), found.m.astype(mx.uint8)
+    early = [side[:4] | side[4:] >> 4 << 6 for side in (s, m)]
+    octets = mx.concatenate([*early, s[4:] & 15 | (m[4:] & 15) << 4])
+    scales = mx.contiguous(octets.T).view(mx.uint32)
+    return {"weight": _words(found.q, 4), "scales": scales, "d": _half_pairs(found)}
 
 
-def _half_pairs(found: Levels) -> np.ndarray:
-    return np.array(mx.stack([found.d, found.dmin], axis=-1).astype(mx.float16))
+def _words(codes: mx.array, bits: int) -> mx.array:
+    """Codes (sub, subs, N) packed in words uint32 (N, 8 bits), first code in the lowest bits."""
+    codes = codes.transpose(2, 1, 0).astype(mx.uint32).reshape(codes.shape[-1], -1, 32 // bits)
+    return (codes << mx.arange(0, 32, bits, dtype=mx.uint32)).sum(-1)
+
+
+def _half_pairs(found: Levels) -> mx.array:
+    return mx.stack([found.d, found.dmin], axis=-1).astype(mx.float16)
