@@ -5,6 +5,7 @@ hold, per expert and column, the mean of x^2 over the tokens that were routed to
 read; the second is written.
 """
 
+import contextlib
 import hashlib
 import re
 import struct
@@ -139,18 +140,17 @@ def write_gguf(
     `<stack>.counts`. dataset: where the tokens come from, in `chunks` pieces of at most `length`.
     run: see `run_of`. Equal arguments give equal bytes.
     """
-    writer = _Writer(path, "")
-    writer.add_type("imatrix")
-    writer.add_array("imatrix.datasets", [dataset])
-    writer.add_uint32("imatrix.chunk_count", chunks)
-    writer.add_uint32("imatrix.chunk_size", length)
-    writer.add_string(RUN, run)
-    for name, array in arrays.items():
-        writer.add_tensor(name, array.astype(np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    with contextlib.closing(_Writer(path, "")) as writer:
+        writer.add_type("imatrix")
+        writer.add_array("imatrix.datasets", [dataset])
+        writer.add_uint32("imatrix.chunk_count", chunks)
+        writer.add_uint32("imatrix.chunk_size", length)
+        writer.add_string(RUN, run)
+        for name, array in arrays.items():
+            writer.add_tensor(name, array.astype(np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
 
 
 def run_of(path: Path) -> str | None:

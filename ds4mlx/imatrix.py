@@ -92,8 +92,9 @@ def collect(
         sums = RunningSums.resumed(partial, found.config, run, overwrite)
         with _saving(output, sums, save_seconds) as save:
             _measure(load_model(), sums, sequences, step, progress, save)
-        with replacing(output, _beside(output, NEW)) as new:
-            write_gguf(new, sums.stacks(), prompts.name, len(sequences), length, run)
+            with undivided(), replacing(output, _beside(output, NEW)) as new:
+                count = len(sequences)
+                write_gguf(new, sums.stacks(), prompts.name, count, length, run)
         partial.unlink(missing_ok=True)
     return _report(sums, sequences)
 
