@@ -14,6 +14,8 @@ from ds4mlx.tokenizer import Tokenizer
 
 # Tokens of a sequence at most, unless told: of text as llama.cpp's imatrix tool, and of a line.
 TEXT_LENGTH, LINE_LENGTH = 512, 4096
+# Characters of text that are encoded at a time, up to the end of a line.
+PIECE = 1 << 20
 KINDS = ("prompt", "text", "messages")
 
 
@@ -66,9 +68,19 @@ def _text(path: Path) -> str:
 
 
 def _of_text(text: str, tokenizer: Tokenizer, length: int) -> Iterator[np.ndarray]:
-    ids, body = _without_bos(tokenizer, text), length - 1
+    pieces = [np.array(_without_bos(tokenizer, piece), np.int32) for piece in _pieces(text)]
+    ids, body = np.concatenate([np.zeros(0, np.int32), *pieces]), length - 1
     for start in range(0, len(ids), body):
-        yield np.array([tokenizer.bos_token_id, *ids[start : start + body]], np.int32)
+        yield np.insert(ids[start : start + body], 0, tokenizer.bos_token_id)
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """Runs of whole lines, as encoding takes hundreds of times the memory of its text."""
+    start = 0
+    while start < len(text):
+        end = text.find("\n", start + PIECE) + 1 or len(text)
+        yield text[start:end]
+        start = end
 
 
 def _of_lines(

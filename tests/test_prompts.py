@@ -7,7 +7,7 @@ import pytest
 from ds4mlx import DataError
 from ds4mlx.chat import encode_messages
 from ds4mlx.cli import run
-from ds4mlx.prompts import read_sequences, sequence_length
+from ds4mlx.prompts import PIECE, read_sequences, sequence_length
 
 BOS = "<｜begin▁of▁sentence｜>"
 
@@ -35,6 +35,14 @@ def test_text_is_cut_and_nothing_is_lost(read, embedded):
     assert {len(sequence) for sequence in found[:-1]} == {32} and len(found[-1]) <= 32
     assert [token for sequence in found for token in sequence[1:]] == embedded[1].encode(text)
     assert read("b.txt", BOS + text, 32) == found
+
+
+def test_long_texts_are_encoded_in_pieces(read, embedded):
+    """Which end with a line, so the tokens are the same."""
+    text = "def add(a, b):\n    return a + b\n" * 70000
+    found = read("a.txt", text, 4096)
+    assert len(text) > 2 * PIECE
+    assert [t for s in found for t in s[1:]] == embedded[1].encode(text)
 
 
 def test_most_tokens(read):
