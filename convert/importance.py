@@ -1,16 +1,19 @@
-"""How much each input column of a routed expert matters: read from an imatrix file.
+"""How much each input column of a routed expert matters: what imatrix files hold.
 
 Two forms: the legacy `.dat` that ds4 and older llama.cpp tools write, and llama.cpp's GGUF form. Both
-hold, per expert and column, the mean of x^2 over the tokens that were routed to the expert.
+hold, per expert and column, the mean of x^2 over the tokens that were routed to the expert. Both are
+read; the second is written.
 """
 
+import contextlib
 import hashlib
 import re
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
+from gguf import GGUFWriter
 
 from ds4mlx.convert.gguf_container import MAGIC, GGUFFile
 from ds4mlx.errors import DataError
@@ -18,6 +21,8 @@ from ds4mlx.inventory import Entry
 
 PARTS = {"w1": "gate", "w2": "down", "w3": "up"}
 SUMS, COUNTS = ".in_sum2", ".counts"
+# Of which run the file is the result: ours, other readers pass over it.
+RUN = "ds4mlx.imatrix_run"
 
 
 class Importance:
@@ -66,7 +71,12 @@ class Importance:
 def stack_name(entry: Entry) -> str | None:
     """What imatrix files call a stack of routed experts; None for other entries."""
     found = re.fullmatch(r"layers\.(\d+)\.ffn\.experts\.(w[123])\.weight", entry.name)
-    return found and f"blk.{found[1]}.ffn_{PARTS[found[2]]}_exps.weight"
+    return found and imatrix_name(int(found[1]), found[2])
+
+
+def imatrix_name(layer: int, part: str) -> str:
+    """What imatrix files call the stack w1, w2 or w3 of a main layer."""
+    return f"blk.{layer}.ffn_{PARTS[part]}_exps.weight"
 
 
 def is_stack(name: str) -> bool:
@@ -112,3 +122,40 @@ def _from_gguf(path: Path) -> dict[str, np.ndarray]:
             # an expert that no token reached matters as little as possible, evenly
             stacks[name] = np.where(counts > 0, sums / np.maximum(counts, 1), 1.0)
     return {name: stack.astype(np.float32) for name, stack in stacks.items()}
+
+
+class _Writer(GGUFWriter):
+    """Without the architecture, which an imatrix does not have."""
+
+    def add_architecture(self) -> None:
+        pass
+
+
+def write_gguf(
+    path: Path, arrays: Mapping[str, np.ndarray], dataset: str, chunks: int, length: int, run: str
+) -> None:
+    """Write llama.cpp's GGUF form.
+
+    arrays: sums (experts, columns) under `<stack>.in_sum2`, numbers of tokens (experts, 1) under
+    `<stack>.counts`. dataset: where the tokens come from, in `chunks` pieces of at most `length`.
+    run: see `run_of`. Equal arguments give equal bytes.
+    """
+    with contextlib.closing(_Writer(path, "")) as writer:
+        writer.add_type("imatrix")
+        writer.add_array("imatrix.datasets", [dataset])
+        writer.add_uint32("imatrix.chunk_count", chunks)
+        writer.add_uint32("imatrix.chunk_size", length)
+        writer.add_string(RUN, run)
+        for name, array in arrays.items():
+            writer.add_tensor(name, array.astype(np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+
+
+def run_of(path: Path) -> str | None:
+    """The `run` an imatrix was written with; None for any other file."""
+    try:
+        return GGUFFile(path).text(RUN)
+    except DataError:
+        return None

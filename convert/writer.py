@@ -4,10 +4,11 @@ The file is `NAME.partial` until its last byte is on the disk. Every few seconds
 far it is; going on re-reads what is there and compares its checksums before trusting it.
 """
 
+import contextlib
 import hashlib
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -171,12 +172,17 @@ def sync_directory(path: Path) -> None:
         os.close(fd)
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a small file so that it is there whole or not at all."""
-    temporary = path.with_name(path.name + PARTIAL)
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
+@contextlib.contextmanager
+def replacing(path: Path, temporary: Path) -> Iterator[Path]:
+    """Gives `temporary` to be written; what is there in the end becomes `path`, durably, in one step."""
+    yield temporary
+    with temporary.open("rb") as file:
         os.fsync(file.fileno())
     temporary.replace(path)
     sync_directory(path.parent)
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a small file so that it is there whole or not at all."""
+    with replacing(path, path.with_name(path.name + PARTIAL)) as temporary:
+        temporary.write_bytes(data)

@@ -7,12 +7,19 @@ import contextlib
 import re
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
+import mlx.core as mx
 import typer
 
+from ds4mlx import model as network
+from ds4mlx.default_model import default_model
 from ds4mlx.errors import DataError
+from ds4mlx.load import load
+from ds4mlx.terminal import progress
+from ds4mlx.tokenizer import Tokenizer
 
 SIZE_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
@@ -66,3 +73,10 @@ def size(text: str) -> int:
     if found < 1:
         raise typer.BadParameter(f"{text!r} is not a size such as 512M or 8G")
     return found
+
+
+def open_model(path: str | None) -> tuple[network.Model, Tokenizer]:
+    """Load a model for the command line: bfloat16, or float32 where MLX has only the CPU."""
+    on_cpu = mx.default_device() == mx.cpu  # where bfloat16 is slower and less exact
+    dtype = mx.float32 if on_cpu else mx.bfloat16
+    return load(path or default_model(), dtype, on_file=partial(progress, "loading", "files"))

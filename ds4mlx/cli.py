@@ -4,27 +4,24 @@ Exit codes: 0 done, 1 data, model or environment at fault, 2 wrong usage, 130 in
 """
 
 import io
-import json
 import os
 import sys
 import traceback
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
-import mlx.core as mx
 import typer
 
 from ds4mlx import __version__
 from ds4mlx import arguments as arg
 from ds4mlx.chat import encode_messages
 from ds4mlx.conversation import Conversation, interact
-from ds4mlx.default_model import default_model
 from ds4mlx.errors import DataError
 from ds4mlx.generation import StopStrings, stream_generate
-from ds4mlx.load import load
 from ds4mlx.sampling import Sampler
 from ds4mlx.terminal import LogProbs, Printer, progress, show, timing
+from ds4mlx.weight_commands import convert, imatrix, inspect, verify
 
 app = typer.Typer(
     add_completion=False,
@@ -54,92 +51,8 @@ def options(
     """
 
 
-@app.command()
-def convert(
-    src: Annotated[str, typer.Argument(help="Official directory, hub repo id, or GGUF file.")],
-    dst: Annotated[Path, typer.Argument(help="Model directory to write.")],
-    recipe: Annotated[
-        str | None,
-        typer.Option(help="official (default), q2, q2-q4, q4, bf16 or f32; for GGUF only keep."),
-    ] = None,
-    imatrix: Annotated[
-        Path | None, typer.Option(help="Importances for q2, q2-q4 and q4: .dat or GGUF.")
-    ] = None,
-    mtp: Annotated[
-        Path | None, typer.Option(help="GGUF file with the MTP block of a GGUF source.")
-    ] = None,
-    release: Annotated[
-        Literal["april", "0731"] | None, typer.Option(help="Where the source does not say.")
-    ] = None,
-    max_memory: Annotated[
-        str | None, typer.Option(help="Largest chunk held in memory, such as 64M.")
-    ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan only.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
-) -> None:
-    """Convert weights to a model directory; goes on where it was interrupted.
-
-    In every recipe but bf16 and f32 all tensors other than the routed experts keep the source's values
-    bit for bit. Routed experts: official and keep, the source's values; q2, gate and up IQ2_XXS, down
-    Q2_K; q2-q4, the same but Q4_K in the last 6 layers; q4, Q4_K. --dry-run lists it for a source.
-    """
-    from ds4mlx.convert import convert as run
-    from ds4mlx.convert.recipes import RECIPES
-
-    if recipe not in (None, *RECIPES):
-        raise typer.BadParameter(
-            f"{recipe!r} is not one of {', '.join(RECIPES)}", param_hint="--recipe"
-        )
-    limit = None if max_memory is None else arg.size(max_memory)
-    try:
-        plan = run(
-            src,
-            dst,
-            recipe,
-            imatrix=imatrix,
-            mtp=mtp,
-            release=release,
-            max_memory=limit,
-            dry_run=dry_run,
-            overwrite=overwrite,
-        )
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
-        raise typer.Exit(130) from None
-    if dry_run:
-        print(plan)
-
-
-@app.command()
-def verify(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Model directory.")],
-    against: Annotated[str | None, typer.Option(help="Source to compare every value with.")] = None,
-    as_json: arg.Json = False,
-) -> None:
-    """Check every byte of a model directory, and every value against its source."""
-    from ds4mlx.convert import verify as run
-
-    found = run(directory, against)
-    if as_json:
-        print(json.dumps([vars(checked) for checked in found], indent=1))
-        return
-    for checked in found:
-        error = "" if checked.error is None else f"  relative error {checked.error:.3g}"
-        print(f"ok  {checked.storage:<6} {checked.name}{error}")
-    print(f"{len(found)} weights are as recorded")
-
-
-@app.command()
-def inspect(
-    location: Annotated[str, typer.Argument(metavar="SRC_OR_DIR")],
-    tensors: Annotated[bool, typer.Option("--tensors", help="List every weight.")] = False,
-    as_json: arg.Json = False,
-) -> None:
-    """Show sizes, bytes read per token, and memory by context."""
-    from ds4mlx.convert import inspect as run
-
-    found = run(location, tensors)
-    print(json.dumps(found.as_dict(), indent=1) if as_json else found)
+for command in (convert, verify, inspect, imatrix):
+    app.command()(command)
 
 
 @app.command()
@@ -169,7 +82,7 @@ def generate(
         StopStrings(stop or ())
     text = arg.prompt_text(prompt, prompt_file)
     with LogProbs(logprobs) as log:
-        loaded, tokenizer = open_model(model)
+        loaded, tokenizer = arg.open_model(model)
         if not raw:
             messages = [{"role": "system", "content": system}] if system else []
             messages.append({"role": "user", "content": text})
@@ -206,15 +119,8 @@ def chat(
     """Talk with the model; Ctrl-C ends an answer, Ctrl-D the chat."""
     with arg.checked():
         sampler = Sampler(temp, top_p, top_k, min_p, seed)
-    loaded, tokenizer = open_model(model)
+    loaded, tokenizer = arg.open_model(model)
     interact(Conversation(loaded, tokenizer, sampler, think, system), max_tokens)
-
-
-def open_model(path: str | None):
-    """Load a model for the command line: bfloat16, or float32 where MLX has only the CPU."""
-    on_cpu = mx.default_device() == mx.cpu  # where bfloat16 is slower and less exact
-    dtype = mx.float32 if on_cpu else mx.bfloat16
-    return load(path or default_model(), dtype, on_file=partial(progress, "loading", "files"))
 
 
 def main() -> None:

@@ -76,6 +76,10 @@ def stdin(monkeypatch, raw):
         ["convert", "a", "b", "--max-memory", "0.0001K"],
         ["verify"],
         ["inspect"],
+        ["imatrix", "--prompts", "a"],
+        ["imatrix", "-o", "a"],
+        ["imatrix", "--prompts", "a", "-o", "b", "--ctx", "1"],
+        ["imatrix", "--prompts", "a", "-o", "b", "--max-tokens", "0"],
     ],
     ids=" ".join,
 )
@@ -90,10 +94,12 @@ def test_wrong_usage(arguments, capsys):
 def test_without_arguments_there_is_help(capsys):
     assert run([]) == 2
     out, err = capsys.readouterr()
-    assert all(command in out + err for command in ("convert", "verify", "inspect", "chat"))
+    assert all(command in out + err for command in ("convert", "verify", "imatrix", "chat"))
 
 
-@pytest.mark.parametrize("command", [[], ["generate"], ["chat"], ["convert"], ["inspect"]])
+@pytest.mark.parametrize(
+    "command", [[], ["generate"], ["chat"], ["convert"], ["inspect"], ["imatrix"]]
+)
 def test_help(command, capsys):
     assert run([*command, "--help"]) == 0
     out, err = capsys.readouterr()
@@ -114,6 +120,7 @@ def test_version(capsys):
         ["inspect", "/nowhere"],
         ["convert", "/nowhere", "/nowhere/either"],
         ["generate", "--prompt-file", "/nowhere"],
+        ["imatrix", "--prompts", "a", "-o", "b", "-m", "/nowhere"],
     ],
     ids=" ".join,
 )
