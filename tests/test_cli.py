@@ -409,7 +409,7 @@ def test_closed_streams(embedded_dir, closed):
 
 def test_a_generation_on_a_terminal(embedded_dir):
     """Progress that vanishes, then dim reasoning, then a line of numbers."""
-    options = ["-p", "x", "--max-tokens", "3"]
+    options = ["-p", "x", "--max-tokens", "3", "--seed", "1"]
     with processes.Terminal("generate", "-m", embedded_dir, *options) as terminal:
         shown = terminal.until(r"\x1b\[2m.*\x1b\[0m\r\n\[prompt .* GB\]\r\n")
         code, rest = terminal.end()
