@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ds4mlx.convert.gguf_container import GGUFFile
+from ds4mlx.convert.gguf_files import GGUFFiles
 from ds4mlx.errors import DataError
 
 ARCHITECTURE = "deepseek4"
@@ -49,7 +49,7 @@ FIXED = {
 }
 
 
-def config_values(file: GGUFFile, drafts: int) -> dict[str, Any]:
+def config_values(file: GGUFFiles, drafts: int) -> dict[str, Any]:
     """config.json of a main file beside which there are `drafts` MTP blocks. Raises DataError by key."""
     found = file.text("general.architecture")
     if found != ARCHITECTURE:
@@ -81,12 +81,12 @@ def config_values(file: GGUFFile, drafts: int) -> dict[str, Any]:
     }
 
 
-def _eos(file: GGUFFile) -> int:
+def _eos(file: GGUFFiles) -> int:
     found = file.value("tokenizer.ggml.eos_token_id")
     return 1 if found is None else found
 
 
-def _required(file: GGUFFile, key: str) -> Any:
+def _required(file: GGUFFiles, key: str) -> Any:
     value = file.value(f"{ARCHITECTURE}.{key}")
     if value is None:
         raise DataError(f"{file.path}: metadata {ARCHITECTURE}.{key} is missing")
@@ -100,7 +100,7 @@ def _number(value: Any) -> Any:
     return float(f"{value:.7g}") if isinstance(value, float) else value
 
 
-def _clamp(file: GGUFFile) -> float:
+def _clamp(file: GGUFFiles) -> float:
     """The clamp of the experts, one value for all layers."""
     limits: set[float] = set()
     for key in ("swiglu_clamp_exp", "swiglu_clamp_shexp"):

@@ -4,7 +4,6 @@ Everything headers can tell is checked when it is opened: architecture, names, s
 """
 
 import hashlib
-import re
 from pathlib import Path
 
 import numpy as np
@@ -13,14 +12,15 @@ from ds4mlx.config import ModelConfig
 from ds4mlx.convert import codecs
 from ds4mlx.convert.gguf_config import config_values
 from ds4mlx.convert.gguf_container import GGUFFile, GGUFTensor
+from ds4mlx.convert.gguf_files import GGUFFiles
 from ds4mlx.convert.gguf_names import draft_name, main_name, mainline_draft_name
 from ds4mlx.convert.gguf_tokenizer import tokenizer_files
-from ds4mlx.convert.quantise import BLOCK_BYTES, block_planes, decode
+from ds4mlx.convert.quantise import block_planes, decode
 from ds4mlx.errors import DataError
 from ds4mlx.formats import FORMATS
 from ds4mlx.inventory import Entry, inventory
 
-SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
+LISTED = 8  # tensors that a refusal names
 FLOATS = ("F32", "F16", "BF16")
 # Types a file may store each kind of tensor in.
 MATRIX_TYPES = (*FLOATS, "Q8_0", "Q2_K", "Q4_K", "Q6_K", "IQ2_XXS", "IQ3_XXS", "MXFP4")
@@ -38,32 +38,29 @@ class GGUFSource:
 
     def __init__(self, path: Path, mtp: Path | None = None):
         self.name, self.path = str(path), path
-        self.parts = [GGUFFile(part) for part in shards(path)]
-        self.files = _by_tensor(self.parts)
-        self.main = self.parts[0]
+        self.main = GGUFFiles(path)
         self._refuse_draft_file()
-        self.draft = None if mtp is None else GGUFFile(mtp)
-        merged = _Merged(self.main, self.files)
-        self.config_values = config_values(merged, 0 if self.draft is None else 1)
+        self.draft = None if mtp is None else GGUFFiles(mtp)
+        self.config_values = config_values(self.main, 0 if self.draft is None else 1)
         self.config = ModelConfig.from_dict(self.config_values, f"{path} metadata")
         self.inventory = inventory(self.config)
         self._check_names()
+        self._check_types()
         for entries in self.inventory.values():
             for entry in entries:
-                self._check(entry)
+                self._check_shape(entry)
+        self.tokenizer = tokenizer_files(self.main)
 
     def place(self, entry: Entry) -> tuple[GGUFFile, str]:
         """The file that holds an entry, and its name there."""
         if not entry.name.startswith("mtp."):
             name = main_name(entry)
-            if name not in self.files:
-                raise DataError(f"{self.path}: tensor {name} is missing")
-            return self.files[name], name
+            return self.main.holder(name), name
         assert self.draft is not None
         name = draft_name(entry)
-        if name not in self.draft.tensors:
+        if name not in self.draft.files:
             name = mainline_draft_name(entry, self.config.num_hidden_layers)
-        return self.draft, name
+        return self.draft.holder(name), name
 
     def info(self, entry: Entry) -> GGUFTensor:
         """Header of an entry's tensor."""
@@ -108,14 +105,12 @@ class GGUFSource:
 
     def small_files(self) -> dict[str, bytes]:
         """The tokenizer's files."""
-        return tokenizer_files(self.main)
+        return self.tokenizer
 
     def fingerprint(self) -> str:
         """Digest of every file's metadata and tensor headers."""
-        digest = hashlib.sha256()
-        for file in [*self.parts, *([] if self.draft is None else [self.draft])]:
-            digest.update(file.path.name.encode() + file.header_digest.encode())
-        return digest.hexdigest()
+        found = [files.digest() for files in (self.main, self.draft) if files is not None]
+        return hashlib.sha256(b"".join(found)).hexdigest()
 
     def _raw(self, entry: Entry, expert: int, start: int, stop: int) -> np.ndarray:
         """Rows of raw data, uint8 (rows, bytes); single values are rows of one."""
@@ -159,64 +154,30 @@ class GGUFSource:
         """Every tensor must be one that the forward pass uses."""
         entries = [e for listed in self.inventory.values() for e in listed]
         known = {main_name(e) for e in entries if not e.name.startswith("mtp.")}
-        unknown = sorted(set(self.files) - known)
+        unknown = sorted(set(self.main.files) - known)
         if unknown:
             more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
             raise DataError(f"{self.path}: unsupported tensor {', '.join(unknown[:3])}{more}")
 
-    def _check(self, entry: Entry) -> None:
-        """Type and shape of an entry's tensor."""
+    def _check_types(self) -> None:
+        """Refuse types that are not supported, naming all the tensors."""
+        entries = [entry for entries in self.inventory.values() for entry in entries]
+        bad = [e for e in entries if self.dtype(e) not in ACCEPTED[e.kind]]
+        if bad:
+            listed = [f"{self.place(e)[1]} has type {self.dtype(e)}" for e in bad]
+            more = f", and {len(listed) - LISTED} more" if len(listed) > LISTED else ""
+            wanted = ", ".join(ACCEPTED[bad[0].kind])
+            where = self.place(bad[0])[0].path
+            raise DataError(
+                f"{where}: tensor {', '.join(listed[:LISTED])}{more}; supported there: {wanted}"
+            )
+
+    def _check_shape(self, entry: Entry) -> None:
         file, name = self.place(entry)
-        info = file.tensor(name)
-        if info.type not in ACCEPTED[entry.kind] or info.type.lower() not in BLOCK_BYTES:
-            wanted = " or ".join(ACCEPTED[entry.kind])
-            raise DataError(f"{file.path}: tensor {name} has type {info.type}, expected {wanted}")
-        shape = entry.shape
+        info, shape = file.tensor(name), entry.shape
         if name.endswith("eh_proj.weight"):
             shape = (shape[0], 2 * shape[1])
         if info.shape != shape:
             raise DataError(
                 f"{file.path}: tensor {name} has shape {list(info.shape)}, expected {list(shape)}"
             )
-
-
-class _Merged:
-    """The first file's metadata with the tensors of all."""
-
-    def __init__(self, main: GGUFFile, files: dict[str, GGUFFile]):
-        self.path, self.value, self.text = main.path, main.value, main.text
-        self.files = files
-
-    def tensor(self, name: str) -> GGUFTensor:
-        if name not in self.files:
-            raise DataError(f"{self.path}: tensor {name} is missing")
-        return self.files[name].tensor(name)
-
-
-def shards(path: Path) -> list[Path]:
-    """All files of a split model, the first first; only `path` itself if it is not split."""
-    found = SHARD.fullmatch(path.name)
-    if not found:
-        return [path]
-    stem, count = found[1], int(found[3])
-    if not 1 <= count <= 9999:
-        raise DataError(f"{path}: the name tells of {count} files")
-    parts = [path.with_name(f"{stem}-{n:05d}-of-{count:05d}.gguf") for n in range(1, count + 1)]
-    for part in parts:
-        if not part.is_file():
-            raise DataError(f"{part}: missing, one of {count} files")
-    return parts
-
-
-def _by_tensor(parts: list[GGUFFile]) -> dict[str, GGUFFile]:
-    """Tensor name -> its file."""
-    files: dict[str, GGUFFile] = {}
-    for part in parts:
-        for name in part.tensors:
-            if name in files:
-                raise DataError(f"{part.path}: tensor {name} is also in {files[name].path.name}")
-            files[name] = part
-    total = parts[0].value("split.tensors.count")
-    if len(parts) > 1 and total not in (None, len(files)):
-        raise DataError(f"{parts[0].path}: {len(files)} tensors in all files, expected {total}")
-    return files

@@ -4,7 +4,7 @@ import json
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
-from ds4mlx.convert.gguf_container import GGUFFile
+from ds4mlx.convert.gguf_files import GGUFFiles
 from ds4mlx.errors import DataError
 
 # Names under which llama.cpp has the pre-tokenizer of DeepSeek-V3 and -V4.
@@ -24,9 +24,9 @@ WORDS = "|".join(
 )
 
 
-def tokenizer_files(file: GGUFFile) -> dict[str, bytes]:
+def tokenizer_files(file: GGUFFiles) -> dict[str, bytes]:
     """{name: bytes} of tokenizer.json and tokenizer_config.json; none if the file has no tokenizer."""
-    if "tokenizer.ggml.tokens" not in file.fields:
+    if file.value("tokenizer.ggml.tokens") is None:
         return {}
     tokenizer = build_tokenizer(file)
     config = {"add_bos_token": False, "add_eos_token": False}
@@ -40,7 +40,7 @@ def tokenizer_files(file: GGUFFile) -> dict[str, bytes]:
     }
 
 
-def build_tokenizer(file: GGUFFile) -> Tokenizer:
+def build_tokenizer(file: GGUFFiles) -> Tokenizer:
     """Byte-level BPE with DeepSeek's pre-tokenizer. Raises DataError for any other kind."""
     kind, pre = file.text("tokenizer.ggml.model"), file.text("tokenizer.ggml.pre")
     if kind != "gpt2" or pre not in PRE_TOKENIZERS:
@@ -66,7 +66,7 @@ def build_tokenizer(file: GGUFFile) -> Tokenizer:
     return tokenizer
 
 
-def _texts(file: GGUFFile, key: str) -> list[str]:
+def _texts(file: GGUFFiles, key: str) -> list[str]:
     found = file.value(key)
     if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
         raise DataError(f"{file.path}: {key} is missing or not a list of texts")

@@ -44,7 +44,7 @@ class Inspection:
 
     def __str__(self) -> str:
         total = sum(self.bytes_by_component.values())
-        lines = [f"{self.path}: {f'recipe {self.recipe}' if self.recipe else 'official source'}"]
+        lines = [f"{self.path}: {f'recipe {self.recipe}' if self.recipe else 'source'}"]
         lines[0] += f", release {self.release}"
         lines += [f"  {key}: {value}" for key, value in self.config.items()]
         lines += ["", f"{'component':<20} {'bytes':>18} {'share':>7}"]
@@ -62,7 +62,7 @@ class Inspection:
 
 
 def inspect(location: str | Path, tensors: bool = False) -> Inspection:
-    """Look at a model directory, or an official source (local or hub repo id). Raises DataError.
+    """Look at a model directory, or at a source: official (local or hub repo id) or GGUF. Raises DataError.
 
     bytes_per_token counts the chosen experts of every layer, one row of the embedding and everything
     else once; the MTP blocks are not part of decoding. State sizes are for bfloat16 activations.
