@@ -140,9 +140,16 @@ class Checker:
             self.fail(f"{what} is not UTF-8")
             raise
 
+    def name(self, what: str) -> str:
+        """A string that error messages will contain."""
+        found = self.string(what)
+        if not found.isprintable() or not found:
+            self.fail(f"{what} is {found!r}")
+        return found
+
     def pair(self) -> None:
         """A key and its value."""
-        key = self.string("a key")
+        key = self.name("a key")
         kind = self.number(4)
         if kind == ARRAY:
             kind, count = self.number(4), self.number(8)
@@ -170,7 +177,7 @@ class Checker:
         places: list[tuple[int, int, str]] = []
         names: set[str] = set()
         for _ in range(count):
-            name = self.string("a tensor name")
+            name = self.name("a tensor name")
             if name in names:
                 self.fail(f"tensor {name} occurs twice")
             names.add(name)

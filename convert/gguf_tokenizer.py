@@ -49,11 +49,15 @@ def build_tokenizer(file: GGUFFiles) -> Tokenizer:
         )
     tokens = _texts(file, "tokenizer.ggml.tokens")
     merges = [tuple(pair.split(" ")) for pair in _texts(file, "tokenizer.ggml.merges")]
+    odd = next((merge for merge in merges if len(merge) != 2), None)
+    if odd is not None:
+        raise DataError(f"{file.path}: tokenizer.ggml.merges: {' '.join(odd)!r} is no pair")
     vocabulary = {token: number for number, token in enumerate(tokens)}
     try:
         tokenizer = Tokenizer(models.BPE(vocabulary, merges))  # type: ignore[arg-type]
     except Exception as error:  # noqa: BLE001 - the library raises nothing narrower
-        raise DataError(f"{file.path}: tokenizer.ggml.merges: {error}") from None
+        cause = str(error).splitlines()[0]
+        raise DataError(f"{file.path}: tokenizer.ggml.merges: {cause}") from None
     steps = [pre_tokenizers.Split(Regex(x), "isolated") for x in (DIGITS, HAN_AND_KANA, WORDS)]
     last = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*steps, last])  # type: ignore[assignment]
