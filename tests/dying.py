@@ -1,6 +1,6 @@
 """Converts in a process that a signal ends just before, or inside, its n-th change to the disk.
 
-python dying.py SOURCE TARGET N SIGNAL: prints how many changes a whole conversion makes.
+python dying.py SOURCE TARGET N SIGNAL [RECIPE]: prints how many changes a whole conversion makes.
 """
 
 import os
@@ -32,7 +32,7 @@ class Countdown:
 
 
 if __name__ == "__main__":
-    source, target, last, number = sys.argv[1:]
+    source, target, last, number, *recipe = sys.argv[1:]
     countdown = Countdown(int(last), int(number))
-    convert(source, target, max_memory=1 << 14, progress=False, journal_seconds=0)
+    convert(source, target, *recipe, max_memory=1 << 14, progress=False, journal_seconds=0)
     print(countdown.count)
