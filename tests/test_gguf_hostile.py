@@ -1,24 +1,19 @@
 """Spoiled GGUF files: each is refused with one line, or read as the sound one."""
 
-import contextlib
 import hashlib
-import resource
-import signal
-from pathlib import Path
 
 import gguf
 import make_gguf
 import mutants
 import numpy as np
 import pytest
+from bounds import bounded
 
 from ds4mlx import DataError, load
 from ds4mlx.cli import run as command
 from ds4mlx.convert import convert, read_gguf
 from ds4mlx.convert.plan import Plan
 from ds4mlx.inventory import experts
-
-SECONDS, MEMORY = 10, 1 << 30
 
 
 @pytest.fixture(scope="module")
@@ -34,26 +29,6 @@ def values(sound, tmp_path_factory):
     path = tmp_path_factory.mktemp("values") / "sound.gguf"
     path.write_bytes(sound.raw)
     return read_all(path)
-
-
-@contextlib.contextmanager
-def bounded():
-    """A hang, or an allocation of more than a gigabyte, is an error."""
-
-    def late(*_):
-        raise TimeoutError
-
-    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    before = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, before[1]))
-    handler = signal.signal(signal.SIGALRM, late)
-    signal.alarm(SECONDS)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, handler)
-        resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 def read_all(path) -> dict[str, str]:
