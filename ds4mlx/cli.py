@@ -139,7 +139,7 @@ def run(arguments: list[str]) -> int:
     except (KeyboardInterrupt, typer.Abort):
         return 130
     except (BrokenPipeError, SystemExit):  # the second is what typer makes of the first
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # nobody reads on
+        _close_stdout()  # nobody reads on
         return 0
     except Exception as error:  # noqa: BLE001 - every failure is one line
         if hasattr(error, "show") and hasattr(error, "exit_code"):  # wrong usage
@@ -148,7 +148,15 @@ def run(arguments: list[str]) -> int:
         if "--debug" in arguments:
             traceback.print_exc()
         print(f"error: {_one_line(error)}", file=sys.stderr)
+        try:
+            sys.stdout.flush()
+        except OSError:
+            _close_stdout()  # or Python tries once more at its end, and fails its own way
         return 1
+
+
+def _close_stdout() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def _one_line(error: Exception) -> str:
