@@ -1,0 +1,98 @@
+"""Batches of training sequences, made on the spot by worker processes.
+
+A sequence is a stretch of the library, conversations one after the other, or documents with
+planted facts and questions. Each token has a weight in the loss; the asked-for values, few and
+decisive, weigh more.
+"""
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from ds4mlx.evaluation.held_out import filler_of
+from ds4mlx.evaluation.recall import RecallDocument, document
+from train.dialogues import chat, tool_call
+
+VALUE_WEIGHT = 10.0
+# Kinds of sequences and how often each comes.
+MIXTURE = {"library": 0.38, "dialogues": 0.22, "recall": 0.4}
+FACT_TOKENS, TURN_TOKENS = 13, 25  # of a fact's sentence, and of a question with its answer
+CHARACTERS_PER_TOKEN = 3.2
+
+Piece = tuple[list[int], list[float]]
+
+
+class Sequences(IterableDataset):
+    """Endless batches (ids int64 (B, T), weights float32 (B, T)); each worker has its own seed."""
+
+    def __init__(self, corpus: Path, length: int, batch: int, seed: int):
+        self.corpus, self.length, self.batch, self.seed = corpus, length, batch, seed
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        torch.set_num_threads(1)
+        worker = get_worker_info()
+        self.rng = random.Random(f"{self.seed} {worker.id if worker else 0}")
+        self.tokenizer = Tokenizer.from_file(str(self.corpus / "tokenizer.json"))
+        self.library = np.load(self.corpus / "library.npy", mmap_mode="r")
+        begin = self.rng.randrange(len(self.library) - 200_000)
+        self.texts = (self.tokenizer.decode(self.library[begin : begin + 200_000].tolist()),)
+        while True:
+            rows = [self.sequence() for _ in range(self.batch)]
+            yield torch.tensor([r[0] for r in rows]), torch.tensor([r[1] for r in rows])
+
+    def sequence(self) -> Piece:
+        """One sequence of `length` tokens."""
+        kind = self.rng.choices(list(MIXTURE), list(MIXTURE.values()))[0]
+        if kind == "library":
+            begin = self.rng.randrange(len(self.library) - self.length)
+            return self.library[begin : begin + self.length].tolist(), [1.0] * self.length
+        make = self.dialogue if kind == "dialogues" else self.recall
+        ids: list[int] = []
+        weights: list[float] = []
+        while len(ids) < self.length:
+            more, weight = make()
+            ids, weights = ids + more, weights + weight
+        return ids[: self.length], weights[: self.length]
+
+    def dialogue(self) -> Piece:
+        """A conversation."""
+        text = self.rng.choice((chat, tool_call))(self.rng)
+        ids = self.tokenizer.encode(text, add_special_tokens=False).ids
+        return ids, [1.0] * len(ids)
+
+    def recall(self) -> Piece:
+        """A document that fills a sequence, or half of one or less, with as many questions as fit."""
+        rng, room = self.rng, int(self.length * self.rng.choice((0.5, 0.95, 0.95, 0.95)))
+        asked = max(2, int(room * rng.uniform(0.3, 0.6)) // TURN_TOKENS)
+        planted = asked + rng.randrange(1 + asked // 3)
+        rest = room - TURN_TOKENS * asked - FACT_TOKENS * planted
+        characters = max(0, int(rest / (planted + 1) * CHARACTERS_PER_TOKEN))
+        filler = filler_of(self.texts, characters) if characters > 20 else filler_of(("\n",), 0)
+        found = document(rng, planted, asked, filler, thinking=rng.choice(("none", "none", "high")))
+        return self.weighted(found)
+
+    def weighted(self, found: RecallDocument) -> Piece:
+        """The document's tokens, its answers' values weighing more."""
+        encoding = self.tokenizer.encode(found.text, add_special_tokens=False)
+        weights = [1.0] * len(encoding.ids)
+        for begin, end in found.answers:
+            token = encoding.char_to_token(found.text.rindex(" ", begin, end))
+            while token is not None and encoding.offsets[token][0] < end:
+                weights[token] = VALUE_WEIGHT
+                token += 1
+        return encoding.ids, weights
+
+
+def batches(
+    corpus: Path, length: int, tokens: int, workers: int, seed: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of about `tokens` tokens in sequences of `length`, made ahead by `workers`."""
+    data = Sequences(corpus, length, max(1, tokens // length), seed)
+    ahead = {"prefetch_factor": 4} if workers else {}
+    return iter(DataLoader(data, batch_size=None, num_workers=workers, pin_memory=False, **ahead))
