@@ -6,6 +6,7 @@ decisive, weigh more.
 """
 
 import random
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -89,10 +90,16 @@ class Sequences(IterableDataset):
         return encoding.ids, weights
 
 
+def outlive_signals(worker: int) -> None:
+    """Leave Ctrl-C to the training process, which saves first."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def batches(
     corpus: Path, length: int, tokens: int, workers: int, seed: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches of about `tokens` tokens in sequences of `length`, made ahead by `workers`."""
     data = Sequences(corpus, length, max(1, tokens // length), seed)
-    ahead = {"prefetch_factor": 4} if workers else {}
+    ahead = {"prefetch_factor": 4, "worker_init_fn": outlive_signals} if workers else {}
     return iter(DataLoader(data, batch_size=None, num_workers=workers, pin_memory=False, **ahead))

@@ -154,13 +154,10 @@ def train(corpus: Path, out: Path, seconds: float, args: argparse.Namespace) -> 
     spent = log[-1]["seconds"] if log else 0.0
     start = time.monotonic() - spent
     args.pause = time.monotonic() + args.pause
-    try:
-        for phase in PHASES:
-            run_phase(trainer, corpus, out, phase, start, seconds, log, args)
-    finally:  # also after Ctrl-C or `kill`, when the workers may be dying
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        save_weights(out, trainer.weights)
-        save_state(out, trainer, log)
+    for phase in PHASES:
+        run_phase(trainer, corpus, out, phase, start, seconds, log, args)
+    save_weights(out, trainer.weights)
+    save_state(out, trainer, log)
     if time.monotonic() < args.pause:
         print(held_out(trainer, corpus), flush=True)
 
@@ -220,7 +217,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM):  # at the next step, so that nothing is half done
+        signal.signal(number, lambda *_: setattr(args, "pause", 0.0))
     train(args.corpus, args.out, args.seconds, args)
 
 
