@@ -1,8 +1,4 @@
-"""What GGUF's block formats share: planes out of blocks, and products by decoding.
-
-The products decode to float32 what they need and multiply: the reference that kernels are checked
-against, and the path of devices without kernels.
-"""
+"""What GGUF's block formats share: planes out of blocks, and products by decoding."""
 
 from abc import abstractmethod
 
@@ -10,6 +6,7 @@ import mlx.core as mx
 import numpy as np
 
 from ds4mlx.formats.base import Format, Planes
+from ds4mlx.formats.decoding import decoded_matmul, expert_by_expert
 
 # Up to this many (row, expert) pairs each decodes its own matrix; beyond, each expert is decoded once.
 PAIRS = 16
@@ -33,29 +30,12 @@ class BlockFormat(Format):
         }
 
     def matmul(self, planes: Planes, x: mx.array) -> mx.array:
-        weight = self.decode(planes)
-        return (x.astype(mx.float32) @ mx.swapaxes(weight, -1, -2)).astype(x.dtype)
+        return decoded_matmul(self, planes, x)
 
     def gather(self, planes: Planes, x: mx.array, experts: mx.array, ordered: bool) -> mx.array:
         if experts.size <= PAIRS:
             return self.matmul({plane: array[experts] for plane, array in planes.items()}, x)
-        return self._expert_by_expert(planes, x, experts)
-
-    def _expert_by_expert(self, planes: Planes, x: mx.array, experts: mx.array) -> mx.array:
-        """Like `gather`; needs the experts' ids on the host."""
-        chosen = np.array(experts)
-        x = mx.broadcast_to(x, (*experts.shape, *x.shape[-2:]))
-        rows, flat = x.reshape(-1, x.shape[-1]), chosen.reshape(-1)
-        order = np.argsort(flat, kind="stable")
-        starts = np.flatnonzero(np.diff(flat[order], prepend=-1))
-        parts: list[mx.array] = []
-        for places in np.split(order, starts[1:]):
-            one = {plane: array[int(flat[places[0]])] for plane, array in planes.items()}
-            if parts:  # in turn, so that one decoded expert is alive at a time
-                one["weight"] = mx.depends([one["weight"]], parts[-1:])[0]
-            parts.append(self.matmul(one, rows[mx.array(places)]))
-        out = mx.concatenate(parts)[mx.array(np.argsort(order))]
-        return out.reshape(*chosen.shape, 1, -1)
+        return expert_by_expert(self, planes, x, experts)
 
 
 def spread(scale: mx.array, weights: int) -> mx.array:
