@@ -56,6 +56,8 @@ def convert(
         raise DataError(f"release must be 'april' or '0731', not {release!r}")
     importance = None if imatrix is None else Importance.read(Path(imatrix).expanduser())
     plan = Plan(open_source(src, mtp), recipe, release, importance)
+    if importance is not None and not any(out.quantised for out in plan.entries):
+        print(f"note: recipe {plan.recipe} rounds nothing by importance", file=sys.stderr)
     if dry_run:
         return plan
     target = Path(dst).expanduser()
