@@ -4,6 +4,7 @@ Whatever interrupts it (Ctrl-C, kill, a full disk), the next run goes on from th
 result has the same bytes; until the manifest is written, last, the directory does not load.
 """
 
+import contextlib
 import json
 import shutil
 import sys
@@ -56,21 +57,21 @@ def convert(
         raise DataError(f"release must be 'april' or '0731', not {release!r}")
     importance = None if imatrix is None else Importance.read(Path(imatrix).expanduser())
     plan = Plan(open_source(src, mtp), recipe, release, importance)
+    if importance is not None and not any(out.quantised for out in plan.entries):
+        print(f"note: recipe {plan.recipe} rounds nothing by importance", file=sys.stderr)
     if dry_run:
         return plan
     target = Path(dst).expanduser()
     if _ready(target, plan, overwrite):
         _say(f"{target}: already complete", progress)
         return plan
-    journal = Journal(target, plan.fingerprint())
     try:
-        _write(plan, target, journal, max_memory or CHUNK, journal_seconds, progress)
-        journal.remove()
+        with contextlib.closing(Journal(target, plan.fingerprint())) as journal:
+            _write(plan, target, journal, max_memory or CHUNK, journal_seconds, progress)
+            journal.remove()
     except OSError as error:
         cause = f"{error.filename or target}: {error.strerror}"
         raise DataError(f"{cause}; nothing is lost, the same command goes on from here") from error
-    finally:
-        journal.close()
     _say(quality_report(read_manifest(target)), progress)
     _say(f"{target}: {plan.nbytes:,} bytes in {len(plan.files)} weight files", progress)
     return plan

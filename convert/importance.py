@@ -117,10 +117,12 @@ def _from_gguf(path: Path) -> dict[str, np.ndarray]:
     stacks = {}
     for name in [n.removesuffix(SUMS) for n in file.tensors if n.endswith(SUMS)]:
         if is_stack(name):
-            sums, counts = file.floats(name + SUMS), file.floats(name + COUNTS)
-            counts = counts.reshape(-1, 1)
+            sums, counts = file.floats(name + SUMS), file.floats(name + COUNTS).reshape(-1, 1)
+            if len(counts) not in (1, len(sums)):
+                raise DataError(f"{path}: {name} has {len(counts)} counts for {len(sums)} sums")
             # an expert that no token reached matters as little as possible, evenly
-            stacks[name] = np.where(counts > 0, sums / np.maximum(counts, 1), 1.0)
+            with np.errstate(all="ignore"):  # what is not finite is refused later
+                stacks[name] = np.where(counts > 0, sums / np.maximum(counts, 1), 1.0)
     return {name: stack.astype(np.float32) for name, stack in stacks.items()}
 
 

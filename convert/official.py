@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from huggingface_hub import snapshot_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from ds4mlx.config import ModelConfig, read_json
@@ -17,6 +17,7 @@ from ds4mlx.convert import codecs
 from ds4mlx.errors import DataError
 from ds4mlx.inventory import Entry, experts, inventory
 from ds4mlx.tensor_file import TensorFile, TensorInfo
+from ds4mlx.tokenizer import Tokenizer
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -65,6 +66,7 @@ class OfficialSource:
         for entries in self.inventory.values():
             for entry in entries:
                 self._check(entry)
+        Tokenizer.from_dir(self.path)  # a broken one would only be found when the model is loaded
 
     def info(self, name: str) -> TensorInfo:
         """Header of an official tensor."""
@@ -234,6 +236,8 @@ def _local(location: str | Path) -> Path:
     if str(location).count("/") != 1 or str(location).startswith((".", "~", "/")):
         raise DataError(f"{path}: no such directory")
     try:
+        # before the weights, so that another architecture costs no download
+        ModelConfig.from_file(Path(hf_hub_download(str(location), "config.json")))
         return Path(snapshot_download(str(location), allow_patterns=NEEDED))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         cause = (str(error).strip() or type(error).__name__).splitlines()[0]

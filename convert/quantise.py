@@ -12,6 +12,7 @@ from ds4mlx.errors import DataError
 from ds4mlx.formats import BLOCK_FORMATS, DTYPES, FORMATS
 
 BLOCK = 256
+MINUS_ZERO = 8  # as a code of FP4
 # Blocks quantised at a time: the search of IQ2_XXS takes about 64 KB of scratch a block.
 CPU_BATCH, GPU_BATCH = 1 << 9, 1 << 15
 
@@ -44,7 +45,8 @@ def quantise(
     """Planes of values (rows, columns) float32, and (weighted squared error, weighted size).
 
     importance: float32 (columns,) or None. IQ2_XXS then takes the columns' own energy, as ds4 does;
-    the K formats their unweighted search. The error is weighted by the importance that was used.
+    the K formats their unweighted search. A block without any importance is quantised evenly, instead
+    of to zeros. The error is weighted by the importance that was used.
     Raises DataError if half precision cannot hold the scales.
     """
     weight = None if importance is None else mx.array(importance)
@@ -52,7 +54,7 @@ def quantise(
         weight = (values * values).sum(0)
     rows, columns = values.shape
     blocks = values.reshape(-1, BLOCK)
-    per_row = None if weight is None else weight.reshape(-1, BLOCK)
+    per_row = None if weight is None else _even_if_zero(weight.reshape(-1, BLOCK))
     batch = GPU_BATCH if mx.default_device() == mx.gpu else CPU_BATCH
     parts, losses = [], []
     for start in range(0, len(blocks), batch):
@@ -71,6 +73,11 @@ def quantise(
             f"values up to {float(mx.abs(values).max()):.3g} are too large for {storage}"
         )
     return {p: a.reshape(rows, -1) for p, a in joined.items()}, (error, size)
+
+
+def _even_if_zero(weight: mx.array) -> mx.array:
+    """Importances of blocks (n, 256), with ones for a block where all are 0."""
+    return mx.where(weight.max(-1, keepdims=True) > 0, weight, 1.0)
 
 
 def _loss(planes: dict[str, mx.array], storage: str, x: mx.array, w: mx.array | None) -> mx.array:
@@ -96,7 +103,7 @@ def quantize(w: np.ndarray, type: str, importance: np.ndarray | None = None) -> 
     """Quantise a matrix (rows, columns) float32; importance (columns,) says which columns matter.
 
     type: "IQ2_XXS", "Q2_K" or "Q4_K". Raises DataError for another type, a width that is not a multiple
-    of 256, values that are not finite, or importances that are negative.
+    of 256, values that are not finite, or importances that are negative or not finite.
     """
     name, w = type.lower(), np.asarray(w, np.float32)
     if name not in QUANTISERS:
@@ -107,8 +114,9 @@ def quantize(w: np.ndarray, type: str, importance: np.ndarray | None = None) -> 
         raise DataError(f"{type}: the values are not all finite")
     if importance is not None:
         importance = np.asarray(importance, np.float32)
-        if importance.shape != (w.shape[1],) or not (importance >= 0).all():
-            raise DataError(f"{type}: importance must be {w.shape[1]} values of at least 0")
+        sound = np.isfinite(importance).all() and (importance >= 0).all()
+        if importance.shape != (w.shape[1],) or not sound:
+            raise DataError(f"{type}: importance must be {w.shape[1]} finite values of at least 0")
     return Quantised(name, quantise(mx.array(w), name, importance)[0])
 
 
@@ -134,7 +142,7 @@ BLOCK_BYTES = {
 def _from_blocks(raw: np.ndarray, name: str) -> Quantised:
     if name not in BLOCK_BYTES:
         raise DataError(f"there is no type {name!r}; there are: {', '.join(BLOCK_BYTES)}")
-    if raw.ndim != 2 or raw.shape[1] % BLOCK_BYTES[name]:
+    if raw.ndim != 2 or not raw.size or raw.shape[1] % BLOCK_BYTES[name]:
         raise DataError(f"{name}: rows of {raw.shape} bytes are not blocks of {BLOCK_BYTES[name]}")
     return Quantised(name, block_planes(raw, name))
 
@@ -155,6 +163,7 @@ def mxfp4_planes(raw: np.ndarray) -> dict[str, np.ndarray]:
     """
     blocks = raw.reshape(*raw.shape[:-1], -1, 17)
     codes = np.concatenate([blocks[..., 1:] & 15, blocks[..., 1:] >> 4], axis=-1)
+    codes[codes == MINUS_ZERO] = 0  # GGUF's codes are integers, which have no negative zero
     pairs = codes[..., 0::2] | codes[..., 1::2] << 4
     weight = np.ascontiguousarray(pairs).reshape(*raw.shape[:-1], -1).view(np.uint32)
     return {"weight": weight, "scales": np.ascontiguousarray(blocks[..., 0])}

@@ -3,6 +3,7 @@
 Exit codes: 0 done, 1 data, model or environment at fault, 2 wrong usage, 130 interrupted.
 """
 
+import contextlib
 import io
 import os
 import sys
@@ -22,6 +23,8 @@ from ds4mlx.generation import StopStrings, stream_generate
 from ds4mlx.sampling import Sampler
 from ds4mlx.terminal import LogProbs, Printer, progress, show, timing
 from ds4mlx.weight_commands import convert, imatrix, inspect, verify
+
+INTERRUPTED = 130
 
 app = typer.Typer(
     add_completion=False,
@@ -101,7 +104,7 @@ def generate(
     if last is not None:
         print(timing(last), file=sys.stderr)
     if interrupted:
-        raise typer.Exit(130)
+        raise typer.Exit(INTERRUPTED)
 
 
 @app.command()
@@ -126,7 +129,18 @@ def chat(
 def main() -> None:
     """Entry point: run a command and turn its end into an exit code."""
     _repair_streams()
-    sys.exit(run(sys.argv[1:]))
+    code = run(sys.argv[1:])
+    if code == INTERRUPTED:
+        _leave_at_once(code)
+    sys.exit(code)
+
+
+def _leave_at_once(code: int) -> None:
+    """Exit without Python's own end, which waits for downloads and dies of a second Ctrl-C."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
+    os._exit(code)
 
 
 def run(arguments: list[str]) -> int:
@@ -137,7 +151,7 @@ def run(arguments: list[str]) -> int:
         sys.stdout.flush()
         return code or 0
     except (KeyboardInterrupt, typer.Abort):
-        return 130
+        return INTERRUPTED
     except (BrokenPipeError, SystemExit):  # the second is what typer makes of the first
         _close_stdout()  # nobody reads on
         return 0

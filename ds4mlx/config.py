@@ -87,6 +87,8 @@ class ModelConfig(BaseModel):
     moe_intermediate_size: Width = 2048
     num_hash_layers: Annotated[int, Field(ge=0, strict=True)] = 3
     scoring_func: Literal["sqrtsoftplus"] = "sqrtsoftplus"
+    topk_method: Literal["noaux_tc"] = "noaux_tc"
+    norm_topk_prob: Literal[True] = True
     routed_scaling_factor: Positive = 1.5
     swiglu_limit: Positive = 10.0
     hidden_act: Literal["silu"] = "silu"

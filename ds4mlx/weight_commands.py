@@ -72,12 +72,17 @@ def convert(
 def verify(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Model directory.")],
     against: Annotated[str | None, typer.Option(help="Source to compare every value with.")] = None,
+    mtp: Annotated[
+        Path | None, typer.Option(help="GGUF file with the MTP block, as for convert.")
+    ] = None,
     as_json: arg.Json = False,
 ) -> None:
     """Check every byte of a model directory, and every value against its source."""
     from ds4mlx.convert import verify as run
 
-    found = run(directory, against)
+    if mtp is not None and against is None:
+        raise typer.BadParameter("is part of a source, which --against names", param_hint="--mtp")
+    found = run(directory, against, mtp=mtp)
     if as_json:
         print(json.dumps([vars(checked) for checked in found], indent=1))
         return

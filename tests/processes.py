@@ -39,10 +39,10 @@ def run(*arguments, stdin=b"", **changes):
     )
 
 
-def start(*arguments, **changes):
+def start(*arguments, command=COMMAND, **changes):
     """Start with unbuffered pipes; changes: environment variables."""
     return subprocess.Popen(
-        [*COMMAND, *map(str, arguments)],
+        [*command, *map(str, arguments)],
         bufsize=0,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

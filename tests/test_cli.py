@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 
 import processes
 import pytest
@@ -348,9 +349,20 @@ def test_ctrl_c_while_reading_the_prompt(tmp_path):
     interrupted_while_reading(tmp_path / "prompt", "generate", "--prompt-file", tmp_path / "prompt")
 
 
-def interrupted_while_reading(fifo, *arguments):
+def test_ctrl_c_does_not_wait_for_what_else_runs(tmp_path):
+    """A download's threads, say, which Python joins before it ends."""
+    os.mkfifo(tmp_path / "prompt")
+    busy = "import threading; threading.Thread(target=threading.Event().wait).start()"
+    code = f"{busy}\nfrom ds4mlx.cli import main\nmain()"
+    arguments = ["generate", "--prompt-file", tmp_path / "prompt"]
+    command = [sys.executable, "-c", code]
+    interrupted_while_reading(tmp_path / "prompt", *arguments, command=command)
+
+
+def interrupted_while_reading(fifo, *arguments, command=processes.COMMAND):
     """Start a command, interrupt it where it reads `fifo`, and look at its end."""
-    with processes.start(*arguments) as process, processes.writer(fifo, process):
+    started = processes.start(*arguments, command=command)
+    with started as process, processes.writer(fifo, process):
         out, err = processes.interrupt(process)
     assert (process.returncode, out, err) == (130, b"", b"")
 

@@ -77,6 +77,11 @@ def no_counts(path):
     return gguf_file(path, {f"{STACK}.in_sum2": VALUES.reshape(2, 4)})
 
 
+def counts_of_others(path):
+    sums, counts = VALUES.reshape(2, 4), np.ones((3, 1), np.float32)
+    return gguf_file(path, {f"{STACK}.in_sum2": sums, f"{STACK}.counts": counts})
+
+
 def another_kind(path):
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_tensor("a", np.ones(4, np.float32))
@@ -97,6 +102,7 @@ BAD = {
     "negative or not finite": lambda p: legacy(record(STACK, 1, [-1.0] * 8)),
     "are negative or not finite": lambda p: legacy(record(STACK, 1, [np.nan] * 8)),
     f"tensor {STACK}.counts is missing": no_counts,
+    f"{STACK} has 3 counts for 2 sums": counts_of_others,
     "is a GGUF file, but no imatrix": another_kind,
 }
 

@@ -91,6 +91,18 @@ def test_iq2_without_importance_takes_the_columns_energy():
 
 
 @pytest.mark.parametrize("type", TYPES)
+def test_blocks_without_any_importance_are_not_lost(type):
+    """Importance 0 over a whole block, or all of them, does not turn weights into zeros."""
+    w, importance = some(2)
+    even = np.ones_like(importance)
+    importance[256:] = 0
+    got = dequantize(quantize(w, type, importance))
+    assert np.array_equal(got[:, 256:], dequantize(quantize(w[:, 256:], type, even[256:])))
+    nothing = quantize(w, type, np.zeros_like(importance))
+    assert np.array_equal(dequantize(nothing), dequantize(quantize(w, type, even)))
+
+
+@pytest.mark.parametrize("type", TYPES)
 def test_importance_helps_what_is_important(type):
     """Less weighted error than without it, though more of the plain one."""
     w, importance = some(16)
@@ -170,9 +182,10 @@ BAD = {
     "rows of a multiple": (np.zeros((0, 256)), "IQ2_XXS", None),
     "not all finite": (np.full((1, 256), np.nan), "Q2_K", None),
     "are not all finite": (np.full((1, 256), -np.inf), "IQ2_XXS", None),
-    "importance must be 256 values": (np.zeros((1, 256)), "Q2_K", np.zeros(255)),
+    "importance must be 256 finite": (np.zeros((1, 256)), "Q2_K", np.zeros(255)),
     "values of at least 0": (np.zeros((1, 256)), "Q2_K", np.full(256, -1.0)),
     "of at least 0": (np.zeros((1, 256)), "Q4_K", np.full(256, np.nan)),
+    "finite values of at least 0": (np.ones((1, 256)), "Q4_K", np.full(256, np.inf)),
     "too large for q4_k": (np.full((1, 256), 1e9), "Q4_K", np.ones(256)),
     "too large for iq2_xxs": (np.full((1, 256), 1e9), "IQ2_XXS", np.ones(256)),
 }

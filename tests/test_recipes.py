@@ -196,6 +196,12 @@ def test_importance_steers(converted, three, tmp_path):
         assert said["importance"] == "importance.dat"
 
 
+def test_importance_that_nothing_uses_is_noted(three, tmp_path, capsys):
+    imatrix = write_dat(tmp_path / "importance.dat", 3, lambda _, values: values)
+    convert(three, tmp_path / "out", imatrix=imatrix, dry_run=True)
+    assert "note: recipe official rounds nothing by importance" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

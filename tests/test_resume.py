@@ -95,11 +95,12 @@ def test_ctrl_c_leaves_it_resumable(small_source, tmp_path, changes, digests):
     assert official.digests(tmp_path) == digests
 
 
-def test_a_file_too_large_for_the_disk(small_source, tmp_path, digests):
+@pytest.mark.parametrize("room", [0, 64 << 10])
+def test_a_file_too_large_for_the_disk(small_source, tmp_path, digests, room):
     """A real refusal by the operating system: one line, exit code 1, and the rest goes on later."""
 
     def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (64 << 10, 64 << 10))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
 
     command = [sys.executable, "-m", "ds4mlx", "convert", str(small_source), str(tmp_path)]
     done = launch(command, preexec_fn=limit)

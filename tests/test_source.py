@@ -157,6 +157,11 @@ def unknown_tensor(source):
     return "layers.0.engram.weight", "unsupported tensor"
 
 
+def tokenizer_is_none(source):
+    (source / "tokenizer.json").write_text("{}")
+    return "tokenizer.json", "not a tokenizer"
+
+
 def index_is_no_json(source):
     (source / official.INDEX).write_text('{"weight_map": {')
     return official.INDEX, "not valid JSON"
@@ -256,7 +261,7 @@ SPOILERS = [
     *(header_with_an_odd_size, header_entry_malformed, unknown_type),
     *(wrong_type, wrong_scale_type, experts_of_two_types, missing_tensor, missing_scale),
     *(scale_without_codes, wrong_shape, wrong_scale_shape, transposed, unknown_tensor),
-    *(index_is_no_json, index_without_a_map, index_names_a_missing_shard),
+    *(tokenizer_is_none, index_is_no_json, index_without_a_map, index_names_a_missing_shard),
     *(index_leaves_the_directory, index_forgets_a_tensor, index_points_to_the_wrong_shard),
     *(index_names_a_tensor_that_is_nowhere, no_weights_at_all),
     *(no_config, config_is_no_json, config_is_no_object, expert_named_twice),
@@ -275,6 +280,8 @@ SPOILERS = [
     setting("rope_theta", float("inf"), "rope_theta"),
     setting("rope_scaling", {"type": "linear", "factor": 2}, "rope_scaling.type"),
     setting("scoring_func", "softmax", "scoring_func"),
+    setting("norm_topk_prob", False, "norm_topk_prob"),
+    setting("topk_method", "greedy", "topk_method"),
     setting("hidden_act", "gelu", "hidden_act"),
     setting("eos_token_id", 288, "eos_token_id"),
     setting("model_type", "deepseek_v32", "deepseek_v32", "not supported"),
@@ -325,30 +332,8 @@ def test_every_byte_of_a_header_matters_or_is_refused(small_source, tmp_path):
         }
 
 
-def test_a_hub_repo_that_cannot_be_had(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert run(["convert", "nobody/nothing-here", str(tmp_path / "out")]) == 1
-    line = capsys.readouterr().err
-    assert line.startswith("error: nobody/nothing-here: no such directory, nor on the hub")
-    assert line.count("\n") == 1
-
-
 @pytest.mark.parametrize("location", ["nowhere", "/no/where", "./a/b", "a/b/c", "~/none-such"])
 def test_a_directory_that_is_not_there(location, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert run(["inspect", location]) == 1
     assert "no such directory" in capsys.readouterr().err
-
-
-def test_a_hub_repo_is_read_from_the_hubs_cache(small_source, tmp_path, monkeypatch):
-    """The layout that huggingface_hub keeps on disk, without a network."""
-    commit = "0" * 40
-    repo = tmp_path / "models--someone--small"
-    official.copy(small_source, repo / "snapshots" / commit)
-    (repo / "refs").mkdir()
-    (repo / "refs" / "main").write_text(commit)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    plan = convert("someone/small", tmp_path / "out", progress=False)
-    assert (tmp_path / "out" / "manifest.json").exists()
-    assert plan.source.config.num_hidden_layers == 3
