@@ -67,7 +67,7 @@ def evaluate(
 
     path = locate(model or default_model())
     directory = ModelDirectory.open(path)
-    opened = partial(_open, dtype=dtype, rounding=rounding)
+    opened = partial(open_to_measure, dtype=dtype, rounding=rounding)
     subject = suite.Subject(*opened(path), suite.Sizes(ctx, scale))
     report = suite.Report(str(path), directory.recipe, dtype, rounding)
     asked = any(option is not None for option in (text, reference, vectors, save_logits))
@@ -84,7 +84,7 @@ def evaluate(
     print(json.dumps(report.as_dict(), indent=1) if as_json else report)
 
 
-def _open(path: Path, dtype: str, rounding: Literal["official", "none"]):
+def open_to_measure(path: Path, dtype: str, rounding: Literal["official", "none"]):
     """A model to measure; on a CPU its weights are decoded once, if it is small."""
     from ds4mlx.evaluation.weights import decode_weights
 

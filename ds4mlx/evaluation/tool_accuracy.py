@@ -60,6 +60,7 @@ def answer(model: Model, tokenizer: Tokenizer, asked: ToolCase, thinking: str) -
     prompt = encode_messages([asked.request], thinking, tools=asked.tools, release=release)
     whole = encode_messages(asked.messages[:2], thinking, tools=asked.tools, release=release)
     draft = tokenizer.encode(whole[len(prompt) :])
+    draft.remove(tokenizer.eos_token_id)
     longest = 2 * len(draft) + 16
     ids = greedy(model, tokenizer, tokenizer.encode(prompt), draft, longest)
     return tokenizer.decode([token for token in ids if token != tokenizer.eos_token_id])
@@ -70,7 +71,7 @@ def greedy(
 ) -> list[int]:
     """Token ids of greedy decoding, up to the end of the answer or `longest`.
 
-    As far as they are those of `draft` they are checked a block at a time; at the first other one
+    As far as they are those of `draft`, which is no longer than that, they are checked a block at a time; at the first other one
     the state steps back, and decoding goes on from there.
     """
     cache = model.make_cache()
@@ -81,7 +82,7 @@ def greedy(
             break
         block = draft[agreed : agreed + REWIND]
         logits = model(mx.array([block]), cache=cache)[0]
-        following = mx.argmax(logits, axis=-1).tolist()
+        following: list[int] = mx.argmax(logits, axis=-1).tolist()  # type: ignore[assignment]
         same = next((n for n, t in enumerate(following[:-1]) if t != block[n + 1]), len(block) - 1)
         agreed += same + 1
         cache.rewind(len(prompt) + agreed)
