@@ -45,7 +45,7 @@ def tool_accuracy(
             for each in asked:
                 judged.append(judge(each, answer(model, tokenizer, each, mode), mode))
                 progress.update()
-            valid, right = (Mean.of(map(float, side)) for side in zip(*judged, strict=True))
+            valid, right = Mean.of(v for v, _ in judged), Mean.of(r for _, r in judged)
             found.append(ToolCalls(mode, valid, right))
     return found
 

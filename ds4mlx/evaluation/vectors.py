@@ -142,7 +142,7 @@ def _from_vec(path: Path) -> Iterator[Case]:
         match line.split():
             case [] | ["#", *_]:
                 pass
-            case ["case", found, _, _, file]:
+            case ["case", found, _, _, file] if not name:
                 name, prompt, steps = found, _prompt(path, number, file), []
             case ["step", _, token, _] if name:
                 steps.append(Step(_bytes(path, number, token), []))
