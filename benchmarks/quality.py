@@ -157,6 +157,8 @@ def markdown(result: dict) -> str:
     note = f"{tokens:,} tokens for KL, {counts['perplexity']['tokens']:,} at each of four depths "
     note += f"for perplexity, {near['count']} and {far['count']} questions, "
     note += f"{len(counts['tool_calls']) * answers['count']} tool calls; {result['device']}."
+    if result["rows"]["q2-q4"]["bytes"] == result["rows"]["q4"]["bytes"]:
+        note += " `q2-q4` keeps the last six layers at four bits, which are all that there are."
     return "\n".join([*lines, "", note, ""])
 
 

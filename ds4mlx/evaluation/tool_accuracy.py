@@ -16,6 +16,7 @@ from ds4mlx.tokenizer import Tokenizer
 
 SEED = 11
 CASES = 25
+MORE = 64
 MODES = ("none", "high")
 
 
@@ -51,7 +52,7 @@ def tool_accuracy(
 
 
 def answer(model: Model, tokenizer: Tokenizer, asked: ToolCase, thinking: str) -> str:
-    """The model's greedy answer; cut at twice the length of the one asked for.
+    """The model's greedy answer; cut at MORE tokens above the length of the one asked for.
 
     The answer asked for is read as a draft: where the model would have written the same, it is
     spared decoding token by token.
@@ -61,7 +62,7 @@ def answer(model: Model, tokenizer: Tokenizer, asked: ToolCase, thinking: str) -
     whole = encode_messages(asked.messages[:2], thinking, tools=asked.tools, release=release)
     draft = tokenizer.encode(whole[len(prompt) :])
     draft.remove(tokenizer.eos_token_id)
-    longest = 2 * len(draft) + 16
+    longest = len(draft) + MORE
     ids = greedy(model, tokenizer, tokenizer.encode(prompt), draft, longest)
     return tokenizer.decode([token for token in ids if token != tokenizer.eos_token_id])
 
