@@ -52,7 +52,7 @@ demo)
     .venv/bin/ds4mlx generate -p "Write a function that adds two numbers." --max-tokens 60 --seed 1
     ;;
 test)
-    set_up cpu,test
+    set_up cpu,test,notebooks
     .venv/bin/ruff check .
     .venv/bin/ruff format --check .
     .venv/bin/basedpyright

@@ -14,6 +14,10 @@ os.environ.setdefault("MLX_ENABLE_TF32", "0")
 
 __version__ = "0.1.0"
 
+from ds4mlx.blas import prefer_openblas
+
+prefer_openblas()
+
 from ds4mlx.cache import DecodeState, RewindError
 from ds4mlx.config import ModelConfig
 from ds4mlx.errors import DataError

@@ -19,6 +19,7 @@ from ds4mlx import arguments as arg
 from ds4mlx.chat import encode_messages
 from ds4mlx.conversation import Conversation, interact
 from ds4mlx.errors import DataError
+from ds4mlx.eval_command import evaluate
 from ds4mlx.generation import StopStrings, stream_generate
 from ds4mlx.sampling import Sampler
 from ds4mlx.terminal import LogProbs, Printer, progress, show, timing
@@ -56,6 +57,7 @@ def options(
 
 for command in (convert, verify, inspect, imatrix):
     app.command()(command)
+app.command("eval")(evaluate)
 
 
 @app.command()
