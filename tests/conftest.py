@@ -1,12 +1,14 @@
 """Checkpoints and models that many tests read; made once a session."""
 
+import shutil
+
 import make_checkpoint
 import mlx.core as mx
 import pytest
 import reference
 from hypothesis import settings
 
-from ds4mlx import load
+from ds4mlx import ModelConfig, load
 from ds4mlx.convert import convert
 from ds4mlx.default_model import EMBEDDED
 
@@ -27,6 +29,17 @@ SMALL = {
     "index_n_heads": 4,
     "index_topk": 8,
     "vocab_size": 288,
+}
+TALKER = {
+    **SMALL,
+    "num_hidden_layers": 4,
+    "compress_ratios": [0, 4, 128, 4, 0],
+    "index_n_heads": 2,
+    "index_head_dim": 64,
+    "index_topk": 32,
+    "sliding_window": 32,
+    "vocab_size": ModelConfig.from_file(EMBEDDED / "config.json").vocab_size,
+    "max_position_embeddings": 65536,
 }
 
 
@@ -87,9 +100,26 @@ def embedded_dir(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def embedded(embedded_dir):
-    """The embedded model and its tokenizer as the command line loads them without a GPU."""
-    return load(embedded_dir, dtype=mx.float32)
+def talker_source(tmp_path_factory):
+    """A random official checkpoint with a real tokenizer: its text is noise without an end."""
+    source = tmp_path_factory.mktemp("talker") / "official"
+    make_checkpoint.make(str(source), 1, "tiny", TALKER)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(EMBEDDED / name, source)
+    return source
+
+
+@pytest.fixture(scope="session")
+def talker_dir(talker_source):
+    """The random checkpoint converted with the lossless recipe."""
+    convert(talker_source, talker_source.parent / "converted", progress=False)
+    return talker_source.parent / "converted"
+
+
+@pytest.fixture(scope="session")
+def talker(talker_dir):
+    """The random model and its tokenizer as the command line loads them without a GPU."""
+    return load(talker_dir, dtype=mx.float32)
 
 
 @pytest.fixture(scope="session")

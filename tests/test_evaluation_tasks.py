@@ -19,9 +19,9 @@ VECTORS = DATA / "vectors"
 
 
 @pytest.fixture(scope="module")
-def fast(embedded_dir):
-    """The embedded model with plain weights."""
-    model, tokenizer = load(embedded_dir, dtype=mx.float32)
+def fast(talker_dir):
+    """The random model with plain weights."""
+    model, tokenizer = load(talker_dir, dtype=mx.float32)
     decode_weights(model)
     return model, tokenizer
 
@@ -68,16 +68,16 @@ def test_questions_are_gathered_by_distance(official_model):
     assert found.among_many_rows.count == 2 and found.all.value == 0.5
 
 
-def test_documents_have_the_planned_length(embedded):
-    tokenizer = embedded[1]
+def test_documents_have_the_planned_length(talker):
+    tokenizer = talker[1]
     plan = recall.Plan(3, 700, 5, 4, 0)
     lengths = [len(tokenizer.encode(d.text)) for d in recall.documents(plan, tokenizer, 1)]
     assert len(lengths) == 3 and all(500 < length < 950 for length in lengths)
     assert recall.documents(plan, tokenizer, 1) == recall.documents(plan, tokenizer, 1)
 
 
-def test_recall_of_a_whole_run(embedded):
-    model, tokenizer = embedded
+def test_recall_of_a_whole_run(talker):
+    model, tokenizer = talker
     found = recall.recall_accuracy(model, tokenizer, [recall.Plan(2, 300, 2, 2, 1)])
     assert [r.hidden for r in found.results] == [None, "CSA", "HCA"]
     assert [r.all.count for r in found.results] == [4, 2, 2]
@@ -85,9 +85,9 @@ def test_recall_of_a_whole_run(embedded):
     assert all(r.all.value == 0 for r in found.results)  # a random model knows nothing
 
 
-def test_a_right_answer_is_what_greedy_generation_gives(embedded):
+def test_a_right_answer_is_what_greedy_generation_gives(talker):
     """Judged by one reading of a document that the model itself has written."""
-    model, tokenizer = embedded
+    model, tokenizer = talker
     prompt = "The code of the red fox is tango.\nWhat is its code?"
     answer = generate(model, tokenizer, prompt, 12)
     text = prompt + answer
@@ -110,9 +110,9 @@ def test_drafts_do_not_change_greedy_decoding(fast, monkeypatch):
         assert tool_accuracy.greedy(model, tokenizer, prompt, draft, 30) == plain
 
 
-def test_an_answer_ends_with_its_draft(embedded):
+def test_an_answer_ends_with_its_draft(talker):
     """A model whose greedy choice is always the end of the answer says nothing."""
-    model, tokenizer = embedded
+    model, tokenizer = talker
     plain = [r.token for r in stream_generate(model, tokenizer, list(range(30, 60)), 6)]
     ending = type(tokenizer)(tokenizer.encoder, tokenizer.bos_token_id, plain[4])
     first = plain.index(plain[4])
@@ -121,9 +121,9 @@ def test_an_answer_ends_with_its_draft(embedded):
         assert [t for t in found if t != plain[4]] == plain[:first]
 
 
-def test_tool_calls_of_a_model_that_answers_as_asked(embedded, monkeypatch):
+def test_tool_calls_of_a_model_that_answers_as_asked(talker, monkeypatch):
     """Scores of right answers, of valid but wrong ones, and of none, by real parsing."""
-    model, tokenizer = embedded
+    model, tokenizer = talker
 
     def official(model, tokenizer, asked, thinking):
         prompt = encode_messages([asked.request], thinking, tools=asked.tools)
@@ -161,8 +161,8 @@ def own_case(model, tokenizer, alternatives=()):
     return vectors.Case("own", "Hi", steps), responses
 
 
-def test_a_models_own_answer_matches(embedded):
-    model, tokenizer = embedded
+def test_a_models_own_answer_matches(talker):
+    model, tokenizer = talker
     own, responses = own_case(model, tokenizer, [(b"never", vectors.UNKNOWN)])
     (found,) = vectors.run_vectors(model, tokenizer, [own])
     assert (found.matched, found.steps) == (4, 4) and found.answer == found.official

@@ -18,34 +18,32 @@ PROMPT = "def add(a, b):\n    return"
 
 
 @pytest.fixture(scope="module")
-def answer(embedded):
+def answer(talker):
     """What follows from dictated text, not from the model's noise."""
 
     def dictate(text, *arguments, end=True, **options):
-        tokens = text if isinstance(text, list) else embedded[1].encode(text)
-        tokens = [*tokens, embedded[1].eos_token_id] if end else tokens
-        return list(
-            stream_generate(*embedded, "x", *arguments, sampler=Dictation(tokens), **options)
-        )
+        tokens = text if isinstance(text, list) else talker[1].encode(text)
+        tokens = [*tokens, talker[1].eos_token_id] if end else tokens
+        return list(stream_generate(*talker, "x", *arguments, sampler=Dictation(tokens), **options))
 
     return dictate
 
 
-def test_generate_is_the_joined_stream(embedded):
-    whole = generate(*embedded, PROMPT, max_tokens=12)
-    assert whole == text_of(stream_generate(*embedded, PROMPT, max_tokens=12))
-    assert whole == generate(*embedded, PROMPT, 12, sampler=Sampler(temperature=0))
+def test_generate_is_the_joined_stream(talker):
+    whole = generate(*talker, PROMPT, max_tokens=12)
+    assert whole == text_of(stream_generate(*talker, PROMPT, max_tokens=12))
+    assert whole == generate(*talker, PROMPT, 12, sampler=Sampler(temperature=0))
     assert len(whole) > 10
 
 
-def test_text_is_that_of_the_tokens(embedded):
-    seen = list(stream_generate(*embedded, PROMPT, 40, sampler=Sampler(seed=2)))
-    tokens = [t for t in tokens_of(seen) if t != embedded[1].eos_token_id]
-    assert text_of(seen) == embedded[1].decode(tokens)
+def test_text_is_that_of_the_tokens(talker):
+    seen = list(stream_generate(*talker, PROMPT, 40, sampler=Sampler(seed=2)))
+    tokens = [t for t in tokens_of(seen) if t != talker[1].eos_token_id]
+    assert text_of(seen) == talker[1].decode(tokens)
 
 
-def test_greedy_tokens_are_those_of_whole_forward_passes(embedded):
-    model, tokenizer = embedded
+def test_greedy_tokens_are_those_of_whole_forward_passes(talker):
+    model, tokenizer = talker
     seen = list(stream_generate(model, tokenizer, PROMPT, 20))
     ids = tokenizer.encode(PROMPT)
     logits = model(mx.array([ids + tokens_of(seen)]))[0, len(ids) - 1 : -1]
@@ -57,24 +55,24 @@ def test_greedy_tokens_are_those_of_whole_forward_passes(embedded):
         np.testing.assert_allclose(np.array(response.logprobs), np.array(row), atol=1e-3)
 
 
-def test_log_probabilities_are_the_models_whatever_the_sampler(embedded):
-    plain = next(stream_generate(*embedded, PROMPT))
-    cold = next(stream_generate(*embedded, PROMPT, sampler=Sampler(0.1, top_k=2, seed=1)))
+def test_log_probabilities_are_the_models_whatever_the_sampler(talker):
+    plain = next(stream_generate(*talker, PROMPT))
+    cold = next(stream_generate(*talker, PROMPT, sampler=Sampler(0.1, top_k=2, seed=1)))
     assert plain.logprobs.tolist() == cold.logprobs.tolist()
 
 
-def test_a_seed_repeats_the_tokens(embedded):
+def test_a_seed_repeats_the_tokens(talker):
     def drawn(seed):
-        return tokens_of(stream_generate(*embedded, PROMPT, 12, sampler=Sampler(seed=seed)))
+        return tokens_of(stream_generate(*talker, PROMPT, 12, sampler=Sampler(seed=seed)))
 
     assert drawn(5) == drawn(5)
     assert drawn(5) != drawn(6)
 
 
-def test_text_and_its_ids_are_the_same_prompt(embedded):
-    ids = embedded[1].encode(PROMPT)
-    assert generate(*embedded, ids, 10) == generate(*embedded, PROMPT, 10)
-    assert generate(*embedded, np.array(ids), 10) == generate(*embedded, PROMPT, 10)
+def test_text_and_its_ids_are_the_same_prompt(talker):
+    ids = talker[1].encode(PROMPT)
+    assert generate(*talker, ids, 10) == generate(*talker, PROMPT, 10)
+    assert generate(*talker, np.array(ids), 10) == generate(*talker, PROMPT, 10)
 
 
 # Stop strings
@@ -132,43 +130,43 @@ def test_a_stop_in_the_last_allowed_token_is_a_stop(answer):
     assert answer("abc", len(seen) - 1, stop=["c"])[-1].finish_reason == "stop"
 
 
-def test_an_empty_stop_is_refused(embedded):
+def test_an_empty_stop_is_refused(talker):
     with pytest.raises(DataError, match="a stop string is empty"):
-        stream_generate(*embedded, PROMPT, stop=["a", ""])
+        stream_generate(*talker, PROMPT, stop=["a", ""])
 
 
 # Ends
 
 
-def test_the_end_of_the_sentence_ends_and_is_not_shown(answer, embedded):
+def test_the_end_of_the_sentence_ends_and_is_not_shown(answer, talker):
     seen = answer("done", 50)
     assert text_of(seen) == "done"
-    assert seen[-1].finish_reason == "stop" and seen[-1].token == embedded[1].eos_token_id
+    assert seen[-1].finish_reason == "stop" and seen[-1].token == talker[1].eos_token_id
 
 
 def test_special_tokens_other_than_the_end_are_shown(answer):
     assert text_of(answer("why</think>so")) == "why</think>so"
 
 
-def test_length(embedded):
-    seen = list(stream_generate(*embedded, PROMPT, max_tokens=4))
+def test_length(talker):
+    seen = list(stream_generate(*talker, PROMPT, max_tokens=4))
     assert [response.finish_reason for response in seen] == [None] * 3 + ["length"]
     assert [response.generation_tokens for response in seen] == [1, 2, 3, 4]
-    assert {response.prompt_tokens for response in seen} == {len(embedded[1].encode(PROMPT))}
+    assert {response.prompt_tokens for response in seen} == {len(talker[1].encode(PROMPT))}
     assert all(response.prompt_tps > 0 and response.generation_tps > 0 for response in seen)
     assert seen[-1].peak_memory > 0
 
 
-def test_an_unfinished_character_shows_at_the_end(answer, embedded):
-    tokens = [t for t in range(768) if embedded[1].token_bytes(t) == b"\xe6"]
+def test_an_unfinished_character_shows_at_the_end(answer, talker):
+    tokens = [t for t in range(3072) if talker[1].token_bytes(t) == b"\xe6"]
     assert text_of(answer(tokens)) == "\ufffd"
     assert [r.text for r in answer(tokens * 2, 2, end=False)] == ["", "\ufffd\ufffd"]
 
 
-def test_no_tokens_feed_nothing(embedded):
-    cache = embedded[0].make_cache()
-    assert list(stream_generate(*embedded, PROMPT, 0, cache=cache)) == []
-    assert generate(*embedded, PROMPT, 0) == "" and cache.offset == 0
+def test_no_tokens_feed_nothing(talker):
+    cache = talker[0].make_cache()
+    assert list(stream_generate(*talker, PROMPT, 0, cache=cache)) == []
+    assert generate(*talker, PROMPT, 0) == "" and cache.offset == 0
 
 
 # What is refused, before anything runs
@@ -179,7 +177,7 @@ def test_no_tokens_feed_nothing(embedded):
     [
         ("", {}, "the prompt is empty"),
         ([], {}, "the prompt is empty"),
-        ([5, 768], {}, "token id 768 is outside the vocabulary of 768"),
+        ([5, 3072], {}, "token id 3072 is outside the vocabulary of 3072"),
         ([-1], {}, "token id -1 is outside"),
         ("x", {"max_tokens": -1}, "max_tokens must be at least 0"),
         ("x", {"max_tokens": 65536}, "exceed the context of 65536"),
@@ -188,37 +186,37 @@ def test_no_tokens_feed_nothing(embedded):
         ("a\udc80", {}, "the text is not Unicode"),
     ],
 )
-def test_bad_requests_are_refused_at_once(embedded, prompt, options, message):
-    cache = embedded[0].make_cache()
+def test_bad_requests_are_refused_at_once(talker, prompt, options, message):
+    cache = talker[0].make_cache()
     with pytest.raises(DataError, match=message):
-        stream_generate(*embedded, prompt, cache=cache, **options)
+        stream_generate(*talker, prompt, cache=cache, **options)
     assert cache.offset == 0
 
 
-def test_what_a_cache_holds_counts_as_context(embedded):
-    cache = embedded[0].make_cache()
-    list(stream_generate(*embedded, "x" * 50, 1, cache=cache))
+def test_what_a_cache_holds_counts_as_context(talker):
+    cache = talker[0].make_cache()
+    list(stream_generate(*talker, "x" * 50, 1, cache=cache))
     room = 65536 - cache.offset - 1
-    assert next(stream_generate(*embedded, [5], room, cache=cache)).token >= 0
+    assert next(stream_generate(*talker, [5], room, cache=cache)).token >= 0
     with pytest.raises(DataError, match="exceed the context"):
-        stream_generate(*embedded, [5], room, cache=cache)
+        stream_generate(*talker, [5], room, cache=cache)
 
 
 # Prefill and cache
 
 
 @pytest.mark.parametrize("step", [3, 64, 149, 150, 151])
-def test_chunks_do_not_change_the_tokens(embedded, step):
+def test_chunks_do_not_change_the_tokens(talker, step):
     ids = np.random.default_rng(3).integers(16, 768, 150).tolist()
     told = []
     options = {"prefill_step": step, "on_prefill": lambda *told_now: told.append(told_now)}
-    want = tokens_of(stream_generate(*embedded, ids, 8))
-    assert tokens_of(stream_generate(*embedded, ids, 8, **options)) == want
+    want = tokens_of(stream_generate(*talker, ids, 8))
+    assert tokens_of(stream_generate(*talker, ids, 8, **options)) == want
     assert told == [(min(done, 150), 150) for done in range(step, 150 + step, step)]
 
 
-def test_prefill_gives_the_last_logits(embedded):
-    model, tokenizer = embedded
+def test_prefill_gives_the_last_logits(talker):
+    model, tokenizer = talker
     ids, cache = tokenizer.encode(PROMPT * 5), model.make_cache()
     logits = prefill(model, ids, cache, step=16)
     assert cache.offset == len(ids) and logits.shape == (1, model.args.vocab_size)
@@ -226,9 +224,9 @@ def test_prefill_gives_the_last_logits(embedded):
 
 
 @pytest.mark.parametrize("taken", [1, 2, 9])
-def test_a_cache_holds_all_but_the_last_token(embedded, taken):
+def test_a_cache_holds_all_but_the_last_token(talker, taken):
     """However the answer ends; so what was given out can be continued exactly."""
-    model, tokenizer = embedded
+    model, tokenizer = talker
     ids = tokenizer.encode(PROMPT)
     want = tokens_of(stream_generate(model, tokenizer, ids, 20))
     cut, closed = model.make_cache(), model.make_cache()
@@ -246,9 +244,9 @@ def test_a_cache_holds_all_but_the_last_token(embedded, taken):
 # Ctrl-C
 
 
-def test_ctrl_c_anywhere_leaves_the_cache_whole(embedded):
+def test_ctrl_c_anywhere_leaves_the_cache_whole(talker):
     """The layers agree, and going on from there gives what an undisturbed run gives."""
-    model, tokenizer = embedded
+    model, tokenizer = talker
     ids = tokenizer.encode(PROMPT * 4)
     options = {"prefill_step": 16}
     want = tokens_of(stream_generate(model, tokenizer, ids, 6, **options))
@@ -267,10 +265,10 @@ def test_ctrl_c_anywhere_leaves_the_cache_whole(embedded):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_other_threads_generate_too(embedded):
+def test_other_threads_generate_too(talker):
     """Where signals can neither come nor be handled."""
     got = []
-    thread = threading.Thread(target=lambda: got.append(generate(*embedded, PROMPT, 5)))
+    thread = threading.Thread(target=lambda: got.append(generate(*talker, PROMPT, 5)))
     thread.start()
     thread.join()
-    assert got == [generate(*embedded, PROMPT, 5)]
+    assert got == [generate(*talker, PROMPT, 5)]

@@ -27,11 +27,11 @@ DS4_Q2 = DATA / "gguf" / "ds4-q2.gguf"
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    """The embedded checkpoint in both dialects, its MTP block in files of their own."""
+def files(talker_source, tmp_path_factory):
+    """The random checkpoint in both dialects, its MTP block in files of their own."""
     path, written = tmp_path_factory.mktemp("gguf"), {}
     for dialect in make_gguf.DIALECTS:
-        written[dialect] = make_gguf.Written(EMBEDDED, dialect)
+        written[dialect] = make_gguf.Written(talker_source, dialect)
         written[dialect].main(path / f"{dialect}.gguf")
         written[dialect].mtp(path / f"{dialect}-mtp.gguf")
     return path, written
@@ -64,11 +64,11 @@ def test_logits_of_llama_cpp(q2_dir, lengths):
 
 
 @pytest.mark.parametrize("dialect", make_gguf.DIALECTS)
-def test_logits_of_both_dialects(files, tmp_path, dialect):
+def test_logits_of_both_dialects(files, talker_source, tmp_path, dialect):
     """Against the float64 model with the values that gguf-py reads in the files."""
     path, written = files
     convert(path / f"{dialect}.gguf", tmp_path, progress=False)
-    reference = RefModel(str(EMBEDDED), angle_dtype=np.float32)
+    reference = RefModel(str(talker_source), angle_dtype=np.float32)
     reference.w |= {name: value.astype(float) for name, value in floats(written[dialect]).items()}
     ids = np.random.default_rng(0).integers(3, 700, 130)  # more rows than it selects tie at zero
     want = reference.forward(ids)[0]

@@ -34,9 +34,9 @@ TEXTS = st.one_of(st.text(), st.lists(st.sampled_from(PIECES), max_size=12).map(
 
 
 @pytest.fixture(scope="module", params=make_gguf.DIALECTS)
-def converted(request, tmp_path_factory):
+def converted(request, talker_source, tmp_path_factory):
     path = tmp_path_factory.mktemp("tokenizer")
-    make_gguf.Written(EMBEDDED, request.param).main(path / "model.gguf")
+    make_gguf.Written(talker_source, request.param).main(path / "model.gguf")
     convert(path / "model.gguf", path / "dir", progress=False)
     return Tokenizer.from_dir(path / "dir")
 
@@ -55,8 +55,8 @@ def test_special_tokens(converted):
         assert len(converted.encode(token)) == 1
 
 
-def test_merges_that_do_not_fit(tmp_path):
-    written = make_gguf.Written(EMBEDDED)
+def test_merges_that_do_not_fit(talker_source, tmp_path):
+    written = make_gguf.Written(talker_source)
     written.tokenizer["model"]["merges"].append("no such")
     written.main(tmp_path / "model.gguf")
     with pytest.raises(DataError, match=r"model\.gguf: tokenizer\.ggml\.merges: "):

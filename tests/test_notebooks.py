@@ -11,9 +11,7 @@ NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebook(path, embedded, embedded_dir, tmp_path, monkeypatch):
-    if "two_bits" in path.stem and embedded[0].args.hidden_size % 256:
-        pytest.skip("2-bit blocks need rows of 256 weights, which the embedded model lacks")
+def test_notebook(path, embedded_dir, tmp_path, monkeypatch):
     monkeypatch.setenv("DS4MLX_MODEL", str(embedded_dir))
     notebook = nbformat.read(path, 4)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]

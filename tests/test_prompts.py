@@ -13,13 +13,13 @@ BOS = "<｜begin▁of▁sentence｜>"
 
 
 @pytest.fixture
-def read(embedded, tmp_path):
+def read(talker, tmp_path):
     """Writes a file and reads it: lists of tokens."""
 
     def read(name, content, length=4096, most=None, release="april"):
         path = tmp_path / name
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
-        return [s.tolist() for s in read_sequences(path, embedded[1], release, length, most)]
+        return [s.tolist() for s in read_sequences(path, talker[1], release, length, most)]
 
     return read
 
@@ -28,21 +28,21 @@ def lines(*values):
     return "\n".join(json.dumps(value) for value in values)
 
 
-def test_text_is_cut_and_nothing_is_lost(read, embedded):
+def test_text_is_cut_and_nothing_is_lost(read, talker):
     text = "def add(a, b):\n    return a + b\n" * 20
     found = read("a.txt", text, 32)
     assert all(sequence[0] == 0 for sequence in found)
     assert {len(sequence) for sequence in found[:-1]} == {32} and len(found[-1]) <= 32
-    assert [token for sequence in found for token in sequence[1:]] == embedded[1].encode(text)
+    assert [token for sequence in found for token in sequence[1:]] == talker[1].encode(text)
     assert read("b.txt", BOS + text, 32) == found
 
 
-def test_long_texts_are_encoded_in_pieces(read, embedded):
+def test_long_texts_are_encoded_in_pieces(read, talker):
     """Which end with a line, so the tokens are the same."""
     text = "def add(a, b):\n    return a + b\n" * 70000
     found = read("a.txt", text, 4096)
     assert len(text) > 2 * PIECE
-    assert [t for s in found for t in s[1:]] == embedded[1].encode(text)
+    assert [t for s in found for t in s[1:]] == talker[1].encode(text)
 
 
 def test_most_tokens(read):
@@ -51,9 +51,9 @@ def test_most_tokens(read):
     assert read("a.txt", "some words " * 100, 32, 64) == whole[:2]
 
 
-def test_lines(read, embedded):
+def test_lines(read, talker):
     """Cut at the end; other keys and blank lines are passed over; U+2028 ends no line."""
-    encode = embedded[1].encode
+    encode = talker[1].encode
     found = read(
         "a.jsonl", lines({"prompt": "one\u2028two", "id": 3}, {"text": BOS + "x"}) + "\n\n"
     )
@@ -66,12 +66,12 @@ def test_lines(read, embedded):
 
 
 @pytest.mark.parametrize("release", ["april", "0731"])
-def test_messages_have_the_chat_encoding(read, embedded, release):
+def test_messages_have_the_chat_encoding(read, talker, release):
     messages = [{"role": "user", "content": "hello"}]
     tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
     for more in ({}, {"thinking": "max"}, {"tools": tools, "thinking": "high"}):
         (found,) = read("a.jsonl", lines({"messages": messages, **more}), release=release)
-        assert found == embedded[1].encode(encode_messages(messages, release=release, **more))
+        assert found == talker[1].encode(encode_messages(messages, release=release, **more))
 
 
 @pytest.mark.parametrize(
@@ -111,8 +111,8 @@ def test_a_file_without_prompts(read, name):
         read(name, "")
 
 
-def test_lengths(embedded, tmp_path):
-    config = embedded[0].args
+def test_lengths(talker, tmp_path):
+    config = talker[0].args
     assert sequence_length(tmp_path / "a.txt", None, config) == 512
     assert sequence_length(tmp_path / "a.jsonl", None, config) == 4096
     assert sequence_length(tmp_path / "a.jsonl", 65536, config) == 65536
@@ -121,21 +121,21 @@ def test_lengths(embedded, tmp_path):
             sequence_length(tmp_path / "a.txt", length, config)
 
 
-def test_failures_are_one_line(embedded_dir, tmp_path, capsys):
+def test_failures_are_one_line(talker_dir, tmp_path, capsys):
     """And come before the model is loaded."""
     prompts, output = tmp_path / "a.jsonl", tmp_path / "out"
     prompts.write_text("{}")
     for *more, cause in (
         ["-m", "/nowhere", "-o", output, "/nowhere"],
-        ["-m", embedded_dir, "-o", output, f"{prompts}:1: expected one of"],
+        ["-m", talker_dir, "-o", output, f"{prompts}:1: expected one of"],
         [
             "-m",
-            embedded_dir,
+            talker_dir,
             "-o",
             tmp_path / "none" / "out",
             f"{tmp_path}/none: no such directory",
         ],
-        ["-m", embedded_dir, "-o", output, "--ctx", "65537", "must have 2 to 65536 tokens"],
+        ["-m", talker_dir, "-o", output, "--ctx", "65537", "must have 2 to 65536 tokens"],
     ):
         assert run([*map(str, ["imatrix", "--prompts", prompts, *more])]) == 1
         (line,) = capsys.readouterr().err.splitlines()

@@ -67,7 +67,7 @@ def test_an_interrupted_line_ends_after_the_mark_of_ctrl_c():
         assert out.getvalue() == want
 
 
-def test_text_is_shown_at_once(embedded):
+def test_text_is_shown_at_once(talker):
     """Every response is out before the next is made, and none is collected."""
     out, told = io.StringIO(), []
 
@@ -76,7 +76,7 @@ def test_text_is_shown_at_once(embedded):
         assert out.getvalue() == "".join(told)
         assert sum(type(thing) is Response for thing in gc.get_objects()) <= 2
 
-    last, interrupted = show(stream_generate(*embedded, "ab", 20), Printer(out, False), keep)
+    last, interrupted = show(stream_generate(*talker, "ab", 20), Printer(out, False), keep)
     assert last.generation_tokens == len(told) == 20 and not interrupted
 
 
@@ -87,18 +87,18 @@ def interrupted_by(responses, after):
         yield response
 
 
-def test_ctrl_c_ends_what_is_shown(embedded):
+def test_ctrl_c_ends_what_is_shown(talker):
     out = Screen()
-    answer = interrupted_by(stream_generate(*embedded, "ab", 20), 3)
+    answer = interrupted_by(stream_generate(*talker, "ab", 20), 3)
     last, interrupted = show(answer, Printer(out, reasoning=True))
     assert interrupted and last.generation_tokens == 3
     assert out.getvalue().startswith(DIM) and out.getvalue().endswith(f"{PLAIN}\n")
     assert show(interrupted_by(iter("x"), 0), Printer(io.StringIO(), True)) == (None, True)
 
 
-def test_a_failure_leaves_the_terminal_undimmed(embedded):
+def test_a_failure_leaves_the_terminal_undimmed(talker):
     def broken():
-        yield next(stream_generate(*embedded, "ab"))
+        yield next(stream_generate(*talker, "ab"))
         raise RuntimeError("broken")
 
     out = Screen()
@@ -107,8 +107,8 @@ def test_a_failure_leaves_the_terminal_undimmed(embedded):
     assert out.getvalue().endswith(f"{PLAIN}\n")
 
 
-def test_the_timing_says_why_an_answer_is_cut(embedded):
-    first, *_, last = stream_generate(*embedded, "ab", 5)
+def test_the_timing_says_why_an_answer_is_cut(talker):
+    first, *_, last = stream_generate(*talker, "ab", 5)
     assert timing(last).startswith(f"[prompt {last.prompt_tokens} tokens, ")
     assert "| generated 5 tokens, " in timing(last) and "(cut: --max-tokens)" in timing(last)
     assert "| generated 1 tokens |" in timing(first)
