@@ -3,11 +3,11 @@
 import platform
 from pathlib import Path
 
-import mlx.core as mx
-
 
 def device() -> str:
     """The GPU's name, or the processor's."""
+    import mlx.core as mx  # not before ds4mlx, which chooses its BLAS
+
     if mx.default_device() == mx.gpu:
         return str(mx.device_info()["device_name"])
     info = Path("/proc/cpuinfo")

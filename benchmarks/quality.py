@@ -4,7 +4,7 @@ Converts a source with every recipe, then measures each model: KL divergence and
 the `f32` recipe, perplexity of held-out text, recall, tool calls. Rows are kept as they come, so
 that an interrupted run goes on; --work keeps the converted models.
 
-    python benchmarks/quality.py [--source DIR] [--work DIR] [--scale F] [--results FILE]
+    python benchmarks/quality.py [--source DIR] [--work DIR] [--scale F] [--ctx N] [--results FILE]
 """
 
 import argparse
@@ -41,9 +41,14 @@ def main() -> None:
     arguments = parse()
     arguments.work.mkdir(parents=True, exist_ok=True)
     source = ModelSource(arguments.source, arguments.work)
-    run = {"source": source.fingerprint(), "scale": arguments.scale, "device": device()}
+    run = {
+        "source": source.fingerprint(),
+        "scale": arguments.scale,
+        "ctx": arguments.ctx,
+        "device": device(),
+    }
     result = kept(arguments.results, run)
-    sizes = suite.Sizes(scale=arguments.scale)
+    sizes = suite.Sizes(arguments.ctx, arguments.scale)
     for name in (*RECIPES, STEERED, *STRAWMEN):
         if name not in result["rows"]:
             result["rows"][name] = measure(name, source, sizes)
@@ -59,6 +64,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--source", type=Path, default=EMBEDDED, help="official checkpoint")
     parser.add_argument("--work", type=Path, default=Path("quality-work"), help="scratch folder")
     parser.add_argument("--scale", type=float, default=1.0, help="share of the samples")
+    parser.add_argument("--ctx", type=int, help="context; default: the trained one")
     parser.add_argument("--results", type=Path, default=RESULTS)
     return parser.parse_args()
 
@@ -104,7 +110,7 @@ class ModelSource:
 
     def logits(self, sizes: suite.Sizes) -> Path:
         """The f32 recipe's logits on held-out text."""
-        path = self.work / f"f32-{sizes.scale}.safetensors"
+        path = self.work / f"f32-{sizes.scale}-{sizes.context}.safetensors"
         if not path.exists():
             subject = suite.Subject(*opened(self.directory("f32")), sizes)
             save_logits(subject.model, subject.sequences(None), path)
