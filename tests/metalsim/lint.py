@@ -8,6 +8,7 @@ it is a net with holes, not Apple's front end.
 import json
 import re
 import subprocess
+from bisect import bisect_left
 
 from metalsim.build import BASE, CLANG
 from metalsim.text import INSTANCE, Launch, to_cpp
@@ -34,14 +35,16 @@ _BANNED = {
 _SPACE = re.compile(r"\b(thread|device|constant|threadgroup)\b|address_space")
 _CONSTANT = re.compile(r"\bconstant\b|address_space\(2\)")
 _THREADGROUP = re.compile(r"\bthreadgroup\b|address_space\(3\)")
-_HEAD = 2  # lines before the kernel's first in a strict unit
 _FLAGS = ["-fsyntax-only", "-DMSL_STRICT", "-DMSL_TG=", "-ferror-limit=50"]
 _FUNCTIONS = ("FunctionDecl", "CXXMethodDecl", "CXXConstructorDecl")
 
 
-def check(launch: Launch) -> list[str]:
-    """What would be refused, a line of the kernel each; empty if nothing."""
-    unit, file = strict_unit(launch), f"{launch.name}.metal"
+def check(*launches: Launch) -> list[str]:
+    """What would be refused, a line of a kernel each; empty if nothing.
+
+    All kernels are looked at together, each in a namespace: most of the time goes to Metal's headers.
+    """
+    unit, places = strict_unit(launches)
     command = [CLANG, *map(str, BASE), *_FLAGS]
     done = subprocess.run([*command, "-"], check=False, input=unit, capture_output=True, text=True)
     # utils.h has two parameters "constant const int64_t strides[2]", which clang's C++ refuses
@@ -53,22 +56,27 @@ def check(launch: Launch) -> list[str]:
     tree = subprocess.run(dump, check=False, input=unit, capture_output=True, text=True).stdout
     walker = _Walker(unit)
     walker.visit(json.loads(tree), None, None)
-    lines = launch.source.split("\n")
-    return [
-        f"{file}:{n - _HEAD}: {RULES[rule]}: {what}\n  {lines[n - _HEAD - 1].strip()}"
-        for n, rule, what in sorted(walker.found)
-        if 0 < n - _HEAD <= len(lines)
-    ]
+    return [_said(launches, places, *found) for found in sorted(walker.found)]
 
 
-def strict_unit(launch: Launch) -> str:
-    """C++ that is only looked at, not run."""
-    instance = INSTANCE.search(launch.source)
-    tail = f"template decltype({instance[2]}) {instance[2]};" if instance else ""
-    return (
-        f'#include "mlx/backend/metal/kernels/utils.h"\n#line 1 "{launch.name}.metal"\n'
-        f'{to_cpp(INSTANCE.sub("", launch.source))}\n#line 1 "entry"\n{tail}\n'
-    )
+def strict_unit(launches: tuple[Launch, ...]) -> tuple[str, list[int]]:
+    """C++ that is only looked at, not run, and the line before each kernel's first."""
+    parts, places = ['#include "mlx/backend/metal/kernels/utils.h"'], []
+    for number, launch in enumerate(launches):
+        instance = INSTANCE.search(launch.source)
+        tail = f"template decltype({instance[2]}) {instance[2]};" if instance else ""
+        parts.append(f"namespace kernel_{number} {{")
+        places.append("\n".join(parts).count("\n") + 1)
+        parts += [to_cpp(INSTANCE.sub("", launch.source)), tail, "}"]
+    return "\n".join([*parts, ""]), places
+
+
+def _said(launches, places: list[int], line: int, rule: str, what: str) -> str:
+    which = bisect_left(places, line) - 1
+    at = line - places[which]
+    lines = launches[which].source.split("\n")
+    quote = lines[at - 1].strip() if 0 < at <= len(lines) else ""
+    return f"{launches[which].name}:{at}: {RULES[rule]}: {what}\n  {quote}"
 
 
 def _plain(text: str) -> str:
@@ -137,10 +145,10 @@ class _Walker:
             qual = types.get("qualType", "")
             canonical = types.get("desugaredQualType", qual)
             decayed = kind == "ParmVarDecl" and canonical.rstrip().endswith("*")
-            if ("*" in text or "&" in text or decayed) and not _SPACE.search(
-                f"{text} {qual} {canonical}"
-            ):
-                self._add(where, "reference" if "&" in text else "pointer", node.get("name", ""))
+            written = "*" in text or "&" in text  # members that the compiler adds are not
+            points = written and ("*" in qual or "&" in qual)
+            if (points or decayed) and not _SPACE.search(f"{text} {qual} {canonical}"):
+                self._add(where, "reference" if "&" in qual else "pointer", node.get("name", ""))
         returns = kind in ("FunctionDecl", "CXXMethodDecl") and re.search(r"[*&]\s*$", text)
         if returns and not _SPACE.search(text):
             self._add(where, "pointer" if "*" in text else "reference", "return type")
