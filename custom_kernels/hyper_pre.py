@@ -8,7 +8,7 @@ from functools import lru_cache
 
 import mlx.core as mx
 
-from ds4mlx.custom_kernels.dialect import Kernel
+from ds4mlx.custom_kernels.dialect import LOAD8, Kernel
 from ds4mlx.custom_kernels.tables import bits
 
 STREAMS = 4  # the kernel's lanes are laid out for so many
@@ -23,16 +23,15 @@ BODY = """
     const device T* row = streams + token * (4 * WIDTH);
 
     float sums[25] = {0};
-    for (uint k = 4 * at; k < 4 * WIDTH; k += 4 * 32 * GROUPS) {
-        float x[4];
-        for (uint i = 0; i < 4; i++) {
-            x[i] = float(row[k + i]);
-            sums[24] = fma(x[i], x[i], sums[24]);
-        }
+    for (uint k = 8 * at; k < 4 * WIDTH; k += 8 * 32 * GROUPS) {
+        float x[8];
+        load8(row + k, x);
+        for (uint i = 0; i < 8; i++) sums[24] = fma(x[i], x[i], sums[24]);
         #pragma unroll
         for (uint m = 0; m < 24; m++) {
-            float4 w = *(const device float4*)(fn + m * (4 * WIDTH) + k);
-            sums[m] += w.x * x[0] + w.y * x[1] + w.z * x[2] + w.w * x[3];
+            float w[8];
+            load8(fn + m * (4 * WIDTH) + k, w);
+            for (uint i = 0; i < 8; i++) sums[m] = fma(w[i], x[i], sums[m]);
         }
     }
     #pragma unroll
@@ -90,7 +89,7 @@ inline float sum_of_column(float v) {
 def kernel() -> Kernel:
     """The kernel; the streams' type is a template argument."""
     inputs, outputs = ["streams", "fn", "base", "scale"], ["out", "post", "comb"]
-    return Kernel("hyper_pre", inputs, outputs, BODY, HEADER)
+    return Kernel("hyper_pre", inputs, outputs, BODY, LOAD8 + HEADER)
 
 
 def hyper_pre(
@@ -105,7 +104,7 @@ def hyper_pre(
 ) -> tuple[mx.array, mx.array, mx.array]:
     """streams (N, 4, D) -> their collapse (N, D) in their type, post (N, 4), comb (N, 4, 4) float32.
 
-    fn float32 (24, 4 D), base (24,), scale (3,): those of HyperConnection, whose formulas these are.
+    fn (24, 4 D), base (24,), scale (3,): those of HyperConnection, which is the plain form of this.
     """
     count, _, width = streams.shape
     out, post, comb = kernel()(
