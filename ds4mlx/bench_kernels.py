@@ -30,6 +30,8 @@ DENSE = {
     "head": (129280, 4096),
 }
 CHAIN, REPEATS = 32, 3
+MANY = (512, 4096)  # tokens of a prefill
+ROTATED = 4e8  # bytes of copies that take turns
 
 
 @dataclass
@@ -149,7 +151,7 @@ def experts_few() -> Iterator[Row]:
 def experts_many() -> Iterator[Row]:
     """Prefill: tokens sorted by expert."""
     per_token = 2 * 3 * FLASH.hidden_size * FLASH.moe_intermediate_size * FLASH.num_experts_per_tok
-    for tokens in (512, 4096):
+    for tokens in MANY:
         for storage in PAIRS:
             layer = Experts(storage, tokens)
             name = f"{'/'.join(storage)}, {tokens} tokens"
@@ -195,11 +197,11 @@ def dense() -> Iterator[Row]:
     found = FORMATS["q8_0"]
     for name, shape in DENSE.items():
         size = found.bits / 8 * shape[0] * shape[1]
-        copies = [random_planes("q8_0", shape, i) for i in range(1 + int(4e8 // size))]
+        copies = [random_planes("q8_0", shape, i) for i in range(1 + int(ROTATED // size))]
         mx.eval(copies)
         call = lambda i, x, c=copies: found.matmul(c[i % len(c)], x)
         title = f"{name} {shape[0]}x{shape[1]}"
-        for tokens in (1, 4096) if name != "head" else (1,):
+        for tokens in (1, MANY[-1]) if name != "head" else (1,):
             x = mx.random.normal((tokens, shape[1])).astype(mx.bfloat16)
             mx.eval(x)
             if tokens == 1:

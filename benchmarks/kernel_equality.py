@@ -1,0 +1,75 @@
+"""Every kernel against its reference on this GPU: the comparisons of the tests, and larger ones.
+
+    MLX_ENABLE_TF32=0 python benchmarks/kernel_equality.py [--small] [--results FILE]
+
+Exits with 1 if one is too far off. (TF32, MLX's default on NVIDIA GPUs, would make the float32
+references themselves less exact than what they are to show.)
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+import traceback
+from importlib.metadata import PackageNotFoundError, version
+from itertools import chain
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
+os.environ.setdefault("MLX_ENABLE_TF32", "0")
+
+import kernel_cases as cases
+import mlx.core as mx
+from device import device
+
+from ds4mlx.custom_kernels import dialect
+
+
+def main() -> None:
+    """Run all comparisons and keep what they gave."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--small", action="store_true", help="leave out Flash's own shapes")
+    parser.add_argument("--results", type=Path)
+    arguments = parser.parse_args()
+    if dialect.target() is None:
+        sys.exit("kernels run on a GPU, and MLX has none here")
+    kinds = [cases.small_cases(), cases.wide_cases()]
+    rows = [run(case) for case in chain(*kinds, () if arguments.small else cases.large_cases())]
+    bad = [row for row in rows if not row["ok"]]
+    found = {"device": device(), "mlx": installed(), "target": dialect.target(), "cases": rows}
+    if arguments.results:
+        arguments.results.write_text(json.dumps(found, indent=1) + "\n")
+    print(f"{len(rows) - len(bad)} of {len(rows)} comparisons within their tolerance")
+    sys.exit(1 if bad else 0)
+
+
+def run(case: cases.Case) -> dict:
+    """One comparison; a kernel that does not compile or run counts as infinitely far off."""
+    begun = time.perf_counter()
+    try:
+        error = case.error()
+    except Exception:  # noqa: BLE001 - the others go on
+        traceback.print_exc()
+        error = float("inf")
+    tolerance = cases.TOLERANCE[case.dtype]
+    kind = str(case.dtype).rpartition(".")[2]
+    seconds = time.perf_counter() - begun
+    print(
+        f"{'ok ' if error <= tolerance else 'BAD'} {error:9.2e} {kind:<8} {case.name} ({seconds:.1f} s)"
+    )
+    sys.stdout.flush()
+    mx.clear_cache()
+    return {"name": case.name, "type": kind, "error": error, "ok": error <= tolerance}
+
+
+def installed() -> str:
+    """MLX's version; a copy that was unpacked by hand has none."""
+    try:
+        return version("mlx")
+    except PackageNotFoundError:
+        return mx.__version__  # type: ignore[attr-defined]
+
+
+if __name__ == "__main__":
+    main()
