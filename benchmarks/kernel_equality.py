@@ -1,8 +1,9 @@
 """Every kernel against its reference on this GPU: the comparisons of the tests, and larger ones.
 
-    MLX_ENABLE_TF32=0 python benchmarks/kernel_equality.py [--small] [--results FILE]
+    MLX_ENABLE_TF32=0 python benchmarks/kernel_equality.py [--small] [--jobs N] [--results FILE]
 
-Exits with 1 if one is too far off. (TF32, MLX's default on NVIDIA GPUs, would make the float32
+Kernels are compiled when they are first used, on NVIDIA for two seconds each, so the comparisons are
+shared among N processes. Exits with 1 if one is too far off. (TF32, MLX's default on NVIDIA GPUs, would make the float32
 references themselves less exact than what they are to show.)
 """
 
@@ -12,8 +13,10 @@ import os
 import sys
 import time
 import traceback
+from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
-from itertools import chain
+from itertools import chain, islice
+from multiprocessing import get_context
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
@@ -30,18 +33,28 @@ def main() -> None:
     """Run all comparisons and keep what they gave."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--small", action="store_true", help="leave out Flash's own shapes")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N")
     parser.add_argument("--results", type=Path)
     arguments = parser.parse_args()
     if dialect.target() is None:
         sys.exit("kernels run on a GPU, and MLX has none here")
-    kinds = [cases.small_cases(), cases.wide_cases()]
-    rows = [run(case) for case in chain(*kinds, () if arguments.small else cases.large_cases())]
+    jobs = [(part, arguments.jobs, arguments.small) for part in range(arguments.jobs)]
+    with ProcessPoolExecutor(arguments.jobs, get_context("spawn")) as pool:
+        rows = [row for part in pool.map(share, jobs) for row in part]
     bad = [row for row in rows if not row["ok"]]
     found = {"device": device(), "mlx": installed(), "target": dialect.target(), "cases": rows}
     if arguments.results:
         arguments.results.write_text(json.dumps(found, indent=1) + "\n")
     print(f"{len(rows) - len(bad)} of {len(rows)} comparisons within their tolerance")
     sys.exit(1 if bad else 0)
+
+
+def share(job: tuple[int, int, bool]) -> list[dict]:
+    """Every so many-th comparison: part, parts, and whether Flash's own shapes are left out."""
+    part, parts, small = job
+    large = [] if small else [cases.large_cases()]
+    found = chain(cases.small_cases(), cases.wide_cases(), *large)
+    return [run(case) for case in islice(found, part, None, parts)]
 
 
 def run(case: cases.Case) -> dict:
