@@ -73,7 +73,7 @@ def checkpoint(scratch: Path) -> list[dict]:
 def compare(name: str, path: Path, ids: np.ndarray, want: np.ndarray) -> list[dict]:
     """Largest differences of float32 logits, for a whole prompt and token by token."""
     model, _ = load(path, mx.float32, "none")
-    with mx.stream(mx.cpu):
+    with dispatch.plain_operations():
         mx.set_default_device(mx.cpu)
         plain = reference.run_chunks(load(path, mx.float32, "none")[0], ids, [])
         mx.set_default_device(mx.gpu)

@@ -2,8 +2,7 @@
 
 A body is Metal's language without its vector arithmetic: scalars, 16-byte vector loads, half2 through
 the few functions named below, one-dimensional threadgroups of whole SIMD-groups. METAL and CUDA give
-each target those functions; CUDA also gives Metal's words. Texts stay short: MLX hashes them at
-every call.
+each target those functions; CUDA also gives Metal's words.
 """
 
 import re
@@ -107,6 +106,12 @@ def target() -> str | None:
     return "metal" if mx.metal.is_available() else "cuda"
 
 
+def compact(text: str) -> str:
+    """A text without comments, indentation and empty lines: MLX goes through it at every call."""
+    lines = (line.partition("//")[0].strip() for line in text.splitlines())
+    return "\n".join(line for line in lines if line) + "\n"
+
+
 def cuda_text(text: str) -> str:
     """A body or header as CUDA takes it: arrays of the threadgroup are declared as shared."""
     return _SHARED.sub(r"\1__shared__ ", text)
@@ -149,6 +154,7 @@ class Kernel:
         if made is None:
             header, body = self.text(where)
             maker: Any = mx.fast.metal_kernel if where == "metal" else mx.fast.cuda_kernel
+            body, header = compact(body), compact(header)
             made = maker(self.name, self.inputs, self.outputs, body, header=header)
             self._made[where] = made
         return made
