@@ -4,7 +4,8 @@
 
 First the logits in float32 without rounding: of a q2 file by ds4's own quantiser and of the reference
 checkpoint, against the logits of llama.cpp and of the official code, and against plain operations on
-the CPU. Then bfloat16 on a text: the mean KL divergence to float32 with kernels and without.
+the CPU. Then bfloat16 on a text: the mean KL divergence to float32 with kernels, without, and with 8-bit activations
+(which only decoding a q2 or q4 model has).
 """
 
 import argparse
@@ -102,12 +103,15 @@ def divergence(arguments: argparse.Namespace) -> dict:
     for way, lengths in (("prefill", []), ("decode", [1] * WINDOW)):
         pieces = [ids[i : i + WINDOW] for i in range(0, len(ids), WINDOW)]
         pieces = pieces if way == "prefill" else pieces[:1]
-        sums = {"kernels": 0.0, "plain": 0.0}
+        sums = {"kernels": 0.0, "plain": 0.0, "eight_bits": 0.0}
         for piece in pieces:
             with dispatch.plain_operations():
                 want = reference.run_chunks(exact, piece, [])
                 plain = reference.run_chunks(half, piece, lengths[: len(piece)])
             got = reference.run_chunks(half, piece, lengths[: len(piece)])
+            with dispatch.eight_bit_activations():
+                eight = reference.run_chunks(half, piece, lengths[: len(piece)])
+            sums["eight_bits"] += float(reference.kl(want, eight).mean()) / len(pieces)
             sums["kernels"] += float(reference.kl(want, got).mean()) / len(pieces)
             sums["plain"] += float(reference.kl(want, plain).mean()) / len(pieces)
         found[way] = {**sums, "ratio": sums["kernels"] / max(sums["plain"], 1e-30)}

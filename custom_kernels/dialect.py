@@ -22,6 +22,10 @@ inline half2 pair2(float a, float b) { return half2(half(a), half(b)); }
 inline half2 mad2(half2 a, half2 b, half2 c) { return fma(a, b, c); }
 inline float low(half2 v) { return float(v.x); }
 inline float high(half2 v) { return float(v.y); }
+inline int dot4(uint a, uint b, int c) {
+  char4 x = as_type<char4>(a), y = as_type<char4>(b);
+  return c + int(x.x) * int(y.x) + int(x.y) * int(y.y) + int(x.z) * int(y.z) + int(x.w) * int(y.w);
+}
 """
 
 CUDA = """
@@ -70,6 +74,7 @@ inline half2 pair2(float a, float b) { return __floats2half2_rn(a, b); }
 inline half2 mad2(half2 a, half2 b, half2 c) { return __hfma2(a, b, c); }
 inline float low(half2 v) { return __low2float(v); }
 inline float high(half2 v) { return __high2float(v); }
+inline int dot4(uint a, uint b, int c) { return __dp4a(int(a), int(b), c); }
 """
 
 # Eight activations of any type, by 16-byte loads.

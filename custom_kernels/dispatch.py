@@ -23,6 +23,7 @@ from ds4mlx.custom_kernels import (
     router,
     staging,
 )
+from ds4mlx.custom_kernels.packs import PACKINGS
 from ds4mlx.formats.base import Planes
 
 # Up to this many tokens each reads its own experts; with more, tokens are sorted by expert.
@@ -30,6 +31,7 @@ FEW = 8
 UP, DOWN = ("iq2_xxs", "q4_k", "mxfp4"), ("q2_k", "q4_k", "mxfp4")
 
 _enabled = True
+_eight = False
 
 
 @contextlib.contextmanager
@@ -41,6 +43,17 @@ def plain_operations() -> Iterator[None]:
         yield
     finally:
         _enabled = before
+
+
+@contextlib.contextmanager
+def eight_bit_activations() -> Iterator[None]:
+    """Inside the block decoding rounds what its experts are given to 8 bits, where a format can."""
+    global _eight
+    before, _eight = _eight, True
+    try:
+        yield
+    finally:
+        _eight = before
 
 
 def active(x: mx.array) -> bool:
@@ -83,8 +96,9 @@ def routed_experts(
     """
     rising, falling = storage
     if x.shape[0] <= FEW:
-        hidden = experts_up.experts_up(rising, gate, up, x, experts, weights, limit)
-        return experts_down.experts_down(falling, down, hidden, experts)
+        eight = [_eight and PACKINGS[kind].apart > 0 for kind in storage]
+        hidden = experts_up.experts_up(rising, gate, up, x, experts, weights, limit, eight=eight[0])
+        return experts_down.experts_down(falling, down, hidden, experts, eight=eight[1])
     flat = experts.flatten()
     order = mx.argsort(flat)
     jobs = expert_tiles.expert_tiles(flat[order], gate["weight"].shape[0])

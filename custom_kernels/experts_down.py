@@ -40,7 +40,7 @@ BODY = """
         ys[r] = 0;
     }
     if (LUT > 1) {
-        for (uint i = at; i < LUT; i += GROUPS * 32) lut[i] = ((const device uint4*)table)[i];
+        for (uint i = at; i < TABLE; i += GROUPS * 32) lut[i] = ((const device uint4*)table)[i];
     }
     for (uint base = 0; base < TOPK * COLUMNS; base += STAGED) {
         uint columns = min(uint(STAGED), TOPK * COLUMNS - base);
@@ -84,25 +84,31 @@ BODY = """
 
 
 @lru_cache
-def kernel(storage: str, dtype: mx.Dtype) -> Kernel:
+def kernel(storage: str, dtype: mx.Dtype, eight: bool) -> Kernel:
     """The kernel for experts in a format and hidden values of a type."""
     packing = PACKINGS[storage]
     names = f"#define DOWN {', '.join(packing.names('down'))}\n"
-    text = staging.header(dtype, packing.pairing, packing.largest) + packing.products
-    name = f"experts_down_{storage}_{'f32' if dtype == mx.float32 else 'half'}"
+    text = packing.loading + packing.dot
+    text = staging.header(dtype, packing.pairing, packing.largest) + text
+    if eight:
+        text = staging.byte_header(packing.apart) + packing.loading + packing.byte_dot
+    name = f"experts_down_{storage}_{staging.arithmetic(dtype, eight)}"
     inputs = ["hidden", "experts", "table", *packing.names("down")]
     return Kernel(name, inputs, ["out"], BODY, names + text)
 
 
-def experts_down(storage: str, down: Planes, hidden: mx.array, experts: mx.array) -> mx.array:
+def experts_down(
+    storage: str, down: Planes, hidden: mx.array, experts: mx.array, eight: bool = False
+) -> mx.array:
     """Sum over a token's experts of down . hidden.
 
     hidden (N * k, H), weighted; experts int (N, k); planes of (E, D, H) -> float32 (N, D).
+    eight: round the hidden values to bytes, as in experts_up.
     """
     packing, (count, topk) = PACKINGS[storage], experts.shape
     width, columns = down["weight"].shape[-2], hidden.shape[-1]
-    return kernel(storage, hidden.dtype)(
-        [hidden, experts, lut(storage), *(down[p] for p in packing.planes)],
+    return kernel(storage, hidden.dtype, eight)(
+        [hidden, experts, lut(storage, eight), *(down[p] for p in packing.planes)],
         [((count, width), mx.float32)],
         groups=(-(-width // (ROWS * GROUPS)), count, 1),
         threads=32 * GROUPS,
@@ -112,6 +118,7 @@ def experts_down(storage: str, down: Planes, hidden: mx.array, experts: mx.array
             ("TOPK", topk),
             ("ROWS", ROWS),
             ("GROUPS", GROUPS),
+            ("TABLE", lut(storage, eight).size // 4),
             ("STAGED", staging.staged_columns(hidden.dtype, topk * columns, STAGED)),
         ],
     )[0]

@@ -39,7 +39,7 @@ BODY = """
         gates[r] = ups[r] = 0;
     }
     if (LUT > 1) {
-        for (uint i = at; i < LUT; i += GROUPS * 32) lut[i] = ((const device uint4*)table)[i];
+        for (uint i = at; i < TABLE; i += GROUPS * 32) lut[i] = ((const device uint4*)table)[i];
     }
     for (uint base = 0; base < COLUMNS; base += STAGED) {
         uint columns = min(uint(STAGED), COLUMNS - base);
@@ -90,13 +90,16 @@ BODY = """
 
 
 @lru_cache
-def kernel(storage: str, dtype: mx.Dtype) -> Kernel:
-    """The kernel for experts in a format and activations of a type."""
+def kernel(storage: str, dtype: mx.Dtype, eight: bool) -> Kernel:
+    """The kernel for experts in a format and activations of a type, or as bytes."""
     packing = PACKINGS[storage]
     gate, up = packing.names("gate"), packing.names("up")
     names = f"#define GATE {', '.join(gate)}\n#define UP {', '.join(up)}\n"
-    text = staging.header(dtype, packing.pairing, packing.largest) + packing.products
-    name = f"experts_up_{storage}_{'f32' if dtype == mx.float32 else 'half'}"
+    text = packing.loading + packing.dot
+    text = staging.header(dtype, packing.pairing, packing.largest) + text
+    if eight:
+        text = staging.byte_header(packing.apart) + packing.loading + packing.byte_dot
+    name = f"experts_up_{storage}_{staging.arithmetic(dtype, eight)}"
     inputs = ["x", "experts", "weights", "table", *gate, *up]
     return Kernel(name, inputs, ["hidden"], BODY, names + text)
 
@@ -109,16 +112,18 @@ def experts_up(
     experts: mx.array,
     weights: mx.array,
     limit: float,
+    eight: bool = False,
 ) -> mx.array:
     """weight * silu(min(gate . x, limit)) * clip(up . x) of every chosen expert.
 
     x (N, D); experts int (N, k); weights float32 (N, k); planes of (E, H, D) -> (N * k, H) in x's type.
+    eight: round the activations to bytes; for formats whose packing has such a product.
     """
     packing, (count, topk) = PACKINGS[storage], experts.shape
     hidden, columns = gate["weight"].shape[-2], x.shape[-1]
     planes = [m[p] for m in (gate, up) for p in packing.planes]
-    return kernel(storage, x.dtype)(
-        [x, experts, weights, lut(storage), *planes],
+    return kernel(storage, x.dtype, eight)(
+        [x, experts, weights, lut(storage, eight), *planes],
         [((count * topk, hidden), x.dtype)],
         groups=(-(-hidden // (ROWS * GROUPS)), count * topk, 1),
         threads=32 * GROUPS,
@@ -129,6 +134,7 @@ def experts_up(
             ("TOPK", topk),
             ("ROWS", ROWS),
             ("GROUPS", GROUPS),
+            ("TABLE", lut(storage, eight).size // 4),
             ("STAGED", staging.staged_columns(x.dtype, columns, STAGED)),
             ("LIMIT", bits(limit)),
         ],

@@ -141,6 +141,10 @@ def experts_few() -> Iterator[Row]:
         yield Row("experts down", f"{storage[1]}, 1 token", seconds, k * down)
         name, total = f"{'/'.join(storage)}, 1 token", k * (2 * up + down)
         yield Row("experts, both launches", name, measure(layer.whole, layer.x), total)
+        if storage[0] != "mxfp4":
+            with dispatch.eight_bit_activations():
+                seconds = measure(layer.whole, layer.x)
+            yield Row("experts, 8-bit activations", name, seconds, total)
         with dispatch.plain_operations():
             seconds = measure(layer.whole, layer.x, 4)
         yield Row("rival: decode, multiply", name, seconds, total)

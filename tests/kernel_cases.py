@@ -25,6 +25,7 @@ from ds4mlx.custom_kernels import (
     q8_matvec,
     read_speed,
     router,
+    staging,
 )
 from ds4mlx.formats import FORMATS
 from ds4mlx.hyper import HyperConnection, collapse
@@ -93,22 +94,28 @@ def chosen(shape: Shape, seed: int) -> tuple[mx.array, mx.array]:
     return mx.array(experts.astype(np.int32)), mx.array(weights)
 
 
-def up(storage: str, dtype: mx.Dtype, shape: Shape, scale: float = 1.0) -> Pairs:
+def up(
+    storage: str, dtype: mx.Dtype, shape: Shape, scale: float = 1.0, eight: bool = False
+) -> Pairs:
     sizes = shape.experts, shape.hidden, shape.width
     gate, rise = random_planes(storage, sizes, 1), random_planes(storage, sizes, 2)
     experts, weights = chosen(shape, 3)
     x = normal((shape.tokens, shape.width), dtype, 4, scale)
     limit = LIMIT if scale == 1 else 1e30  # the clamp would make rounding errors look large
+    got = experts_up.experts_up(storage, gate, rise, x, experts, weights, limit, eight)
+    x = staging.as_bytes(x) if eight else x
     operands = gate, rise, x, experts, weights, limit
-    got = experts_up.experts_up(storage, *operands)
     return [(got, experts_up.reference(FORMATS[storage], *operands))]
 
 
-def down(storage: str, dtype: mx.Dtype, shape: Shape, scale: float = 1.0) -> Pairs:
+def down(
+    storage: str, dtype: mx.Dtype, shape: Shape, scale: float = 1.0, eight: bool = False
+) -> Pairs:
     planes = random_planes(storage, (shape.experts, shape.width, shape.hidden), 1)
     experts, _ = chosen(shape, 3)
     hidden = normal((experts.size, shape.hidden), dtype, 4, scale)
-    got = experts_down.experts_down(storage, planes, hidden, experts)
+    got = experts_down.experts_down(storage, planes, hidden, experts, eight)
+    hidden = staging.as_bytes(hidden) if eight else hidden
     return [(got, experts_down.reference(FORMATS[storage], planes, hidden, experts))]
 
 
@@ -269,7 +276,13 @@ def _case(compute, name: str, storage: str, dtype: mx.Dtype, shape: Shape, *scal
 
 
 def wide_cases() -> Iterator[Case]:
-    """The widths of Flash and Pro, few rows; activations far from 1."""
+    """The widths of Flash and Pro, few rows; activations far from 1, and as bytes."""
+    for storage in ("iq2_xxs", "q4_k"):
+        call = partial(up, storage, mx.bfloat16, ODD_UP, eight=True)
+        yield Case(f"experts_up {storage} {ODD_UP}, bytes", mx.bfloat16, call)
+    for storage in ("q2_k", "q4_k"):
+        call = partial(down, storage, mx.bfloat16, ODD_DOWN, 1e5, eight=True)
+        yield Case(f"experts_down {storage} {ODD_DOWN}, bytes", mx.bfloat16, call)
     for shape in (FLASH_UP, PRO_UP):
         yield from (_case(up, "experts_up", s, mx.bfloat16, shape) for s in UP)
     for shape in (FLASH_DOWN, PRO_DOWN):

@@ -29,6 +29,14 @@ def down(storage, dtype=F32):
     return partial(cases.down, storage, dtype, ODD_DOWN)
 
 
+def up8(storage):
+    return partial(cases.up, storage, BF16, ODD_UP, eight=True)
+
+
+def down8(storage):
+    return partial(cases.down, storage, F32, ODD_DOWN, eight=True)
+
+
 def up_sorted(storage, dtype=F32):
     return partial(cases.up_sorted, storage, dtype, MANY_UP)
 
@@ -65,6 +73,19 @@ FAULTS = [
     ("experts_down_q4_k", down("q4_k"), "(p.mins >> (8 * h))", "(p.mins >> (8 - 8 * h))"),
     ("experts_down_mxfp4", down("mxfp4"), "(w >> 3)", "(w >> 2)"),
     ("experts_down_mxfp4", down("mxfp4"), "row0 + r < WIDTH) out", "true) out"),
+    (
+        "experts_up_iq2_xxs_bytes",
+        up8("iq2_xxs"),
+        "(m * 255u)) + m, x[2 * k]",
+        "(m * 255u)), x[2 * k]",
+    ),
+    ("experts_up_iq2_xxs_bytes", up8("iq2_xxs"), "8 * k + 4", "8 * k + 3"),
+    ("experts_up_q4_k_bytes", up8("q4_k"), "#define APART 2", "#define APART 1"),
+    ("experts_up_q4_k_bytes", up8("q4_k"), "sum * scale;", "sum;"),
+    ("experts_down_q2_k_bytes", down8("q2_k"), "x[4 * s + i]", "x[4 * s + 3 - i]"),
+    ("experts_down_q2_k_bytes", down8("q2_k"), "& 255u) << (8 * j)", ") << (8 * j)"),
+    ("experts_down_q4_k_bytes", down8("q4_k"), "most / 127.0f", "most / 128.0f"),
+    ("experts_down_q4_k_bytes", down8("q4_k"), "(4 * (i % 2))", "(4 - 4 * (i % 2))"),
     ("q8_matvec", matvec, "w ^ 0x80808080u", "w ^ 0x80808000u"),
     ("q8_matvec", matvec, "group * count + min(token0 + t, count - 1)", "group * count"),
     ("q8_matvec", matvec, "h ? high(as_half2(p.d))", "h ? low(as_half2(p.d))"),
@@ -194,6 +215,7 @@ COMPUTED = [
     up("mxfp4"),
     down("q2_k", BF16),
 ]
+COMPUTED += [up8("iq2_xxs"), down8("q2_k"), down8("q4_k")]
 COMPUTED += [up_sorted("iq2_xxs", BF16), down_sorted("q2_k", BF16), down_sorted("q4_k")]
 COMPUTED += [partial(cases.q8, q8_matvec.q8_matvec, BF16, (37, 320), 3), matmul]
 COMPUTED += [router, hashed, partial(cases.pre, BF16, 96, 2), partial(cases.post, BF16, 288, 2)]
