@@ -25,6 +25,7 @@ os.environ.setdefault("MLX_ENABLE_TF32", "0")
 import kernel_cases as cases
 import mlx.core as mx
 from device import device
+from kernel_cases_large import large_cases
 
 from ds4mlx.custom_kernels import dialect
 
@@ -52,7 +53,7 @@ def main() -> None:
 def share(job: tuple[int, int, bool]) -> list[dict]:
     """Every so many-th comparison: part, parts, and whether Flash's own shapes are left out."""
     part, parts, small = job
-    large = [] if small else [cases.large_cases()]
+    large = [] if small else [large_cases()]
     found = chain(cases.small_cases(), cases.wide_cases(), *large)
     return [run(case) for case in islice(found, part, None, parts)]
 

@@ -13,7 +13,6 @@ import numpy as np
 
 from ds4mlx.config import ModelConfig
 from ds4mlx.custom_kernels import (
-    dispatch,
     expert_tiles,
     experts_down,
     experts_down_sorted,
@@ -29,7 +28,6 @@ from ds4mlx.custom_kernels import (
 )
 from ds4mlx.formats import FORMATS
 from ds4mlx.hyper import HyperConnection, collapse
-from ds4mlx.moe import RoutedExperts
 from ds4mlx.random_weights import random_planes, random_words
 
 UP, DOWN = ("iq2_xxs", "q4_k", "mxfp4"), ("q2_k", "q4_k", "mxfp4")
@@ -217,22 +215,6 @@ def reading(words: int) -> Pairs:
     return [(got, want)]
 
 
-def layer(dtype: mx.Dtype, storage: tuple[str, str], tokens: int) -> Pairs:
-    """A whole layer of Flash's experts, fewer of them, through its kernels and in float32 without."""
-    config = ModelConfig(n_routed_experts=24)
-    module = RoutedExperts(config)
-    for seed, name in enumerate(("w1", "w3", "w2")):
-        stack, kind = module[name], storage[name == "w2"]
-        stack.store(kind)
-        stack.update(random_planes(kind, stack._shape, seed))
-    x, k = normal((tokens, config.hidden_size), dtype, 5), config.num_experts_per_tok
-    order = mx.argsort(mx.random.uniform(shape=(tokens, 24), key=mx.random.key(6)), axis=-1)
-    experts, weights = order[:, :k].astype(mx.int32), mx.full((tokens, k), 0.25)
-    got = module(x, experts, weights)
-    with dispatch.plain_operations():
-        return [(got, module(x.astype(mx.float32), experts, weights))]
-
-
 def small_cases() -> Iterator[Case]:
     """Every kernel, both types, at a tiny model's widths and odd counts."""
     for dtype in (mx.float32, mx.bfloat16):
@@ -301,18 +283,3 @@ def wide_cases() -> Iterator[Case]:
         lambda: q8(q8_matvec.q8_matvec, mx.bfloat16, (37, 320), 3, 1e30),
     )
     yield Case("hyper_pre 96, streams of 1e15", mx.bfloat16, lambda: pre(mx.bfloat16, 96, 2, 1e15))
-
-
-def large_cases() -> Iterator[Case]:
-    """Flash's own shapes, which take a GPU."""
-    for dtype in (mx.float32, mx.bfloat16):
-        for tokens in (1, 8, 300):
-            for storage in zip(UP, DOWN, strict=True):
-                name = f"{'/'.join(storage)} experts of Flash, {tokens} tokens"
-                yield Case(name, dtype, partial(layer, dtype, storage, tokens))
-        for product, tokens in ((q8_matvec.q8_matvec, 1), (q8_matmul.q8_matmul, 130)):
-            call = partial(q8, product, dtype, (4096, 8192), tokens)
-            yield Case(f"q8_0 4096x8192, {tokens} tokens", dtype, call)
-        yield Case("router 256x4096", dtype, partial(route, dtype, 256, 4096, 8, False))
-        yield Case("hyper_pre 4096, 8 tokens", dtype, partial(pre, dtype, 4096, 8))
-        yield Case("hyper_post 4096, 8 tokens", dtype, partial(post, dtype, 4096, 8))
