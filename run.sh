@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The two commands of the README: `./run.sh demo` and `./run.sh test`.
 # Sets up .venv in this checkout first; needs Python 3.11 or later and a package index.
+# The tests of the kernels need clang 18 or later, except on a Mac, which runs them on Metal.
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -46,6 +47,25 @@ set_up() {
     fi
 }
 
+# The kernels' Metal text is compiled and run on the CPU, which takes clang.
+install_clang() {
+    local name
+    [ "$(uname)" = Darwin ] && return
+    [ -n "${METALSIM_CLANG:-}" ] && return
+    for name in clang-19 clang-20 clang-21 clang-18; do
+        command -v "$name" >/dev/null && return
+    done
+    if command -v apt-get >/dev/null; then
+        as_root apt-get update -qq
+        for name in clang-19 clang-20 clang-18; do
+            as_root apt-get install -qq -y "$name" >/dev/null && return
+        done
+    fi
+    echo "run.sh: clang 18 or later is needed for the tests; install it as clang-19 or name it in" \
+        "METALSIM_CLANG" >&2
+    exit 1
+}
+
 case "${1:-}" in
 demo)
     set_up cpu
@@ -53,6 +73,7 @@ demo)
     ;;
 test)
     set_up cpu,test,notebooks
+    install_clang
     .venv/bin/ruff check .
     .venv/bin/ruff format --check .
     .venv/bin/basedpyright

@@ -35,13 +35,13 @@ def storage(recipe: str, entry: Entry, source: Source) -> tuple[str, bool]:
     if recipe in ("bf16", "f32") and entry.kind in ("matrix", "experts", "plain"):
         chosen = recipe
     elif recipe in ("q2", "q2-q4", "q4") and entry.kind == "experts":
-        chosen = _expert_format(recipe, entry, source.config)
+        chosen = expert_format(recipe, entry, source.config)
         _check_width(entry, chosen, source)
     lossless = chosen in (exact, "f32")
     return chosen, lossless or (chosen == "bf16" and source.dtype(entry) in FITS_BF16)
 
 
-def _expert_format(recipe: str, entry: Entry, config: ModelConfig) -> str:
+def expert_format(recipe: str, entry: Entry, config: ModelConfig) -> str:
     """Formats of routed experts; the MTP block's are those of the last main layer."""
     number = re.match(r"layers\.(\d+)\.", entry.name)
     last = config.num_hidden_layers - 1

@@ -16,6 +16,7 @@ import typer
 
 from ds4mlx import __version__
 from ds4mlx import arguments as arg
+from ds4mlx.bench_commands import bench, synth
 from ds4mlx.chat import encode_messages
 from ds4mlx.conversation import Conversation, interact
 from ds4mlx.errors import DataError
@@ -55,7 +56,7 @@ def options(
     """
 
 
-for command in (convert, verify, inspect, imatrix):
+for command in (convert, verify, inspect, imatrix, bench, synth):
     app.command()(command)
 app.command("eval")(evaluate)
 

@@ -8,6 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ds4mlx.config import ModelConfig
+from ds4mlx.custom_kernels import dispatch
 from ds4mlx.linear import rms_norm
 
 
@@ -21,6 +22,22 @@ class HyperConnection(nn.Module):
         self.base = mx.zeros(((2 + n) * n,))
         self.scale = mx.zeros((3,))
         self._config = config
+
+    def before(self, streams: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        """The sublayer's input (B, L, D) out of streams (B, L, n, D); post and comb for `merge`."""
+        flat = streams.flatten(0, 1)
+        if not dispatch.takes_few_streams(flat):
+            pre, post, comb = self.mixes(streams)
+            return collapse(streams, pre), post, comb
+        config = self._config
+        found = dispatch.before_sublayer(
+            *(flat, self.fn, self.base, self.scale),
+            iterations=config.hc_sinkhorn_iters,
+            eps=config.hc_eps,
+            norm_eps=config.rms_norm_eps,
+        )
+        out, post, comb = (mx.unflatten(a, 0, streams.shape[:2]) for a in found)
+        return out, post, comb
 
     def mixes(self, streams: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         """streams (B, L, n, D) -> pre (B, L, n), post (B, L, n), comb (B, L, n, n), float32."""
@@ -39,6 +56,10 @@ class HyperConnection(nn.Module):
 
         `streams` are those from before the sublayer; comb goes from stream j to stream k.
         """
+        flat = streams.flatten(0, 1)
+        if dispatch.takes_streams(flat):
+            others = (a.flatten(0, 1) for a in (out, post, comb))
+            return dispatch.after_sublayer(flat, *others).reshape(streams.shape)
         spread = post[..., None] * out[..., None, :].astype(mx.float32)
         kept = mx.swapaxes(comb, -1, -2) @ streams.astype(mx.float32)
         return (spread + kept).astype(streams.dtype)

@@ -12,7 +12,7 @@ import mlx.nn as nn
 from ds4mlx.attention import Attention
 from ds4mlx.cache import DecodeState, LayerState
 from ds4mlx.config import ModelConfig
-from ds4mlx.hyper import HyperConnection, HyperHead, collapse
+from ds4mlx.hyper import HyperConnection, HyperHead
 from ds4mlx.linear import Embedding, Linear, RMSNorm
 from ds4mlx.moe import MoE
 from ds4mlx.rope import Rotary
@@ -33,11 +33,11 @@ class Block(nn.Module):
 
     def __call__(self, streams: mx.array, ids: mx.array, state: LayerState) -> mx.array:
         """streams (B, L, n, D) of tokens ids (B, L) -> streams; `state` moves on by L tokens."""
-        pre, post, comb = self.hc_attn.mixes(streams)
-        out = self.attn(self.attn_norm(collapse(streams, pre)), state)
+        x, post, comb = self.hc_attn.before(streams)
+        out = self.attn(self.attn_norm(x), state)
         streams = self.hc_attn.merge(streams, out, post, comb)
-        pre, post, comb = self.hc_ffn.mixes(streams)
-        out = self.ffn(self.ffn_norm(collapse(streams, pre)), ids)
+        x, post, comb = self.hc_ffn.before(streams)
+        out = self.ffn(self.ffn_norm(x), ids)
         state.offset += ids.shape[1]
         return self.hc_ffn.merge(streams, out, post, comb)
 

@@ -4,6 +4,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ds4mlx.config import ModelConfig
+from ds4mlx.custom_kernels import dispatch
 from ds4mlx.linear import ExpertStack, Linear
 
 # From this many (token, expert) pairs on, they are sorted by expert: each weight is read once.
@@ -25,10 +26,19 @@ class Router(nn.Module):
 
     def __call__(self, x: mx.array, ids: mx.array) -> tuple[mx.array, mx.array]:
         """x (B, L, D), ids (B, L) -> experts int (B, L, k) and their weights float32 (B, L, k)."""
+        flat = x.flatten(0, 1)
+        if dispatch.takes_routing(flat, self.topk):
+            found = dispatch.route(flat, self.weight, self.scale, self.topk, **self._choice(ids))
+            experts, weights = (a.reshape(*ids.shape, -1) for a in found)
+            return experts, weights
         scores = self.scores(x)
         experts = self.tid2eid[ids] if self.hashed else self.choose(scores)
         weights = mx.take_along_axis(scores, experts, axis=-1)
         return experts, weights / weights.sum(-1, keepdims=True) * self.scale
+
+    def _choice(self, ids: mx.array) -> dict[str, mx.array]:
+        """What decides beside the scores, as the kernel takes it."""
+        return {"table": self.tid2eid, "ids": ids.flatten()} if self.hashed else {"bias": self.bias}
 
     def scores(self, x: mx.array) -> mx.array:
         """sqrt(softplus(logit)) of every expert, float32 (B, L, E)."""
@@ -57,6 +67,10 @@ class RoutedExperts(nn.Module):
 
         x (N, D), experts int (N, k), weights float32 (N, k) -> (N, D).
         """
+        if self._on_kernels(x):
+            storage = self.w1.storage, self.w2.storage
+            gate, up, down = self.w1.planes, self.w3.planes, self.w2.planes
+            return dispatch.routed_experts(storage, gate, up, down, x, experts, weights, self.limit)
         count, k = experts.shape
         if count * k < SORT_FROM:
             out = self.run(x[:, None, None], experts, weights[..., None, None], False)
@@ -66,6 +80,15 @@ class RoutedExperts(nn.Module):
         rows, weight = x[order // k][:, None], weights.flatten()[order][:, None, None]
         out = self.run(rows, flat[order], weight, True).squeeze(-2)
         return out[mx.argsort(order)].reshape(count, k, -1).astype(mx.float32).sum(1)
+
+    def _on_kernels(self, x: mx.array) -> bool:
+        """Whether kernels take the three stacks; not where another module stands in for one."""
+        if any(type(stack) is not ExpertStack for stack in (self.w1, self.w2, self.w3)):
+            return False
+        if self.w1.storage != self.w3.storage:
+            return False
+        count, hidden, _ = self.w1._shape
+        return dispatch.takes_experts(x, self.w1.storage, self.w2.storage, count, hidden)
 
     def run(self, x: mx.array, experts: mx.array, weights: mx.array, ordered: bool) -> mx.array:
         """w2 . (weight * swiglu(w1 . x, w3 . x)) of expert i for row i, in x's type."""

@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# What one NVIDIA GPU is asked about the kernels, in about five minutes: are they right, how fast is
+# each, and how fast are a few layers of Flash with and without them.
+#
+#   benchmarks/gpu.sh [DIR]      writes DIR/*.json and *.txt (default benchmarks/results/gpu)
+set -uo pipefail
+cd "$(dirname "$0")/.."
+out="${1:-benchmarks/results/gpu}"
+mkdir -p "$out"
+python="${PYTHON:-python3}"
+export DS4MLX_KERNELS=1 MLX_ENABLE_TF32=0 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+layers="${LAYERS:-4}"
+
+step() { # seconds, name, command...
+    local seconds="$1" name="$2" begun=$SECONDS
+    shift 2
+    timeout "$seconds" "$@" >"$out/$name.txt" 2>"$out/$name.err"
+    echo "$name: exit $? after $((SECONDS - begun)) s; $(tail -n 1 "$out/$name.txt")"
+}
+run=("$python" -c "from ds4mlx.cli import main; main()")
+
+step 150 equality "$python" benchmarks/kernel_equality.py --jobs "${JOBS:-8}" --results "$out/kernel_equality.json"
+unset MLX_ENABLE_TF32
+step 120 kernels "${run[@]}" bench --kernels --json
+synth=(synth --like flash --layers "$layers" --in-memory --bench --gen 16 --json)
+for recipe in q2 keep; do
+    step 60 "synth_$recipe" "${run[@]}" "${synth[@]}" --recipe "$recipe" --prompt 512,2048
+    step 60 "synth_${recipe}_plain" "${run[@]}" "${synth[@]}" --recipe "$recipe" --prompt 512 --plain
+done
+step 60 synth_deep "${run[@]}" "${synth[@]}" --recipe q2 --prompt 32768 --fill synthetic
+MLX_ENABLE_TF32=0 step 120 model "$python" benchmarks/kernel_model.py --results "$out/kernel_model.json"

@@ -1,0 +1,100 @@
+"""Rows a SIMD-group takes and SIMD-groups of a threadgroup, for the decode kernels: which is fastest here.
+
+    python benchmarks/kernel_tuning.py [--rows 1,2,4] [--groups 4,8,16] [--results FILE]
+
+The constants ROWS and GROUPS at the top of each kernel's file are what this is to set.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+from device import device
+
+from ds4mlx.bench_kernels import Experts, measure, read_bandwidth
+from ds4mlx.custom_kernels import dialect, experts_down, experts_up, q8_matvec
+from ds4mlx.formats import FORMATS
+from ds4mlx.random_weights import random_planes
+
+DENSE = (4096, 8192)
+
+
+def main() -> None:
+    """Print GB/s of every combination, and keep them."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", default="1,2,4")
+    parser.add_argument("--groups", default="4,8,16")
+    parser.add_argument("--results", type=Path)
+    arguments = parser.parse_args()
+    if dialect.target() is None:
+        sys.exit("kernels run on a GPU, and MLX has none here")
+    combinations = [
+        (int(rows), int(groups))
+        for rows in arguments.rows.split(",")
+        for groups in arguments.groups.split(",")
+    ]
+    read = read_bandwidth()
+    print(f"{device()}: reads {read / 1e9:.0f} GB/s")
+    found = [
+        row for kind in ("iq2_xxs", "q4_k", "mxfp4") for row in experts(kind, combinations, read)
+    ]
+    found += dense(combinations, read)
+    if arguments.results:
+        result = {"device": device(), "read_gb_per_s": read / 1e9, "rows": found}
+        arguments.results.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def experts(kind: str, combinations: list[tuple[int, int]], read: float) -> list[dict]:
+    """Both launches of one token's experts."""
+    storage = (kind, "q2_k" if kind == "iq2_xxs" else kind)
+    layer = Experts(storage, 1)
+    k, w = layer.config.num_experts_per_tok, layer.module
+    hidden = mx.random.normal((k, layer.config.moe_intermediate_size)).astype(mx.bfloat16)
+
+    def rise(i: int, x: mx.array) -> mx.array:
+        planes = w.w1.planes, w.w3.planes
+        return experts_up.experts_up(kind, *planes, x, layer.chosen[i], layer.weights, 10.0)
+
+    def fall(i: int, x: mx.array) -> mx.array:
+        return experts_down.experts_down(storage[1], w.w2.planes, x, layer.chosen[i])
+
+    up, down = 2 * k * layer.pieces("w1"), k * layer.pieces("w2")
+    rows = each(f"experts_up {kind}", experts_up, rise, layer.x, up, combinations, read)
+    name = f"experts_down {storage[1]}"
+    return rows + each(name, experts_down, fall, hidden, down, combinations, read)
+
+
+def dense(combinations: list[tuple[int, int]], read: float) -> list[dict]:
+    """A Q8_0 matrix of the attention."""
+    copies = [random_planes("q8_0", DENSE, i) for i in range(12)]
+    x = mx.random.normal((1, DENSE[1])).astype(mx.bfloat16)
+    mx.eval(copies, x)
+    size = FORMATS["q8_0"].bits / 8 * DENSE[0] * DENSE[1]
+
+    def call(i: int, x: mx.array) -> mx.array:
+        return q8_matvec.q8_matvec(copies[i % len(copies)], x)
+
+    return each("q8_matvec 4096x8192", q8_matvec, call, x, size, combinations, read)
+
+
+def each(name, module, call, x, nbytes: float, combinations, read: float) -> list[dict]:
+    """GB/s of a call at every combination; the module's constants stay as they were."""
+    kept, found = (module.ROWS, module.GROUPS), []
+    for rows, groups in combinations:
+        module.ROWS, module.GROUPS = rows, groups
+        seconds = measure(call, x)
+        rate = nbytes / seconds
+        print(
+            f"{name:<24} rows {rows} groups {groups:>2} {seconds * 1e6:7.1f} us "
+            f"{rate / 1e9:7.0f} GB/s {rate / read:6.1%}{'  *' if (rows, groups) == kept else ''}",
+            flush=True,
+        )
+        found.append({"kernel": name, "rows": rows, "groups": groups, "us": seconds * 1e6})
+    module.ROWS, module.GROUPS = kept
+    return found
+
+
+if __name__ == "__main__":
+    main()

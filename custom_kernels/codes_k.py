@@ -1,0 +1,130 @@
+"""Q2_K and Q4_K inside a kernel: codes of two and four bits under scales and offsets.
+
+A code ORed into 0x6400 is the half 1024 + code, as bits 0..9 count ones there.
+"""
+
+Q2_K = """
+#define LUT 1
+struct Pack { uint4 w; uint scales; uint d; };
+inline Pack load_pack(const device uint* weight, const device uchar* scales,
+                      const device float16_t* d, uint row, uint c, uint columns) {
+  Pack p;
+  uint at = row * (columns / 64) + c;
+  p.w = ((const device uint4*)weight)[at];
+  p.scales = ((const device uint*)scales)[at];
+  p.d = ((const device uint*)d)[row * (columns / 256) + c / 4];
+  return p;
+}
+// Code i of the low and of the high 16 bits, as half2.
+inline half2 codes(uint w, int i) {
+  if (i > 4) { w >>= 10; i -= 5; }
+  float unit = 1.0f / float(1 << (2 * i));
+  return mad2(as_half2((w & (0x00030003u << (2 * i))) | 0x64006400u), fill2(unit),
+              fill2(-1024.0f * unit));
+}
+"""
+
+Q2_K_DOT = """
+inline float dot_group(Pack p, uint h, const thread pair* x, float scale, float sum0, float sum1,
+                       const threadgroup uint4*) {
+  float result = 0;
+  for (int s = 0; s < 2; s++) {
+    uint w = h ? (s ? p.w.w : p.w.z) : (s ? p.w.y : p.w.x);
+    uint byte = (p.scales >> (16 * h + 8 * s)) & 255u;
+    pair sum = make_pair(0, 0);
+    for (int i = 0; i < 8; i++) sum = mad(codes(w, i), x[8 * s + i], sum);
+    result = fma(low(as_half2(p.d)) * float(byte & 15u) * scale, total(sum), result);
+    result = fma(-high(as_half2(p.d)) * float(byte >> 4), s ? sum1 : sum0, result);
+  }
+  return result;
+}
+"""
+
+Q2_K_VALUES = """
+inline void values(Pack p, uint h, thread float* v, const threadgroup uint4*) {
+  for (int s = 0; s < 2; s++) {
+    uint w = h ? (s ? p.w.w : p.w.z) : (s ? p.w.y : p.w.x);
+    uint byte = (p.scales >> (16 * h + 8 * s)) & 255u;
+    float d = low(as_half2(p.d)) * float(byte & 15u);
+    float least = -high(as_half2(p.d)) * float(byte >> 4);
+    for (int i = 0; i < 8; i++) put(codes(w, i), d, least, v + 16 * s + i, 8);
+  }
+}
+"""
+
+Q2_K_BYTES = """
+inline float dot_group(Pack p, uint h, const thread pair* x, float scale, float sum0, float sum1,
+                       const threadgroup uint4*) {
+  float result = 0;
+  for (int s = 0; s < 2; s++) {
+    uint w = h ? (s ? p.w.w : p.w.z) : (s ? p.w.y : p.w.x);
+    uint byte = (p.scales >> (16 * h + 8 * s)) & 255u;
+    int sum = 0;
+    for (int i = 0; i < 4; i++) sum = dot4((w >> (2 * i)) & 0x03030303u, x[4 * s + i], sum);
+    result = fma(low(as_half2(p.d)) * float(byte & 15u) * scale, float(sum), result);
+    result = fma(-high(as_half2(p.d)) * float(byte >> 4), s ? sum1 : sum0, result);
+  }
+  return result;
+}
+"""
+
+Q4_K = """
+#define LUT 1
+struct Pack { uint4 w0, w1; uint scales, mins, d; };
+// s and m of two sub-blocks, a byte each, from the twelve bytes of eight.
+inline Pack load_pack(const device uint* weight, const device uint* scales,
+                      const device float16_t* d, uint row, uint c, uint columns) {
+  Pack p;
+  uint at = row * (columns / 64) + c, block = row * (columns / 256) + c / 4;
+  p.w0 = ((const device uint4*)weight)[2 * at];
+  p.w1 = ((const device uint4*)weight)[2 * at + 1];
+  p.d = ((const device uint*)d)[block];
+  uint shift = 16 * (c & 1u);
+  uint s = scales[3 * block] >> shift, m = scales[3 * block + 1] >> shift;
+  uint rest = scales[3 * block + 2] >> shift;
+  bool late = (c & 2u) != 0;
+  p.scales = late ? (rest & 0x0f0fu) | ((s & 0xc0c0u) >> 2) : s & 0x3f3fu;
+  p.mins = late ? ((rest >> 4) & 0x0f0fu) | ((m & 0xc0c0u) >> 2) : m & 0x3f3fu;
+  return p;
+}
+// Code i of the low and of the high 16 bits, as half2.
+inline half2 codes(uint w, int i) {
+  if (i > 1) w >>= 8;
+  if (i & 1) return mad2(as_half2((w & 0x00f000f0u) | 0x64006400u), fill2(0.0625f), fill2(-64.0f));
+  return mad2(as_half2((w & 0x000f000fu) | 0x64006400u), fill2(1.0f), fill2(-1024.0f));
+}
+inline uint word(Pack p, uint h, int i) {
+  uint4 w = h ? p.w1 : p.w0;
+  return i == 0 ? w.x : i == 1 ? w.y : i == 2 ? w.z : w.w;
+}
+"""
+
+Q4_K_DOT = """
+inline float dot_group(Pack p, uint h, const thread pair* x, float scale, float sum0, float sum1,
+                       const threadgroup uint4*) {
+  pair sum = make_pair(0, 0);
+  for (int i = 0; i < 16; i++) sum = mad(codes(word(p, h, i / 4), i % 4), x[i], sum);
+  float s = float((p.scales >> (8 * h)) & 255u), m = float((p.mins >> (8 * h)) & 255u);
+  return low(as_half2(p.d)) * s * scale * total(sum) - high(as_half2(p.d)) * m * (sum0 + sum1);
+}
+"""
+
+Q4_K_VALUES = """
+inline void values(Pack p, uint h, thread float* v, const threadgroup uint4*) {
+  float s = low(as_half2(p.d)) * float((p.scales >> (8 * h)) & 255u);
+  float least = -high(as_half2(p.d)) * float((p.mins >> (8 * h)) & 255u);
+  for (int i = 0; i < 16; i++)
+    put(codes(word(p, h, i / 4), i % 4), s, least, v + i / 4 * 8 + i % 4, 4);
+}
+"""
+
+Q4_K_BYTES = """
+inline float dot_group(Pack p, uint h, const thread pair* x, float scale, float sum0, float sum1,
+                       const threadgroup uint4*) {
+  int sum = 0;
+  for (int i = 0; i < 8; i++)
+    sum = dot4((word(p, h, i / 2) >> (4 * (i % 2))) & 0x0f0f0f0fu, x[i], sum);
+  float s = float((p.scales >> (8 * h)) & 255u), m = float((p.mins >> (8 * h)) & 255u);
+  return low(as_half2(p.d)) * s * scale * float(sum) - high(as_half2(p.d)) * m * (sum0 + sum1);
+}
+"""

@@ -1,0 +1,186 @@
+"""The dialect kernels are written in, and how a kernel is launched on Metal or CUDA.
+
+A body is Metal's language without its vector arithmetic: scalars, 16-byte vector loads, half2 through
+the few functions named below, one-dimensional threadgroups of whole SIMD-groups. METAL and CUDA give
+each target those functions; CUDA also gives Metal's words.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any
+
+import mlx.core as mx
+
+Output = tuple[tuple[int, ...], mx.Dtype]
+
+METAL = """
+inline half2 as_half2(uint w) { return as_type<half2>(w); }
+inline uint as_uint(half2 v) { return as_type<uint>(v); }
+inline half2 fill2(float v) { return half2(half(v)); }
+inline half2 pair2(float a, float b) { return half2(half(a), half(b)); }
+inline half2 mad2(half2 a, half2 b, half2 c) { return fma(a, b, c); }
+inline float low(half2 v) { return float(v.x); }
+inline float high(half2 v) { return float(v.y); }
+inline int dot4(uint a, uint b, int c) {
+  char4 x = as_type<char4>(a), y = as_type<char4>(b);
+  return c + int(x.x) * int(y.x) + int(x.y) * int(y.y) + int(x.z) * int(y.z) + int(x.w) * int(y.w);
+}
+"""
+
+CUDA = """
+#define device
+#define constant
+#define thread
+#define threadgroup
+#define thread_index_in_simdgroup (threadIdx.x & 31u)
+#define simdgroup_index_in_threadgroup (threadIdx.x >> 5)
+#define thread_index_in_threadgroup threadIdx.x
+#define threadgroup_position_in_grid blockIdx
+#define threadgroup_barrier(flags) __syncthreads()
+#define simdgroup_barrier(flags) __syncwarp()
+#define INFINITY __int_as_float(0x7f800000)
+typedef unsigned char uchar;
+typedef unsigned short ushort;
+typedef unsigned int uint;
+typedef __half float16_t;
+typedef __nv_bfloat16 bfloat16_t;
+template <typename T, typename U> inline T as_type(U u) {
+  static_assert(sizeof(T) == sizeof(U), "another size");
+  T t;
+  memcpy(&t, &u, sizeof(T));
+  return t;
+}
+template <typename T> inline T simd_sum(T v) {
+  for (int i = 1; i < 32; i *= 2) v += __shfl_xor_sync(~0u, v, i);
+  return v;
+}
+template <typename T> inline T simd_max(T v) {
+  for (int i = 1; i < 32; i *= 2) v = max(v, __shfl_xor_sync(~0u, v, i));
+  return v;
+}
+template <typename T> inline T simd_min(T v) {
+  for (int i = 1; i < 32; i *= 2) v = min(v, __shfl_xor_sync(~0u, v, i));
+  return v;
+}
+template <typename T> inline T simd_shuffle(T v, ushort i) { return __shfl_sync(~0u, v, i); }
+template <typename T> inline T simd_shuffle_xor(T v, ushort i) {
+  return __shfl_xor_sync(~0u, v, i);
+}
+inline half2 as_half2(uint w) { return as_type<half2>(w); }
+inline uint as_uint(half2 v) { return as_type<uint>(v); }
+inline half2 fill2(float v) { return __float2half2_rn(v); }
+inline half2 pair2(float a, float b) { return __floats2half2_rn(a, b); }
+inline half2 mad2(half2 a, half2 b, half2 c) { return __hfma2(a, b, c); }
+inline float low(half2 v) { return __low2float(v); }
+inline float high(half2 v) { return __high2float(v); }
+inline int dot4(uint a, uint b, int c) { return __dp4a(int(a), int(b), c); }
+"""
+
+# Eight activations of any type, by 16-byte loads.
+LOAD8 = """
+inline void load8(const device float* p, thread float* v) {
+  for (int i = 0; i < 2; i++) {
+    float4 q = ((const device float4*)p)[i];
+    v[4 * i] = q.x; v[4 * i + 1] = q.y; v[4 * i + 2] = q.z; v[4 * i + 3] = q.w;
+  }
+}
+inline void two(uint w, thread float* v) {
+  v[0] = as_type<float>(w << 16); v[1] = as_type<float>(w & 0xffff0000u);
+}
+inline void load8(const device bfloat16_t* p, thread float* v) {
+  uint4 q = *(const device uint4*)p;
+  two(q.x, v); two(q.y, v + 2); two(q.z, v + 4); two(q.w, v + 6);
+}
+inline void two_halves(uint w, thread float* v) {
+  v[0] = low(as_half2(w)); v[1] = high(as_half2(w));
+}
+inline void load8(const device float16_t* p, thread float* v) {
+  uint4 q = *(const device uint4*)p;
+  two_halves(q.x, v); two_halves(q.y, v + 2); two_halves(q.z, v + 4); two_halves(q.w, v + 6);
+}
+"""
+
+_SHARED = re.compile(r"^(\s*)threadgroup (?=[^*&]*\[[^;]*;)", re.MULTILINE)
+
+
+def target() -> str | None:
+    """What kernels are made for here: "metal", "cuda", or None for a CPU."""
+    if mx.default_device() != mx.gpu:
+        return None
+    return "metal" if mx.metal.is_available() else "cuda"
+
+
+def compact(text: str) -> str:
+    """A text without comments, indentation and empty lines: MLX goes through it at every call."""
+    lines = (line.partition("//")[0].strip() for line in text.splitlines())
+    return "\n".join(line for line in lines if line) + "\n"
+
+
+def cuda_text(text: str) -> str:
+    """A body or header as CUDA takes it: arrays of the threadgroup are declared as shared."""
+    return _SHARED.sub(r"\1__shared__ ", text)
+
+
+class Kernel:
+    """A kernel by name; made for the target when it is first called there.
+
+    `metal` and `cuda` are header texts for one target only, put before the common `header`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        inputs: Sequence[str],
+        outputs: Sequence[str],
+        body: str,
+        header: str = "",
+        *,
+        metal: str = "",
+        cuda: str = "",
+    ):
+        self.name, self.inputs, self.outputs, self.body = name, list(inputs), list(outputs), body
+        self.header, self.only = header, {"metal": metal, "cuda": cuda}
+
+    def text(self, where: str) -> tuple[str, str]:
+        """(header, body) for "metal" or "cuda"."""
+        if where == "metal":
+            return METAL + self.only["metal"] + self.header, self.body
+        header = CUDA + self.only["cuda"] + self.header
+        return cuda_text(header), cuda_text(self.body)
+
+    @cached_property
+    def _made(self) -> dict[str, Callable[..., list[mx.array]]]:
+        return {}
+
+    def make(self, where: str) -> Callable[..., list[mx.array]]:
+        """MLX's kernel object for a target."""
+        made = self._made.get(where)
+        if made is None:
+            header, body = self.text(where)
+            maker: Any = mx.fast.metal_kernel if where == "metal" else mx.fast.cuda_kernel
+            body, header = compact(body), compact(header)
+            made = maker(self.name, self.inputs, self.outputs, body, header=header)
+            self._made[where] = made
+        return made
+
+    def __call__(
+        self,
+        inputs: Sequence[mx.array],
+        outputs: Sequence[Output],
+        *,
+        groups: tuple[int, int, int],
+        threads: int,
+        template: Sequence[tuple[str, Any]],
+    ) -> list[mx.array]:
+        """Launch `groups` threadgroups of `threads` threads; outputs are (shape, type)."""
+        where = target()
+        assert where is not None, "kernels need a GPU"
+        return self.make(where)(
+            inputs=list(inputs),
+            template=list(template),
+            grid=(groups[0] * threads, *groups[1:]),
+            threadgroup=(threads, 1, 1),
+            output_shapes=[shape for shape, _ in outputs],
+            output_dtypes=[dtype for _, dtype in outputs],
+        )

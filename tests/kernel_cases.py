@@ -1,0 +1,285 @@
+"""Every kernel beside its reference in MLX operations: what is compared, at which shapes.
+
+A case computes (what the kernel gave, what it should give, float32). The tests run them on the CPU
+executor or on Metal; benchmarks/kernel_equality.py runs the same, and larger ones, on a GPU.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import mlx.core as mx
+import numpy as np
+
+from ds4mlx.config import ModelConfig
+from ds4mlx.custom_kernels import (
+    expert_tiles,
+    experts_down,
+    experts_down_sorted,
+    experts_up,
+    experts_up_sorted,
+    hyper_post,
+    hyper_pre,
+    q8_matmul,
+    q8_matvec,
+    read_speed,
+    router,
+    staging,
+)
+from ds4mlx.formats import FORMATS
+from ds4mlx.hyper import HyperConnection, collapse
+from ds4mlx.random_weights import random_planes, random_words
+
+UP, DOWN = ("iq2_xxs", "q4_k", "mxfp4"), ("q2_k", "q4_k", "mxfp4")
+TOLERANCE = {mx.float32: 1e-5, mx.bfloat16: 4e-3}
+LIMIT = 0.7  # low, so that many values are clamped
+Pairs = list[tuple[mx.array, mx.array]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A comparison: what it is called, the type of the activations, and how to compute both sides."""
+
+    name: str
+    dtype: mx.Dtype
+    compute: Callable[[], Pairs]
+
+    def error(self) -> float:
+        """Largest norm of a difference over the norm of what it should be."""
+        return max(relative(got, want) for got, want in self.compute())
+
+
+def relative(got: mx.array, want: mx.array) -> float:
+    """Norm of the difference over the norm, in float64; infinite where a value is not finite."""
+    a, b = (np.array(x.astype(mx.float32), np.float64) for x in (got, want))
+    if a.shape != b.shape or not np.isfinite(a).all():
+        return float("inf")
+    return float(np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-300))
+
+
+def normal(shape: tuple[int, ...], dtype: mx.Dtype, seed: int, scale: float = 1.0) -> mx.array:
+    return (scale * mx.random.normal(shape, key=mx.random.key(seed))).astype(dtype)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a layer's experts, and the tokens that choose among all but the last of them."""
+
+    experts: int
+    hidden: int
+    width: int
+    tokens: int
+    topk: int
+
+    def __str__(self) -> str:
+        sizes = f"{self.experts}x{self.hidden}x{self.width}"
+        return f"{sizes}, {self.tokens} tokens of {self.topk}"
+
+
+# Few rows of wide matrices keep the tests fast; odd numbers of rows leave a threadgroup half full.
+TINY = Shape(5, 256, 256, 3, 2)
+ODD_UP, ODD_DOWN = Shape(5, 21, 2304, 3, 2), Shape(5, 1280, 21, 3, 3)
+FLASH_UP, FLASH_DOWN = Shape(3, 19, 4096, 1, 2), Shape(8, 2048, 21, 1, 6)
+MANY_UP, MANY_DOWN = Shape(4, 90, 256, 70, 2), Shape(4, 256, 90, 70, 2)
+PRO_UP, PRO_DOWN = Shape(3, 17, 7168, 2, 2), Shape(8, 3072, 18, 1, 6)
+
+
+def chosen(shape: Shape, seed: int) -> tuple[mx.array, mx.array]:
+    """Experts int32 (N, k), some of them twice in a token, and weights; the last has no token."""
+    rng = np.random.default_rng(seed)
+    experts = rng.integers(0, shape.experts - 1, (shape.tokens, shape.topk))
+    weights = rng.random((shape.tokens, shape.topk)).astype(np.float32)
+    return mx.array(experts.astype(np.int32)), mx.array(weights)
+
+
+def up(
+    storage: str, dtype: mx.Dtype, shape: Shape, scale: float = 1.0, eight: bool = False
+) -> Pairs:
+    sizes = shape.experts, shape.hidden, shape.width
+    gate, rise = random_planes(storage, sizes, 1), random_planes(storage, sizes, 2)
+    experts, weights = chosen(shape, 3)
+    x = normal((shape.tokens, shape.width), dtype, 4, scale)
+    limit = LIMIT if scale == 1 else 1e30  # the clamp would make rounding errors look large
+    got = experts_up.experts_up(storage, gate, rise, x, experts, weights, limit, eight)
+    x = staging.as_bytes(x) if eight else x
+    operands = gate, rise, x, experts, weights, limit
+    return [(got, experts_up.reference(FORMATS[storage], *operands))]
+
+
+def down(
+    storage: str, dtype: mx.Dtype, shape: Shape, scale: float = 1.0, eight: bool = False
+) -> Pairs:
+    planes = random_planes(storage, (shape.experts, shape.width, shape.hidden), 1)
+    experts, _ = chosen(shape, 3)
+    hidden = normal((experts.size, shape.hidden), dtype, 4, scale)
+    got = experts_down.experts_down(storage, planes, hidden, experts, eight)
+    hidden = staging.as_bytes(hidden) if eight else hidden
+    return [(got, experts_down.reference(FORMATS[storage], planes, hidden, experts))]
+
+
+def sorted_pairs(experts: mx.array, count: int) -> tuple[mx.array, mx.array]:
+    """Order of the pairs by expert, and the tiles they are cut into."""
+    order = mx.argsort(experts.flatten())
+    return order, expert_tiles.expert_tiles(experts.flatten()[order], count)
+
+
+def up_sorted(storage: str, dtype: mx.Dtype, shape: Shape) -> Pairs:
+    sizes = shape.experts, shape.hidden, shape.width
+    gate, rise = random_planes(storage, sizes, 1), random_planes(storage, sizes, 2)
+    experts, weights = chosen(shape, 3)
+    x = normal((shape.tokens, shape.width), dtype, 4)
+    order, jobs = sorted_pairs(experts, shape.experts)
+    got = experts_up_sorted.experts_up_sorted(storage, gate, rise, x, order, jobs, weights, LIMIT)
+    operands = gate, rise, x, experts, weights, LIMIT
+    return [(got, experts_up.reference(FORMATS[storage], *operands)[order])]
+
+
+def down_sorted(storage: str, dtype: mx.Dtype, shape: Shape) -> Pairs:
+    planes = random_planes(storage, (shape.experts, shape.width, shape.hidden), 1)
+    experts, _ = chosen(shape, 3)
+    hidden = normal((experts.size, shape.hidden), dtype, 4)
+    order, jobs = sorted_pairs(experts, shape.experts)
+    got = experts_down_sorted.experts_down_sorted(
+        storage, planes, hidden[order], order, jobs, shape.topk
+    )
+    return [(got, experts_down.reference(FORMATS[storage], planes, hidden, experts))]
+
+
+def tiles(counts: list[int]) -> Pairs:
+    """The tiles of runs of so many rows, against the same in NumPy."""
+    experts = np.repeat(np.arange(len(counts)), counts).astype(np.int32)
+    starts = np.cumsum([0, *counts])
+    want = [
+        (e, starts[e] + row, min(count - row, 64), 0)
+        for e, count in enumerate(counts)
+        for row in range(0, count, 64)
+    ]
+    most = expert_tiles.most_tiles(experts.size, len(counts))
+    padded = np.zeros((most, 4), np.float32)
+    padded[: len(want)] = want
+    return [(expert_tiles.expert_tiles(mx.array(experts), len(counts)), mx.array(padded))]
+
+
+def q8(product, dtype: mx.Dtype, matrix: tuple[int, ...], tokens: int, scale=1.0) -> Pairs:
+    """matrix: (out, in) or (G, out, in)."""
+    planes = random_planes("q8_0", matrix, 1)
+    x = normal((*matrix[:-2], tokens, matrix[-1]), dtype, 2, scale)
+    return [(product(planes, x), q8_matvec.reference(FORMATS["q8_0"], planes, x))]
+
+
+def route(dtype: mx.Dtype, experts: int, width: int, tokens: int, hashed: bool) -> Pairs:
+    x, weight = normal((tokens, width), dtype, 1), normal((experts, width), mx.bfloat16, 2, 0.05)
+    if hashed:
+        rng = np.random.default_rng(0)
+        table = np.stack([rng.permutation(experts)[:6] for _ in range(50)]).astype(np.int32)
+        options = {"table": mx.array(table), "ids": mx.arange(7, 7 + tokens)}
+    else:
+        options = {"bias": normal((experts,), mx.float32, 3)}
+    sides = []
+    for side in (router.route, router.reference):
+        found, weights = side(x, weight, 1.5, 6, **options)
+        order = mx.argsort(found, axis=-1)  # which comes first is no part of the answer
+        sides.append([mx.take_along_axis(a, order, axis=-1) for a in (found, weights)])
+    return [(got, want.astype(mx.float32)) for got, want in zip(*sides, strict=True)]
+
+
+def pre(dtype: mx.Dtype, width: int, tokens: int, scale: float = 1.0) -> Pairs:
+    config = ModelConfig(hidden_size=width)
+    site = HyperConnection(config)
+    site.fn = normal(site.fn.shape, mx.float32, 1, width**-0.5)
+    site.base, site.scale = normal((24,), mx.float32, 2), normal((3,), mx.float32, 3)
+    streams = normal((tokens, 4, width), dtype, 4, scale)
+    out, post, comb = hyper_pre.hyper_pre(
+        *(streams, site.fn, site.base, site.scale),
+        iterations=config.hc_sinkhorn_iters,
+        eps=config.hc_eps,
+        norm_eps=config.rms_norm_eps,
+    )
+    weights, want_post, want_comb = site.mixes(streams[None])
+    collapsed = collapse(streams[None].astype(mx.float32), weights)
+    return [(out, collapsed[0]), (post, want_post[0]), (comb, want_comb[0])]
+
+
+def post(dtype: mx.Dtype, width: int, tokens: int) -> Pairs:
+    streams, out = normal((tokens, 4, width), dtype, 1), normal((tokens, width), dtype, 2)
+    weights, comb = normal((tokens, 4), mx.float32, 3), normal((tokens, 4, 4), mx.float32, 4)
+    got = hyper_post.hyper_post(streams, out, weights, comb)
+    return [(got, hyper_post.reference(streams, out, weights, comb))]
+
+
+def reading(words: int) -> Pairs:
+    """The exclusive or of what was read, as two halves that float32 holds exactly."""
+    array = random_words((words,), 1)
+    sides = [read_speed.reference(a) for a in (read_speed.read_all(array), array)]
+    got, want = (mx.concatenate([a >> 16, a & 0xFFFF]).astype(mx.float32) for a in sides)
+    return [(got, want)]
+
+
+def small_cases() -> Iterator[Case]:
+    """Every kernel, both types, at a tiny model's widths and odd counts."""
+    for dtype in (mx.float32, mx.bfloat16):
+        yield from _experts(dtype)
+        yield from _others(dtype)
+    yield Case("read_speed", mx.float32, lambda: reading(16 * 256 * 4096))
+    for counts in ([3, 0, 64, 65, 0], [0, 0, 1], [130, 1, 0, 0]):
+        yield Case(f"expert_tiles {counts}", mx.float32, lambda c=counts: tiles(c))
+
+
+def _experts(dtype: mx.Dtype) -> Iterator[Case]:
+    for storage in UP:
+        yield _case(up, "experts_up", storage, dtype, ODD_UP)
+        yield _case(up_sorted, "experts_up_sorted", storage, dtype, MANY_UP)
+    for storage in DOWN:
+        yield _case(down, "experts_down", storage, dtype, ODD_DOWN)
+        yield _case(down_sorted, "experts_down_sorted", storage, dtype, MANY_DOWN)
+
+
+def _others(dtype: mx.Dtype) -> Iterator[Case]:
+    for tokens in (1, 3, 8):
+        yield Case(
+            f"q8_matvec 37x320, {tokens} tokens",
+            dtype,
+            lambda n=tokens: q8(q8_matvec.q8_matvec, dtype, (37, 320), n),
+        )
+    yield Case("q8_matvec 3x16x256", dtype, lambda: q8(q8_matvec.q8_matvec, dtype, (3, 16, 256), 2))
+    yield Case(
+        "q8_matmul 2x70x192", dtype, lambda: q8(q8_matmul.q8_matmul, dtype, (2, 70, 192), 67)
+    )
+    yield Case("router 37x264", dtype, lambda: route(dtype, 37, 264, 2, False))
+    yield Case("router hashed 16x264", dtype, lambda: route(dtype, 16, 264, 3, True))
+    yield Case("hyper_pre 96", dtype, lambda: pre(dtype, 96, 2))
+    yield Case("hyper_post 288", dtype, lambda: post(dtype, 288, 2))
+
+
+def _case(compute, name: str, storage: str, dtype: mx.Dtype, shape: Shape, *scale: float) -> Case:
+    note = "".join(f", activations of {each:g}" for each in scale)
+    call = partial(compute, storage, dtype, shape, *scale)
+    return Case(f"{name} {storage} {shape}{note}", dtype, call)
+
+
+def wide_cases() -> Iterator[Case]:
+    """The widths of Flash and Pro, few rows; activations far from 1, and as bytes."""
+    for storage in ("iq2_xxs", "q4_k"):
+        call = partial(up, storage, mx.bfloat16, ODD_UP, eight=True)
+        yield Case(f"experts_up {storage} {ODD_UP}, bytes", mx.bfloat16, call)
+    for storage in ("q2_k", "q4_k"):
+        call = partial(down, storage, mx.bfloat16, ODD_DOWN, 1e5, eight=True)
+        yield Case(f"experts_down {storage} {ODD_DOWN}, bytes", mx.bfloat16, call)
+    for shape in (FLASH_UP, PRO_UP):
+        yield from (_case(up, "experts_up", s, mx.bfloat16, shape) for s in UP)
+    for shape in (FLASH_DOWN, PRO_DOWN):
+        yield from (_case(down, "experts_down", s, mx.bfloat16, shape) for s in DOWN)
+    yield _case(up, "experts_up", "iq2_xxs", mx.float32, PRO_UP)
+    yield _case(down, "experts_down", "q2_k", mx.float32, PRO_DOWN)
+    yield Case("router 256x7168", mx.bfloat16, lambda: route(mx.bfloat16, 256, 7168, 1, False))
+    yield Case("hyper_pre 4096", mx.bfloat16, lambda: pre(mx.bfloat16, 4096, 1))
+    for storage, scale in (("iq2_xxs", 1e15), ("q4_k", 1e-12), ("mxfp4", 3e4)):
+        yield _case(up, "experts_up", storage, mx.bfloat16, TINY, scale)
+    for storage, scale in (("q2_k", 1e25), ("q4_k", 1e-25), ("mxfp4", 1e30)):
+        yield _case(down, "experts_down", storage, mx.bfloat16, TINY, scale)
+    yield Case(
+        "q8_matvec, activations of 1e30",
+        mx.bfloat16,
+        lambda: q8(q8_matvec.q8_matvec, mx.bfloat16, (37, 320), 3, 1e30),
+    )
+    yield Case("hyper_pre 96, streams of 1e15", mx.bfloat16, lambda: pre(mx.bfloat16, 96, 2, 1e15))

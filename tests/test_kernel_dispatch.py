@@ -1,0 +1,108 @@
+"""The model through its kernels equals the model through plain operations."""
+
+import sys
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from metalsim import metal_kernel
+from reference import DATA
+
+from ds4mlx import load
+from ds4mlx.config import ModelConfig
+from ds4mlx.convert import convert
+from ds4mlx.custom_kernels import dialect, dispatch
+from ds4mlx.linear import GroupedLinear, Linear
+from ds4mlx.moe import RoutedExperts
+from ds4mlx.random_weights import random_planes
+
+
+@pytest.fixture(autouse=True)
+def metal(monkeypatch):
+    """Kernels run as on a Mac; what was launched, by name."""
+    launched = []
+    call = dialect.Kernel.__call__
+
+    def noted(self, *arguments, **options):
+        launched.append(self.name)
+        return call(self, *arguments, **options)
+
+    monkeypatch.setattr(dispatch, "_enabled", True)
+    if sys.platform != "darwin":
+        monkeypatch.setattr(dialect, "target", lambda: "metal")
+        monkeypatch.setattr(mx.fast, "metal_kernel", metal_kernel)
+    monkeypatch.setattr(dialect.Kernel, "__call__", noted)
+    return launched
+
+
+def fill(module, storage: str, seed: int):
+    module.store(storage)
+    module.update(random_planes(storage, module._shape, seed))
+    return module
+
+
+def close(got: mx.array, want: mx.array, tolerance: float = 1e-5) -> None:
+    got, want = np.array(got), np.array(want)
+    assert np.linalg.norm(got - want) <= tolerance * np.linalg.norm(want)
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 9])
+@pytest.mark.parametrize("storage", [("iq2_xxs", "q2_k"), ("mxfp4", "mxfp4")])
+def test_routed_experts(tokens, storage, metal):
+    config = ModelConfig(
+        hidden_size=256, moe_intermediate_size=256, n_routed_experts=5, num_experts_per_tok=3
+    )
+    module = RoutedExperts(config)
+    for seed, name in enumerate(("w1", "w3", "w2")):
+        fill(module[name], storage[name == "w2"], seed)
+    rng = np.random.default_rng(tokens)
+    x = mx.random.normal((tokens, 256))
+    experts = mx.array(np.stack([rng.permutation(4)[:3] for _ in range(tokens)]))
+    weights = mx.array(rng.random((tokens, 3)).astype(np.float32))
+    got = module(x, experts, weights)
+    assert len(metal) == (2 if tokens <= dispatch.FEW else 4)
+    with dispatch.plain_operations():
+        close(got, module(x, experts, weights))
+
+
+@pytest.mark.parametrize("length", [1, 12])
+def test_q8_linear(length, metal):
+    single, grouped = fill(Linear(48, 256), "q8_0", 0), fill(GroupedLinear(3, 16, 256), "q8_0", 1)
+    x, parts = mx.random.normal((2, length, 256)), mx.random.normal((2, length, 3, 256))
+    found = single(x), grouped(parts)
+    assert metal == ["q8_matvec_f32" if length == 1 else "matmul_q8_0_f32"] * 2
+    with dispatch.plain_operations():
+        close(found[0], single(x))
+        close(found[1], grouped(parts))
+
+
+def test_widths_that_do_not_suit_take_plain_operations(metal):
+    linear = fill(Linear(16, 96), "q8_0", 0)
+    x = mx.random.normal((1, 96))
+    close(linear(x), x @ linear.decode().T)
+    assert linear(x.astype(mx.float16)).dtype == mx.float16
+    assert not metal
+
+
+@pytest.fixture(scope="module")
+def q2(tmp_path_factory):
+    path = tmp_path_factory.mktemp("q2") / "model"
+    convert(DATA / "gguf" / "ds4-q2.gguf", path, progress=False)
+    return load(path, dtype=mx.float32, rounding="none")[0]
+
+
+def logits(model) -> mx.array:
+    """Of a prompt of twelve tokens, then of two more."""
+    tokens = mx.array([[3, 17, 255, 9, 40, 41, 42, 5, 6, 7, 100, 2]])
+    cache = model.make_cache()
+    steps = [model(tokens, cache=cache), model(tokens[:, 3:5], cache=cache)]
+    return mx.concatenate(steps, axis=1)
+
+
+def test_whole_model(q2, metal):
+    found = logits(q2)
+    kinds = {name.removesuffix("_f32") for name in metal}
+    assert {"router", "router_hashed", "hyper_pre", "hyper_post", "matmul_q8_0"} <= kinds
+    assert {"experts_up_iq2_xxs", "experts_down_sorted_q2_k", "q8_matvec"} <= kinds
+    with dispatch.plain_operations():
+        assert float(mx.abs(found - logits(q2)).max()) <= 1e-4

@@ -1,0 +1,228 @@
+"""Faults seeded into kernels, one at a time: the comparison with the references catches each.
+
+Also what Apple's compiler would refuse, in every kernel as it is.
+"""
+
+import sys
+from functools import partial
+
+import kernel_cases as cases
+import mlx.core as mx
+import pytest
+from kernel_cases import MANY_DOWN, MANY_UP, ODD_DOWN, ODD_UP
+from metalsim import MetalError, check, metal_kernel, options_of, record
+from metalsim.kernel import REAL
+
+from ds4mlx.custom_kernels import dialect, q8_matmul, q8_matvec
+
+pytestmark = pytest.mark.skipif(sys.platform == "darwin", reason="faults are shown by the executor")
+
+BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
+F32, BF16 = mx.float32, mx.bfloat16
+
+
+def up(storage, dtype=F32):
+    return partial(cases.up, storage, dtype, ODD_UP)
+
+
+def down(storage, dtype=F32):
+    return partial(cases.down, storage, dtype, ODD_DOWN)
+
+
+def up8(storage):
+    return partial(cases.up, storage, BF16, ODD_UP, eight=True)
+
+
+def down8(storage):
+    return partial(cases.down, storage, F32, ODD_DOWN, eight=True)
+
+
+def up_sorted(storage, dtype=F32):
+    return partial(cases.up_sorted, storage, dtype, MANY_UP)
+
+
+def down_sorted(storage, dtype=F32):
+    return partial(cases.down_sorted, storage, dtype, MANY_DOWN)
+
+
+matvec = partial(cases.q8, q8_matvec.q8_matvec, F32, (37, 320), 3)
+matmul = partial(cases.q8, q8_matmul.q8_matmul, F32, (2, 70, 192), 67)
+tiles = partial(cases.tiles, [3, 0, 64, 65, 0])
+router = partial(cases.route, F32, 37, 264, 2, False)
+hashed = partial(cases.route, F32, 16, 264, 3, True)
+pre, post = partial(cases.pre, F32, 96, 2), partial(cases.post, F32, 288, 2)
+
+# kernel, what is computed, the text, what stands in its place
+FAULTS = [
+    ("experts_up_iq2_xxs", up("iq2_xxs"), "t ^= t >> 2;", ""),
+    ("experts_up_iq2_xxs", up("iq2_xxs"), "(b & 0x3f80u) << 1", "(b & 0x3f80u) << 2"),
+    ("experts_up_iq2_xxs", up("iq2_xxs"), ">> 28)) * 0.25f", ">> 27)) * 0.25f"),
+    ("experts_up_iq2_xxs", up("iq2_xxs", BF16), "0x02002000u", "0x02001000u"),
+    ("experts_up_iq2_xxs", up("iq2_xxs"), f"GROUPS * 32);\n        {BARRIER}", "GROUPS * 32);"),
+    ("experts_up_q4_k", up("q4_k"), "((s & 0xc0c0u) >> 2)", "((s & 0xc0c0u) >> 4)"),
+    ("experts_up_q4_k", up("q4_k", BF16), "fill2(-64.0f)", "fill2(-60.0f)"),
+    ("experts_up_q4_k", up("q4_k"), "job / TOPK", "job % TOPK"),
+    ("experts_up_mxfp4", up("mxfp4"), "0x0e000e00u", "0x06000600u"),
+    ("experts_up_mxfp4", up("mxfp4"), "(p.scales >> (8 * h))", "(p.scales >> (8 - 8 * h))"),
+    ("experts_up_mxfp4", up("mxfp4"), "max(simd_sum(ups[r]), -limit)", "simd_sum(ups[r])"),
+    ("experts_down_q2_k", down("q2_k"), "float(byte >> 4)", "float(byte & 15u)"),
+    ("experts_down_q2_k", down("q2_k", BF16), "s ? sum1 : sum0", "s ? sum0 : sum1"),
+    ("experts_down_q2_k", down("q2_k"), "w >>= 10", "w >>= 8"),
+    ("experts_down_q2_k", down("q2_k"), "slot = next / per;", "slot = 0;"),
+    ("experts_down_q4_k", down("q4_k"), "(c & 2u) != 0", "(c & 1u) != 0"),
+    ("experts_down_q4_k", down("q4_k"), "(p.mins >> (8 * h))", "(p.mins >> (8 - 8 * h))"),
+    ("experts_down_mxfp4", down("mxfp4"), "(w >> 3)", "(w >> 2)"),
+    ("experts_down_mxfp4", down("mxfp4"), "row0 + r < WIDTH) out", "true) out"),
+    (
+        "experts_up_iq2_xxs_bytes",
+        up8("iq2_xxs"),
+        "(m * 255u)) + m, x[2 * k]",
+        "(m * 255u)), x[2 * k]",
+    ),
+    ("experts_up_iq2_xxs_bytes", up8("iq2_xxs"), "8 * k + 4", "8 * k + 3"),
+    ("experts_up_q4_k_bytes", up8("q4_k"), "#define APART 2", "#define APART 1"),
+    ("experts_up_q4_k_bytes", up8("q4_k"), "sum * scale;", "sum;"),
+    ("experts_down_q2_k_bytes", down8("q2_k"), "x[4 * s + i]", "x[4 * s + 3 - i]"),
+    ("experts_down_q2_k_bytes", down8("q2_k"), "& 255u) << (8 * j)", ") << (8 * j)"),
+    ("experts_down_q4_k_bytes", down8("q4_k"), "most / 127.0f", "most / 128.0f"),
+    ("experts_down_q4_k_bytes", down8("q4_k"), "(4 * (i % 2))", "(4 - 4 * (i % 2))"),
+    ("q8_matvec", matvec, "w ^ 0x80808080u", "w ^ 0x80808000u"),
+    ("q8_matvec", matvec, "group * count + min(token0 + t, count - 1)", "group * count"),
+    ("q8_matvec", matvec, "h ? high(as_half2(p.d))", "h ? low(as_half2(p.d))"),
+    (
+        "experts_up_sorted_iq2_xxs",
+        up_sorted("iq2_xxs"),
+        "weights[order[row0 + r]]",
+        "weights[row0 + r]",
+    ),
+    ("experts_up_sorted_iq2_xxs", up_sorted("iq2_xxs"), "h ? p.w.z : p.w.x", "h ? p.w.x : p.w.z"),
+    ("experts_up_sorted_q4_k", up_sorted("q4_k"), ">= WIDE / 8)", ">= WIDE / 16)"),
+    ("experts_up_sorted_q4_k", up_sorted("q4_k", BF16), f"{BARRIER}\n            put8", "put8"),
+    ("experts_up_sorted_mxfp4", up_sorted("mxfp4"), "at[4] *= scale;", ""),
+    ("experts_up_sorted_mxfp4", up_sorted("mxfp4"), "own + 256, lane)", "own, lane)"),
+    (
+        "experts_down_sorted_q2_k",
+        down_sorted("q2_k"),
+        "place = order[row0 + r]",
+        "place = row0 + r",
+    ),
+    ("experts_down_sorted_q2_k", down_sorted("q2_k"), "if (h == 1) pack", "if (h == 0) pack"),
+    (
+        "experts_down_sorted_q4_k",
+        down_sorted("q4_k"),
+        "i / 4 * 8 + i % 4, 4)",
+        "i / 4 * 8 + i % 4, 3)",
+    ),
+    ("experts_down_sorted_q4_k", down_sorted("q4_k"), "rows - 1)", "rows - 2)"),
+    ("experts_down_sorted_mxfp4", down_sorted("mxfp4"), "sg / 4 * 32", "sg / 4 * 16"),
+    (
+        "experts_down_sorted_mxfp4",
+        down_sorted("mxfp4", BF16),
+        "simdgroup_barrier(mem_flags::mem_threadgroup);\n            uint r",
+        "uint r",
+    ),
+    ("experts_sum", down_sorted("q2_k"), "k < TOPK", "k < TOPK - 1"),
+    ("experts_sum", down_sorted("q2_k"), "token * TOPK + k", "token + k"),
+    ("matmul_q8_0", matmul, "(group * count + row0 + r) * WIDTH", "(row0 + r) * WIDTH"),
+    ("matmul_q8_0", matmul, "right + 16 * j) * LD", "right + 8 * j) * LD"),
+    ("expert_tiles", tiles, "< at + s)", "<= at + s)"),
+    ("expert_tiles", tiles, f"{BARRIER}\n        ends[at] = sum;", "ends[at] = sum;"),
+    ("expert_tiles", tiles, "+ TALL - 1) / TALL : 0", ") / TALL : 0"),
+    ("router", router, "scores[e] + bias[e]", "scores[e]"),
+    ("router", router, "float s = scores[which];", "float s = best;"),
+    ("router", router, f"    {BARRIER}", ""),
+    ("router_hashed", hashed, "ids[token]", "ids[0]"),
+    ("router_hashed", hashed, "lane < SCORED ? mine : 0.0f", "mine"),
+    ("hyper_pre", pre, "2.0f * sigmoid", "sigmoid"),
+    ("hyper_pre", pre, "simd_shuffle_xor(v, 4)", "simd_shuffle_xor(v, 1)"),
+    ("hyper_pre", pre, "norm * scale[2]", "norm * scale[1]"),
+    ("hyper_pre", pre, f"mix[sg] = v;\n    }}\n    {BARRIER}", "mix[sg] = v;\n    }"),
+    ("hyper_post", post, "16 + 4 * j + k", "16 + 4 * k + j"),
+    ("hyper_post", post, "post[token * 4 + k]", "post[k]"),
+]
+
+
+@pytest.fixture
+def spoiled(monkeypatch):
+    """Puts a fault into one kernel; the others stay as they are."""
+
+    def spoil(name: str, old: str, new: str) -> list[bool]:
+        text, met = dialect.Kernel.text, []
+
+        def changed(self, where):
+            header, body = text(self, where)
+            if not self.name.startswith(name):
+                return header, body
+            assert old in header + body, f"{name} has no {old!r}"
+            met.append(True)
+            return header.replace(old, new), body.replace(old, new)
+
+        monkeypatch.setattr(dialect, "target", lambda: "metal")
+        monkeypatch.setattr(mx.fast, "metal_kernel", metal_kernel)
+        monkeypatch.setattr(dialect.Kernel, "text", changed)
+        monkeypatch.setattr(dialect.Kernel, "_made", property(lambda self: {}))
+        return met
+
+    return spoil
+
+
+@pytest.mark.parametrize(
+    "name, compute, old, new",
+    [pytest.param(*f, id=f"{f[0]}: {f[2].strip()[-40:]}") for f in FAULTS],
+)
+def test_fault_is_caught(name, compute, old, new, spoiled):
+    met = spoiled(name, old, new)
+    with options_of(checked=True, timeout=5):
+        try:
+            found = cases.Case(name, BF16, compute).error()
+        except MetalError:
+            found = float("inf")
+    assert met and found > 4e-3
+
+
+def test_every_kernel_has_two_faults():
+    counts = {}
+    for name, *_ in FAULTS:
+        counts[name] = counts.get(name, 0) + 1
+    assert len(FAULTS) >= 20 and min(counts.values()) >= 2
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """What kernels would hand to Metal, by the kernel's name; nothing is computed."""
+    found = {}
+
+    def maker(name, inputs, outputs, source, header=""):
+        real = REAL(name, inputs, outputs, source, header=header)
+
+        def call(*, inputs, output_shapes, output_dtypes, **launch):
+            sides = {"output_shapes": output_shapes, "output_dtypes": output_dtypes}
+            found[name] = record(real, inputs, **sides, **launch)
+            return [mx.zeros(*side) for side in zip(output_shapes, output_dtypes, strict=True)]
+
+        return call
+
+    monkeypatch.setattr(dialect, "target", lambda: "metal")
+    monkeypatch.setattr(mx.fast, "metal_kernel", maker)
+    monkeypatch.setattr(dialect.Kernel, "_made", property(lambda self: {}))
+    return found
+
+
+COMPUTED = [
+    up("iq2_xxs", BF16),
+    up("q4_k", BF16),
+    up("mxfp4", BF16),
+    up("mxfp4"),
+    down("q2_k", BF16),
+]
+COMPUTED += [up8("iq2_xxs"), down8("q2_k"), down8("q4_k")]
+COMPUTED += [up_sorted("iq2_xxs", BF16), down_sorted("q2_k", BF16), down_sorted("q4_k")]
+COMPUTED += [partial(cases.q8, q8_matvec.q8_matvec, BF16, (37, 320), 3), matmul]
+COMPUTED += [router, hashed, partial(cases.pre, BF16, 96, 2), partial(cases.post, BF16, 288, 2)]
+
+
+def test_texts_keep_apples_rules(launches):
+    for compute in COMPUTED:
+        compute()
+    assert len(launches) >= len(COMPUTED)
+    assert check(*launches.values()) == []
