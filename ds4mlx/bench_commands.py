@@ -16,7 +16,7 @@ from ds4mlx import arguments as arg
 from ds4mlx.bench_model import bench as bench_model
 from ds4mlx.bench_model import csv_text
 from ds4mlx.bench_model import table as model_table
-from ds4mlx.custom_kernels import dialect, dispatch
+from ds4mlx.custom_kernels import dispatch
 from ds4mlx.model import Model
 from ds4mlx.terminal import progress
 
