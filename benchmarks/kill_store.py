@@ -5,7 +5,7 @@ every byte. The writer is killed at a random moment, now and then the readers to
 that was acknowledged is looked for. Three stores in turn: one without a limit, one whose budget makes
 nearly every save evict, and one on a full file system (a tmpfs; needs the right to mount).
 
-    python benchmarks/kill_store.py [--kills 1000] [--seed N] [--scratch DIR] [--results FILE]
+    python benchmarks/kill_store.py [--kills 1000] [--renew N] [--seed N] [--scratch DIR] [--results FILE]
 
 Processes are forked, so it runs on Linux, on the CPU.
 """
@@ -176,15 +176,15 @@ def filled(directory: Path, rng: random.Random) -> bool:
     return True
 
 
-def run(kills: int, seed: int, scratch: Path | None) -> dict:
-    """The whole harness; its findings."""
+def run(kills: int, seed: int, scratch: Path | None, renew: int) -> dict:
+    """The whole harness; its findings. A store is begun anew after `renew` kills."""
     model, rng, begun = Model(CONFIG), random.Random(seed), time.perf_counter()
     model.identity = "synthetic"
     counts, faults, acknowledged = dict.fromkeys(BUDGETS, 0), [], 0
     skipped: set[str] = set()
     while sum(counts.values()) < kills:
         kind = min((k for k in BUDGETS if k not in skipped), key=lambda k: counts[k])
-        some = min(RENEW, kills - sum(counts.values()))
+        some = min(renew, kills - sum(counts.values()))
         with tempfile.TemporaryDirectory(dir=scratch) as place:
             found = trial(Path(place), kind, model, some, rng)
             log = Path(place) / "acknowledged"
@@ -212,11 +212,12 @@ def main() -> None:
     """Run it; exit code 1 if anything went wrong."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=1000)
+    parser.add_argument("--renew", type=int, default=RENEW, help="kills of one store")
     parser.add_argument("--seed", type=int, default=int(time.time()))
     parser.add_argument("--scratch", type=Path)
     parser.add_argument("--results", type=Path)
     arguments = parser.parse_args()
-    found = run(arguments.kills, arguments.seed, arguments.scratch)
+    found = run(arguments.kills, arguments.seed, arguments.scratch, arguments.renew)
     print(json.dumps(found, indent=1))
     if arguments.results:
         arguments.results.write_text(json.dumps({**found, "seed": arguments.seed}, indent=1) + "\n")

@@ -58,9 +58,9 @@ class Recent:
         return self.buffer[:, first - self.start : last - self.start]
 
     def load(self, rows: mx.array, end: int) -> None:
-        """Hold `rows`, those before position `end`, and nothing else."""
-        self.end, self.cuts = end, {}
-        self._renew(rows)
+        """Hold `rows`, those before position `end`, and nothing else, not even room for more."""
+        self.start, self.end, self.cuts = end - rows.shape[1], end, {}
+        self.buffer = rows
 
     def _cut(self, span: mx.array, marks: list[int]) -> None:
         first = self.end - span.shape[1]

@@ -132,6 +132,15 @@ def read_header(fd: int, path: Path) -> Header:
     return header
 
 
+def announce(path: Path) -> None:
+    """Have the system begin to read a file, where it can be told to."""
+    if hasattr(os, "posix_fadvise"):
+        with contextlib.suppress(OSError):
+            fd = os.open(path, os.O_RDONLY)
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_WILLNEED)
+            os.close(fd)
+
+
 def read_blocks(fd: int, path: Path, header: Header, into: Sequence[memoryview]) -> None:
     """Fill a buffer for each of the first blocks and check them. Raises DamagedFile."""
     if [view.nbytes for view in into] != header.sizes[: len(into)]:

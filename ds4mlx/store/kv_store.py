@@ -68,6 +68,7 @@ class KVStore:
             Catalogue(self.directory), budget_bytes, min_free_bytes, self.spacing, pieces, keep_text
         )
         self._thread = ThreadPoolExecutor(1, "kv-store")
+        self.last_hit: tuple[int, str] | None = None  # tokens, and the reason they were saved for
         self._pins: weakref.WeakKeyDictionary[DecodeState, Pin] = weakref.WeakKeyDictionary()
 
     @property
@@ -148,7 +149,9 @@ class KVStore:
             if state is not None:
                 self._pin(state, record.segment)
                 self._catalogue.hit(record)
+                self.last_hit = (record.tokens, record.reason)
                 return state, record.tokens
+        self.last_hit = None
         return self.model.make_cache(), 0
 
     def longest(self, tokens: Sequence[int] | np.ndarray) -> int:

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,9 @@ from ds4mlx.store import block_file, keys
 from ds4mlx.store.block_file import DamagedFile, Header
 from ds4mlx.store.catalogue import Catalogue, Record, Segment
 from ds4mlx.store.state_bytes import Part, complete, empty_rows, parts
+
+# Segments read at a time.
+READERS = 4
 
 
 def matches(catalogue: Catalogue, model: str, tokens: np.ndarray) -> Iterator[Record]:
@@ -34,14 +38,21 @@ def read_state(
     chain = catalogue.chain(record.segment, record.tokens)
     if chain is None:
         return None
+    for segment, _, _ in chain:
+        block_file.announce(catalogue.path(segment))
     state = empty_rows(model, record.tokens)
     held = parts(state)
+
+    def read(link: tuple[Segment, int, int]) -> None:
+        segment, start, end = link
+        ids = _read_segment(catalogue, segment, start, end, held)
+        if not np.array_equal(ids, tokens[start:end]):
+            raise DamagedFile(catalogue.path(segment), "holds other tokens than its name says")
+
     try:
         boundary = _record_bytes(catalogue, record)
-        for segment, start, end in chain:
-            ids = _read_segment(catalogue, segment, start, end, held)
-            if not np.array_equal(ids, tokens[start:end]):
-                raise DamagedFile(catalogue.path(segment), "holds other tokens than its name says")
+        with ThreadPoolExecutor(READERS) as readers:
+            list(readers.map(read, chain))
     except DamagedFile as error:
         catalogue.set_apart(error.path, error)
         return None
