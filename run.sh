@@ -46,6 +46,13 @@ set_up() {
     fi
 }
 
+# One test records the system calls of a save; without strace it is left out.
+install_strace() {
+    if ! command -v strace >/dev/null && command -v apt-get >/dev/null; then
+        { as_root apt-get update -qq && as_root apt-get install -qq -y strace; } >/dev/null 2>&1 || true
+    fi
+}
+
 case "${1:-}" in
 demo)
     set_up cpu
@@ -53,6 +60,7 @@ demo)
     ;;
 test)
     set_up cpu,test
+    install_strace
     .venv/bin/ruff check .
     .venv/bin/ruff format --check .
     .venv/bin/basedpyright

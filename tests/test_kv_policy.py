@@ -1,15 +1,15 @@
 """When generation and chat save, what they take up again, and a whole agent session."""
 
+import json
 import logging
 from itertools import chain
 
 import mlx.core as mx
 import numpy as np
-import processes
 import pytest
 from steering import Dictation, Failing, tokens_of
 
-from ds4mlx import KVStore, ModelConfig, stream_generate
+from ds4mlx import DecodeState, KVStore, ModelConfig, cli, stream_generate
 from ds4mlx.chat import encode_messages, parse_completion
 from ds4mlx.chat.replay import sampled_calls
 from ds4mlx.chat.tokens import DSML, EOS
@@ -186,33 +186,37 @@ def test_a_chat_goes_on_in_another_process(embedded, tmp_path):
     assert talk.held == [] and talk.cache.offset == 0
 
 
-def test_the_commands(embedded_dir, tmp_path):
-    prompt = tmp_path / "prompt"
+def test_the_commands(embedded_dir, tmp_path, capfd):
+    prompt, kv = tmp_path / "prompt", ["--kv-dir", str(tmp_path / "kv")]
     prompt.write_text("All work and no play makes a dull text. " * 40)
-    options = ("-m", embedded_dir, "--temp", 0, "--max-tokens", 4, "--kv-dir", tmp_path / "kv")
-    runs = [processes.run("generate", "--prompt-file", prompt, *options) for _ in range(2)]
-    assert runs[0].returncode == runs[1].returncode == 0, runs[0].stderr
-    assert runs[0].stdout == runs[1].stdout
-    assert b" kept" not in runs[0].stderr and b" kept" in runs[1].stderr
-    kv = ("--kv-dir", tmp_path / "kv")
-    listed = processes.run("cache", "ls", *kv).stdout.decode()
+
+    def run(*arguments):
+        code = cli.run([*arguments, *kv])
+        return code, *capfd.readouterr()
+
+    generate = ("generate", "-m", str(embedded_dir), "--temp", "0", "--max-tokens", "4")
+    first, second = (run(*generate, "--prompt-file", str(prompt)) for _ in range(2))
+    assert first[:2] == second[:2] and first[0] == 0
+    assert " kept" not in first[2] and " kept" in second[2]
+    _, listed, _ = run("cache", "ls")
     key = listed.splitlines()[1].split()[0]
     assert "cold" in listed and "1 hits" in listed
-    shown = processes.run("cache", "show", key, *kv)
-    assert b"All work and no play" in shown.stdout
-    assert processes.run("cache", "verify", *kv).returncode == 0
+    assert json.loads(run("cache", "ls", "--json")[1])["prefixes"][0]["hits"] == 1
+    assert "All work and no play" in run("cache", "show", key)[1]
+    assert run("cache", "show", "ffff")[0] == 1
+    assert run("cache", "verify")[0] == 0
     segment = next((tmp_path / "kv" / "segments").iterdir())
     raw = bytearray(segment.read_bytes())
     raw[-5] ^= 1
     segment.write_bytes(raw)
-    found = processes.run("cache", "verify", *kv)
-    assert found.returncode == 1 and segment.name in found.stdout.decode()
-    assert processes.run("cache", "prune", "--budget", "1K", *kv).returncode == 0
-    assert b"0 prefixes" in processes.run("cache", "ls", *kv).stdout
-    assert processes.run("cache", "clear", *kv).returncode == 0
-    wrong = processes.run("cache", "ls", "--kv-dir", tmp_path)
-    assert wrong.returncode == 1 and b"not a KV store" in wrong.stderr
-    assert processes.run("cache", "show", "ffff", *kv).returncode == 1
+    code, found, _ = run("cache", "verify")
+    assert code == 1 and segment.name in found
+    assert run("cache", "prune", "--budget", "1K")[0] == 0
+    assert "0 prefixes" in run("cache", "ls")[1]
+    assert run("cache", "clear")[0] == 0
+    kv[1] = str(tmp_path)
+    code, _, wrong = run("cache", "ls")
+    assert code == 1 and "not a KV store" in wrong
 
 
 # Flash's shapes
@@ -222,8 +226,6 @@ def test_the_commands(embedded_dir, tmp_path):
     ("tokens", "most"), [(128, 3.7e6), (100_000, 14.7e6), (100_095, 14.7e6), (102_400, 3.7e6)]
 )
 def test_boundary_records_of_flash(tokens, most):
-    from ds4mlx import DecodeState
-
     assert record_bytes(DecodeState(ModelConfig()).layers, tokens) <= most
 
 

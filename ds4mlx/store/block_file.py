@@ -10,7 +10,7 @@ import fcntl
 import json
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -132,28 +132,20 @@ def read_header(fd: int, path: Path) -> Header:
     return header
 
 
-def announce(path: Path) -> None:
-    """Have the system begin to read a file, where it can be told to."""
-    if hasattr(os, "posix_fadvise"):
-        with contextlib.suppress(OSError):
-            fd = os.open(path, os.O_RDONLY)
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_WILLNEED)
-            os.close(fd)
-
-
-def read_blocks(fd: int, path: Path, header: Header, into: Sequence[memoryview]) -> None:
-    """Fill a buffer for each of the first blocks and check them. Raises DamagedFile."""
-    if [view.nbytes for view in into] != header.sizes[: len(into)]:
-        raise DamagedFile(path, "its blocks have other sizes than the model's")
-    left, at = [view for view in into if view.nbytes], header.start
-    while left:
-        got = os.preadv(fd, left[:VECTOR], at)
-        if not got:
-            raise DamagedFile(path, "ends too early")
-        at += got
-        left = _rest(left, got)
-    for number, (view, want) in enumerate(zip(into, header.checksums, strict=False)):
-        if checksum(view) != want:
+def read_blocks(fd: int, path: Path, header: Header, into: Iterable[memoryview]) -> None:
+    """Fill a buffer for each of the first blocks, one by one, and check them. Raises DamagedFile."""
+    at = header.start
+    for number, view in enumerate(into):
+        if view.nbytes != header.sizes[number]:
+            raise DamagedFile(path, f"block {number} has another size than the model's")
+        done = 0
+        while done < view.nbytes:
+            got = os.preadv(fd, [view[done:]], at + done)
+            if not got:
+                raise DamagedFile(path, "ends too early")
+            done += got
+        at += done
+        if checksum(view) != header.checksums[number]:
             raise DamagedFile(path, f"block {number} is damaged")
 
 
@@ -179,9 +171,5 @@ def _reserve(fd: int, nbytes: int) -> None:
 
 
 def check_blocks(fd: int, path: Path, header: Header) -> None:
-    """Read every block, one at a time, and check it. Raises DamagedFile."""
-    at = header.start
-    for number, (size, want) in enumerate(zip(header.sizes, header.checksums, strict=True)):
-        if checksum(os.pread(fd, size, at)) != want:
-            raise DamagedFile(path, f"block {number} is damaged")
-        at += size
+    """Read every block and check it. Raises DamagedFile."""
+    read_blocks(fd, path, header, (memoryview(bytearray(size)) for size in header.sizes))

@@ -1,10 +1,12 @@
 """From a prompt to the longest stored prefix of it, and from the files to the state."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 
+import mlx.core as mx
 import numpy as np
 
 from ds4mlx.cache import DecodeState, Stored
@@ -16,6 +18,24 @@ from ds4mlx.store.state_bytes import Part, complete, empty_rows, parts
 
 # Segments read at a time.
 READERS = 4
+
+
+class Place:
+    """Room for the rows of a part, which is made while the first blocks are read already."""
+
+    def __init__(self, part: Part):
+        self._part, self.made = part, Event()
+
+    def make(self) -> None:
+        """Have the room made."""
+        if self._part.rows.buffer is not None:
+            mx.eval(self._part.rows.buffer)
+        self.made.set()
+
+    def view(self, start: int, end: int) -> np.ndarray:
+        """The bytes of the rows of tokens start..end-1, as soon as there is room for them."""
+        self.made.wait()
+        return self._part.view(start, end)
 
 
 def matches(catalogue: Catalogue, model: str, tokens: np.ndarray) -> Iterator[Record]:
@@ -38,21 +58,26 @@ def read_state(
     chain = catalogue.chain(record.segment, record.tokens)
     if chain is None:
         return None
-    for segment, _, _ in chain:
-        block_file.announce(catalogue.path(segment))
     state = empty_rows(model, record.tokens)
-    held = parts(state)
+    places = [Place(part) for part in parts(state)]
 
     def read(link: tuple[Segment, int, int]) -> None:
         segment, start, end = link
-        ids = _read_segment(catalogue, segment, start, end, held)
+        ids = _read_segment(catalogue, segment, start, end, places)
         if not np.array_equal(ids, tokens[start:end]):
             raise DamagedFile(catalogue.path(segment), "holds other tokens than its name says")
 
     try:
         boundary = _record_bytes(catalogue, record)
         with ThreadPoolExecutor(READERS) as readers:
-            list(readers.map(read, chain))
+            reading = readers.map(read, chain)
+            try:
+                for place in places:  # in this thread, which is the one that may use MLX
+                    place.make()
+            finally:
+                for place in places:
+                    place.made.set()
+            list(reading)
     except DamagedFile as error:
         catalogue.set_apart(error.path, error)
         return None
@@ -68,7 +93,7 @@ def read_tokens(catalogue: Catalogue, record: Record) -> np.ndarray | None:
     pieces = []
     try:
         for segment, start, end in catalogue.chain(record.segment, record.tokens) or []:
-            pieces.append(_read_segment(catalogue, segment, start, end, None))
+            pieces.append(_read_segment(catalogue, segment, start, end, ()))
     except DamagedFile as error:
         catalogue.set_apart(error.path, error)
         return None
@@ -80,7 +105,7 @@ def read_tokens(catalogue: Catalogue, record: Record) -> np.ndarray | None:
 def read_ids(catalogue: Catalogue, segment: Segment) -> np.ndarray | None:
     """The token ids of a segment; None if it has gone or is damaged."""
     try:
-        return _read_segment(catalogue, segment, segment.start, segment.end, None)
+        return _read_segment(catalogue, segment, segment.start, segment.end, ())
     except (DamagedFile, FileNotFoundError):
         return None
 
@@ -95,7 +120,7 @@ def read_rows(catalogue: Catalogue, segment: Segment, held: list[Part]) -> list[
     try:
         header = _checked_header(fd, path, segment)
         blocks = [np.empty(size, np.uint8) for size in header.sizes[: len(held) + 1]]
-        block_file.read_blocks(fd, path, header, [block.data for block in blocks])
+        block_file.read_blocks(fd, path, header, (block.data for block in blocks))
     except DamagedFile as error:
         catalogue.set_apart(path, error)
         return None
@@ -117,25 +142,36 @@ def read_text(catalogue: Catalogue, segment: Segment) -> str:
 
 
 def _read_segment(
-    catalogue: Catalogue, segment: Segment, start: int, end: int, into: list[Part] | None
+    catalogue: Catalogue, segment: Segment, start: int, end: int, into: Sequence[Place]
 ) -> np.ndarray:
-    """Read the rows of tokens start..end-1 to their places, or none; returns the token ids."""
+    """Read the rows of tokens start..end-1 to their places, if any; returns the token ids."""
     path = catalogue.path(segment)
     fd = os.open(path, os.O_RDONLY)
     try:
         header = _checked_header(fd, path, segment)
         ids = np.empty(header.sizes[0], np.uint8)
-        places = [part.view(start, end) for part in into or ()]
-        whole = zip(places, header.sizes[1:], strict=False)
-        # A block is checked whole, also where only its beginning is wanted.
-        buffers = [p if p.nbytes == size else np.empty(size, np.uint8) for p, size in whole]
-        block_file.read_blocks(fd, path, header, [b.data for b in (ids, *buffers)])
+        if len(header.sizes) <= len(into):
+            raise DamagedFile(path, "has fewer blocks than the model")
+        buffers = _buffers(ids, header.sizes, start, end, into)
+        block_file.read_blocks(fd, path, header, buffers)
     finally:
         os.close(fd)
-    for place, buffer in zip(places, buffers, strict=True):
-        if place is not buffer:
-            place[:] = buffer[: place.nbytes]
     return ids.view("<i4")[: end - start]
+
+
+def _buffers(
+    ids: np.ndarray, sizes: list[int], start: int, end: int, into: Sequence[Place]
+) -> Iterator[memoryview]:
+    """Where the blocks of a segment go, each once its place is there."""
+    yield ids.data
+    for place, size in zip(into, sizes[1:], strict=False):
+        target = place.view(start, end)
+        if target.nbytes == size:
+            yield target.data
+        else:  # a block is checked whole, also where only its beginning is wanted
+            whole = np.empty(size, np.uint8)
+            yield whole.data
+            target[:] = whole[: target.nbytes]
 
 
 def _record_bytes(catalogue: Catalogue, record: Record) -> np.ndarray:
@@ -144,7 +180,7 @@ def _record_bytes(catalogue: Catalogue, record: Record) -> np.ndarray:
     try:
         header = _checked_header(fd, path, record)
         boundary = np.empty(header.sizes[0], np.uint8)
-        block_file.read_blocks(fd, path, header, [boundary.data])
+        block_file.read_blocks(fd, path, header, (boundary.data,))
     finally:
         os.close(fd)
     return boundary

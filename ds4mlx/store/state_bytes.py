@@ -56,14 +56,13 @@ def check_storable(model: Model, state: DecodeState, tokens: int) -> None:
 
 
 def empty_rows(model: Model, tokens: int) -> DecodeState:
-    """A state with room for the rows of `tokens` tokens, all zero, and nothing else."""
+    """A state with room for the rows of `tokens` tokens, not yet evaluated, and nothing else."""
     state = model.make_cache()
     for part in parts(state):
         count = tokens // part.ratio
         if count:
             shape = (1, part.rows.capacity(count), part.form.elements)
             part.rows.load(mx.zeros(shape, part.form.dtype), count)
-    mx.eval(state.arrays)
     return state
 
 
