@@ -9,7 +9,7 @@ from typing import Any
 from ds4mlx.cache import RewindError
 from ds4mlx.chat import encode_messages, parse_completion
 from ds4mlx.errors import DataError
-from ds4mlx.generation import Response, stream_generate
+from ds4mlx.generation import Response, encoded, stream_generate
 from ds4mlx.interrupts import undivided
 from ds4mlx.model import Model
 from ds4mlx.sampling import Sampler
@@ -94,8 +94,7 @@ class Conversation:
         self, max_tokens: int, on_prefill: Callable[[int, int], None] | None
     ) -> Generator[Response, None, None]:
         """The answer to the messages; afterwards `held` says what the state holds."""
-        encode = self.tokenizer.encode if self.store is None else self.store.encode
-        ids = encode(self.prompt())
+        ids = encoded(self.prompt(), self.tokenizer, self.store)
         start = self._take_up(ids)
         responses = stream_generate(
             self.model,

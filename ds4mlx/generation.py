@@ -76,7 +76,7 @@ def stream_generate(
     Raises DataError, at once, for an empty prompt, ids outside the vocabulary, or too little
     context.
     """
-    ids = _encoded(prompt, tokenizer, store)
+    ids = encoded(prompt, tokenizer, store)
     own, cache = cache is None, model.make_cache() if cache is None else cache
     _check(model, ids, max_tokens, cache, prefill_step)
     hold = StopStrings([stop] if isinstance(stop, str) else stop)
@@ -91,7 +91,8 @@ def stream_generate(
     return responses if keeper is None else _kept(responses, keeper, own)
 
 
-def _encoded(prompt: str | Sequence[int], tokenizer: Tokenizer, store: KVStore | None) -> list[int]:
+def encoded(prompt: str | Sequence[int], tokenizer: Tokenizer, store: KVStore | None) -> list[int]:
+    """Token ids of a prompt; of a text, those of a stored prefix as far as one reaches."""
     if not isinstance(prompt, str):
         return [int(token) for token in prompt]
     if store is None or store.tokenizer is None:

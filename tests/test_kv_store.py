@@ -117,6 +117,20 @@ def test_a_state_that_was_rewound_and_went_elsewhere(small_model, store):
             assert np.array_equal(run(small_model, IDS[:9], restored), want)
 
 
+def test_a_state_saved_under_other_tokens_than_before_harms_nothing(bare_model, tmp_path):
+    """A caller's mistake: what was saved rightly is still there."""
+    store = KVStore(tmp_path, 1 << 30, bare_model, min_free_bytes=0)
+    ids, other = (np.random.default_rng(n).integers(0, 512, 700) for n in (0, 1))
+    state = synthetic_state(bare_model, ids)
+    store.save(ids, state)
+    for wrong in (other, np.concatenate([ids[:300], other[:400]])):
+        store.save(wrong, state)
+        assert store.restore(wrong)[1] == 700
+    restored, count = store.restore(ids)
+    assert count == 700 and same_state(restored, state)
+    assert not list((tmp_path / "damaged").iterdir())
+
+
 def test_two_runs_with_other_chunks_are_not_mixed(small_model, store):
     """Their rows may differ in the last bits: each is restored as it was, the later one first."""
     one, other = fed(small_model, IDS[:200]), small_model.make_cache()

@@ -32,7 +32,7 @@ class Equals:
         self, found: list[Segment], tokens: np.ndarray, state: DecodeState
     ) -> tuple[str, int] | None:
         """Of segments that could follow: the one that shares most, and to which length; or None."""
-        common = {segment.key: self._common(segment, tokens) for segment in found}
+        common = {segment.key: self.common(segment, tokens) for segment in found}
         ranked = sorted(found, key=lambda s: (common[s.key], s.created), reverse=True)
         for segment in ranked[:TRIED]:
             end = self._checked(segment, common[segment.key], tokens, state)
@@ -40,12 +40,14 @@ class Equals:
                 return segment.key, end
         return None
 
-    def _common(self, segment: Segment, tokens: np.ndarray) -> int:
-        """The length up to which a segment has these tokens."""
-        if segment.key not in self._ids:
+    def common(self, segment: Segment, tokens: np.ndarray) -> int:
+        """The length up to which a segment has these tokens; its start if it cannot be read."""
+        ids = self._ids.get(segment.key)
+        if ids is None:
             ids = restoring.read_ids(self.catalogue, segment)
-            self._ids[segment.key] = np.empty(0, "<i4") if ids is None else ids
-        ids = self._ids[segment.key]
+            if ids is None:
+                return segment.start
+            self._ids[segment.key] = ids
         count = min(len(ids), len(tokens) - segment.start)
         wrong = np.flatnonzero(ids[:count] != tokens[segment.start : segment.start + count])
         return segment.start + (int(wrong[0]) if len(wrong) else count)

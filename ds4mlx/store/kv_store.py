@@ -88,7 +88,7 @@ class KVStore:
         boundary records of this length and of those that the state has set aside. It lasts when
         this returns. The key is the SHA1 of the ids, each 4 bytes, little-endian.
         Raises DataError (StoreFull where the budget or the disk is too small; RewindError where
-        the state can no longer give this length); the store is then as it was.
+        the state can no longer give this length); what was stored before is untouched.
         """
         return self.save_soon(tokens, cache, reason).result()
 

@@ -65,7 +65,7 @@ def read_state(
         segment, start, end = link
         ids = _read_segment(catalogue, segment, start, end, places)
         if not np.array_equal(ids, tokens[start:end]):
-            raise DamagedFile(catalogue.path(segment), "holds other tokens than its name says")
+            raise DamagedFile(catalogue.path(record), "its chain holds other tokens than it says")
 
     try:
         boundary = _record_bytes(catalogue, record)

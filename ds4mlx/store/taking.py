@@ -61,13 +61,11 @@ class Taker:
         records = {p: np.array(state.record(p)[0]) for p in positions}
         last, done = self._known(tokens, state)
         job = Job(tokens, last, "")
-        chain = [] if not last else [(last, done)]
         now = time.time()
         for start, stop in _spans(done, end):
             piece = self._segment(tokens, state, last, start, stop, now)
             job.segments.append(piece)
             last = piece.item.key
-            chain.append((last, stop))
         job.segment = last
         names = keys.prefix_keys(tokens, [*positions, *(p.item.end for p in job.segments)])
         job.key = names[end]
@@ -140,17 +138,23 @@ class Taker:
             if segment is None:
                 return self._equal(tokens, state)
             if segment.start < done:
-                return (key, done) if self._whole(key) else self._equal(tokens, state)
+                agrees = self._agrees(key, done, tokens)
+                return (key, done) if agrees else self._equal(tokens, state)
             key, done = segment.parent, min(done, segment.start)
         return "", 0
 
-    def _whole(self, key: str) -> bool:
-        """Whether the chain that ends with a segment is there, or about to be written."""
+    def _agrees(self, key: str, done: int, tokens: np.ndarray) -> bool:
+        """Whether a whole chain is there, or about to be written, and has the first `done` tokens."""
         while key:
             segment = self._find(key)
-            if segment is None:
+            if segment is None or segment.model != self.model:
                 return False
-            key = segment.parent
+            if done == segment.end:
+                if keys.prefix_keys(tokens, [done])[done] != segment.prefix:
+                    return False
+            elif key not in self.pending and self.equals.common(segment, tokens) < done:
+                return False
+            key, done = segment.parent, segment.start
         return True
 
     def _equal(self, tokens: np.ndarray, state: DecodeState) -> tuple[str, int]:

@@ -54,7 +54,8 @@ class Writer:
             self._put("segments", segments)
             self._put("records", records)
             for record in eviction.superfluous(self.catalogue, job.segment, self.spacing):
-                self.catalogue.remove(record)
+                if record.tokens != len(job.tokens):
+                    self.catalogue.remove(record)
             self.catalogue.compact()
 
     def _chain(self, job: Job) -> set[str]:
