@@ -24,10 +24,12 @@ from ds4mlx.errors import DataError
 from ds4mlx.generation import generate, stream_generate
 from ds4mlx.load import load
 from ds4mlx.model import Model
+from ds4mlx.store import KVStore
 
 __all__ = [
     "DataError",
     "DecodeState",
+    "KVStore",
     "Model",
     "ModelConfig",
     "RewindError",

@@ -4,6 +4,7 @@ Whatever is wrong with an option is wrong usage, so it is found before a model i
 """
 
 import contextlib
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from ds4mlx import model as network
 from ds4mlx.default_model import default_model
 from ds4mlx.errors import DataError
 from ds4mlx.load import load
+from ds4mlx.store import KVStore
 from ds4mlx.terminal import progress
 from ds4mlx.tokenizer import Tokenizer
 
@@ -38,6 +40,13 @@ TopP = Annotated[float, typer.Option("--top-p", help="Keep the likeliest share o
 TopK = Annotated[int, typer.Option("--top-k", help="Keep the k likeliest tokens; 0: all.")]
 MinP = Annotated[float, typer.Option("--min-p", help="Least share of the likeliest token.")]
 Seed = Annotated[int | None, typer.Option("--seed", help="Makes sampling repeatable.")]
+KvDir = Annotated[
+    Path | None, typer.Option("--kv-dir", help="Keep prompts here, so that each is read in once.")
+]
+KvBudget = Annotated[str, typer.Option("--kv-budget", help="Most bytes in --kv-dir.")]
+KvText = Annotated[
+    bool, typer.Option("--kv-text/--no-kv-text", help="Keep readable text in --kv-dir too.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
@@ -73,6 +82,26 @@ def size(text: str) -> int:
     if found < 1:
         raise typer.BadParameter(f"{text!r} is not a size such as 512M or 8G")
     return found
+
+
+@contextlib.contextmanager
+def open_store(
+    directory: Path | None,
+    budget: str,
+    keep_text: bool,
+    loaded: tuple[network.Model, Tokenizer],
+    label: str | None,
+) -> Iterator[KVStore | None]:
+    """The KV store of a command, if it was asked for one; what is being saved ends first."""
+    if directory is None:
+        yield None
+        return
+    model, tokenizer = loaded
+    name = Path(label or os.environ.get("DS4MLX_MODEL", "embedded")).name
+    with KVStore(
+        directory, size(budget), model, tokenizer=tokenizer, keep_text=keep_text, label=name
+    ) as store:
+        yield store
 
 
 def open_model(path: str | None) -> tuple[network.Model, Tokenizer]:

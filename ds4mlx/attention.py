@@ -15,7 +15,8 @@ from ds4mlx.config import ModelConfig
 from ds4mlx.indexer import Indexer
 from ds4mlx.linear import GroupedLinear, Linear, RMSNorm, rms_norm
 from ds4mlx.rope import Angles, Rotary, rotate
-from ds4mlx.rounding import Rounding, round_kv
+from ds4mlx.rounding import Rounding
+from ds4mlx.row_forms import StateForm
 
 # Elements of scores, or of gathered rows, that exist at a time: bounds the scratch of a prefill.
 SCRATCH = 1 << 24
@@ -26,9 +27,10 @@ class Context:
     """What the queries of one chunk may attend to."""
 
     offset: int  # position of the chunk's first query
-    window: mx.array  # (B, before + L, c), ends with the chunk's own rows
-    rows: mx.array | None = None  # (B, R, c) compressed rows
-    index_rows: mx.array | None = None  # (B, R, index width)
+    form: StateForm  # how the rows below are held
+    window: mx.array  # (B, before + L, .), ends with the chunk's own rows
+    rows: mx.array | None = None  # (B, R, .) compressed rows
+    index_rows: mx.array | None = None  # (B, R, .)
     index_q: mx.array | None = None  # (B, L, index heads, index width)
     index_weights: mx.array | None = None  # (B, L, index heads)
 
@@ -71,26 +73,25 @@ class Attention(nn.Module):
         return rotate(rms_norm(q, None, self._config.rms_norm_eps), angles)
 
     def window_rows(self, x: mx.array, angles: Angles) -> mx.array:
-        """Raw KV rows of tokens x: normed, rotated, rounded; (B, L, c)."""
-        rows = rotate(self.kv_norm(self.wkv(x)), angles)
-        return round_kv(rows, self._config.qk_rope_head_dim, self.rounding)
+        """Raw KV rows of tokens x: normed, rotated, not yet rounded; (B, L, c)."""
+        return rotate(self.kv_norm(self.wkv(x)), angles)
 
     def compressed_rows(self, x: mx.array, state: LayerState) -> mx.array:
-        """All compressed rows so far, those that x completes included; (B, R, c)."""
+        """All compressed rows so far, as held, those that x completes included; (B, R, .)."""
         assert state.compressor is not None
         rows = self.compressor(x, state.offset, state.compressor, self._rotary)
-        rows = round_kv(rows, self._config.qk_rope_head_dim, self.rounding)
-        return state.compressor.rows.extend(rows)
+        return state.compressor.rows.extend(state.form.kv.pack(rows))
 
     def context(self, x: mx.array, qr: mx.array, angles: Angles, state: LayerState) -> Context:
         """Extend the state by tokens x and say what their queries may attend to."""
-        window = state.window.extend(self.window_rows(x, angles), state.before)
-        context = Context(state.offset, window)
+        rows = state.form.kv.pack(self.window_rows(x, angles))
+        window = state.window.extend(rows, state.before)
+        context = Context(state.offset, state.form, window)
         if self.ratio:
             context.rows = self.compressed_rows(x, state)
         if self.ratio == 4:
             assert state.indexer is not None
-            context.index_rows = self.indexer.extend(x, state.offset, state.indexer, self._rotary)
+            context.index_rows = self.indexer.extend(x, state, self._rotary)
             if context.index_rows.shape[1] > self.indexer.topk:  # otherwise all rows are kept
                 context.index_q = self.indexer.queries(qr, angles)
                 context.index_weights = self.indexer.head_weights(x)
@@ -126,13 +127,13 @@ class Attention(nn.Module):
         if context.rows is not None and context.rows.shape[1]:
             visible = visible_rows(positions, context.rows.shape[1], self.ratio)
             if context.index_q is None:
-                sources.append((context.rows, visible))
+                sources.append((context.form.kv.unpack(context.rows), visible))
             else:
                 sources.append(self.selected_rows(start, stop, visible, context))
         return sink_attention(q, sources, self.attn_sink, self._config.head_dim**-0.5)
 
     def visible_window(self, start: int, stop: int, context: Context) -> tuple[mx.array, mx.array]:
-        """Raw rows (B, K, c) near queries start..stop-1 and which of them each sees, (L, K)."""
+        """Raw rows (B, K, c), float32, near queries start..stop-1 and which of them each sees, (L, K)."""
         before = self._config.sliding_window - 1
         first_key = max(0, context.offset - before)  # position of context.window's first row
         low = max(0, context.offset + start - before) - first_key
@@ -140,24 +141,25 @@ class Attention(nn.Module):
         keys = first_key + mx.arange(low, high)
         queries = (context.offset + mx.arange(start, stop))[:, None]
         mask = (keys <= queries) & (keys >= queries - before)
-        return context.window[:, low:high], mask
+        return context.form.kv.unpack(context.window[:, low:high]), mask
 
     def selected_rows(
         self, start: int, stop: int, visible: mx.array, context: Context
     ) -> tuple[mx.array, mx.array]:
-        """The indexer's choice: rows (B, L, topk, c), and which are visible, (B, L, topk)."""
+        """The indexer's choice: rows (B, L, topk, c), float32, and which are visible, (B, L, topk)."""
         assert context.rows is not None and context.index_rows is not None
         assert context.index_q is not None and context.index_weights is not None
         scores = self.indexer.scores(
             context.index_q[:, start:stop],
             context.index_weights[:, start:stop],
             context.index_rows,
+            context.form.index,
             SCRATCH,
         )
         chosen = self.indexer.select(scores, visible)
         mask = mx.take_along_axis(mx.broadcast_to(visible, scores.shape), chosen, axis=-1)
         flat = chosen.reshape(chosen.shape[0], -1, 1)
-        rows = mx.take_along_axis(context.rows, flat, axis=1)
+        rows = context.form.kv.unpack(mx.take_along_axis(context.rows, flat, axis=1))
         return rows.reshape(*chosen.shape, -1), mask
 
     def output(self, out: mx.array) -> mx.array:

@@ -1,23 +1,29 @@
 """The decode state of a batch of sequences: one object, a part for every layer.
 
-Two kinds of storage: `Recent` keeps the last rows of something every token makes (window rows,
-compressor projections); `Rows` keeps every row of something that only grows (compressed rows,
-indexer rows). What a later token needs is read off these, so stepping back is moving their ends.
+Besides the layers' states it holds boundary records of some earlier lengths, to which it can go
+back however far behind they are.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import mlx.core as mx
 
+from ds4mlx.boundaries import Marks
+from ds4mlx.buffers import SLACK, Recent, Rows
 from ds4mlx.config import ModelConfig
 from ds4mlx.errors import DataError
+from ds4mlx.record import cut_record, layer_record, load_record, record_bytes
+from ds4mlx.rounding import Rounding
+from ds4mlx.row_forms import StateForm, row_bytes
 
 # Tokens a state can always step back, and at least to the multiple of 128 before them.
 REWIND = 128
-# New tokens a `Recent` takes before it moves what it keeps to the front of a new buffer.
-SLACK = 128
 # Tokens for which a `Rows` buffer grows at a time.
 GROWTH = 4096
+# Boundary records held in memory; longer sequences have them further apart.
+RECORDS = 32
 
 
 class RewindError(DataError):
@@ -34,91 +40,22 @@ class RewindError(DataError):
         )
 
 
-class Recent:
-    """The last rows of a growing sequence, at least `keep` of them, in one buffer (B, ., ...)."""
-
-    def __init__(self, keep: int):
-        self.keep = keep
-        self.buffer: mx.array | None = None
-        self.start = self.end = 0  # absolute positions of the rows held
-
-    def extend(self, rows: mx.array, back: int) -> mx.array:
-        """Take new rows (B, L, ...); return the `back` (<= keep) rows before them and them.
-
-        Near the beginning there are fewer than `back`.
-        """
-        buffer = self._renew(rows[:, :0]) if self.buffer is None else self.buffer
-        used, length = self.end - self.start, rows.shape[1]
-        self.end += length
-        if used + length <= buffer.shape[1]:
-            buffer[:, used : used + length] = rows
-            return buffer[:, max(0, used - back) : used + length]
-        joined = mx.concatenate([buffer[:, max(0, used - self.keep) : used], rows], axis=1)
-        self._renew(joined[:, -self.keep :])
-        return joined[:, -(back + length) :]
-
-    def _renew(self, kept: mx.array) -> mx.array:
-        """Start a new buffer that begins with `kept`, the rows up to the end."""
-        batch, count, *width = kept.shape
-        room = mx.zeros((batch, self.keep + SLACK - count, *width), kept.dtype)
-        self.buffer = mx.concatenate([kept, room], axis=1)
-        self.start = self.end - count
-        return self.buffer
-
-    def reaches(self, position: int) -> bool:
-        """Whether the rows from `position` to the end are held."""
-        return self.start <= position
-
-    def truncate(self, end: int) -> None:
-        """Forget the rows from position `end` on."""
-        self.end = end
-        if end == 0:
-            self.buffer, self.start = None, 0
-
-
-class Rows:
-    """Every row so far of something that only grows, in a buffer (B, capacity, width)."""
-
-    def __init__(self, growth: int):
-        self.growth = growth
-        self.buffer: mx.array | None = None
-        self.count = 0
-
-    def extend(self, rows: mx.array) -> mx.array:
-        """Append rows (B, g, width), g >= 0, and return all rows (B, count, width)."""
-        first, self.count = self.count, self.count + rows.shape[1]
-        buffer = self._grown(rows[:, :0] if self.buffer is None else self.buffer)
-        if self.count > first:
-            buffer[:, first : self.count] = rows
-        self.buffer = buffer
-        return buffer[:, : self.count]
-
-    def _grown(self, held: mx.array) -> mx.array:
-        """A buffer with room for `count` rows that begins with `held`."""
-        batch, capacity, width = held.shape
-        if self.count <= capacity:
-            return held
-        more = -(-(self.count - capacity) // self.growth) * self.growth
-        return mx.concatenate([held, mx.zeros((batch, more, width), held.dtype)], axis=1)
-
-    def truncate(self, count: int) -> None:
-        """Forget the rows from number `count` on."""
-        self.count = count
-        if count == 0:
-            self.buffer = None
-
-
 class CompressorState:
     """What a compressor of ratio m keeps: its recent projections and the rows it has emitted.
 
     Ratio 4 overlaps, so a group also needs the projections of the group before it.
     """
 
-    def __init__(self, ratio: int):
-        self.ratio = ratio
+    def __init__(self, ratio: int, width: int, marks: Marks | None = None):
+        self.ratio, self.width = ratio, width
         self.overlap = ratio if ratio == 4 else 0
-        self.recent = Recent(ratio - 1 + self.overlap + REWIND)
+        self.recent = Recent(ratio - 1 + self.overlap + REWIND, marks, self.needed)
         self.rows = Rows(GROWTH // ratio)
+
+    @property
+    def channels(self) -> int:
+        """Channels of a projection: one lane of `width`, or two where groups overlap."""
+        return 2 * self.width if self.overlap else self.width
 
     def needed(self, tokens: int) -> int:
         """Position of the oldest projection that continuing after `tokens` tokens needs."""
@@ -131,20 +68,37 @@ class CompressorState:
 
 
 class LayerState:
-    """The state of one block: window rows, and what its compressors keep (None where it has none)."""
+    """The state of one block: window rows, and what its compressors keep (None where it has none).
 
-    def __init__(self, config: ModelConfig, block: int):
+    `form` says how KV rows and indexer rows are held; `marks` where the block cuts out what a
+    boundary record needs.
+    """
+
+    def __init__(
+        self, config: ModelConfig, block: int, form: StateForm, marks: Marks | None = None
+    ):
         ratio = config.ratio(block)
+        self.form = form
         self.before = config.sliding_window - 1
         self.offset = 0
-        self.window = Recent(self.before + REWIND)
-        self.compressor = CompressorState(ratio) if ratio else None
-        self.indexer = CompressorState(ratio) if ratio == 4 else None
+        self.window = Recent(self.before + REWIND, marks, self.needed)
+        index, both = config.index_head_dim, ratio == 4
+        self.compressor = CompressorState(ratio, config.head_dim, marks) if ratio else None
+        self.indexer = CompressorState(ratio, index, marks) if both else None
+
+    def needed(self, tokens: int) -> int:
+        """Position of the oldest window row that continuing after `tokens` tokens needs."""
+        return max(0, tokens - self.before)
 
     @property
     def compressors(self) -> list[CompressorState]:
         """The compressor states that this block has."""
         return [c for c in (self.compressor, self.indexer) if c is not None]
+
+    @property
+    def recents(self) -> list[Recent]:
+        """The window and the compressors' recent projections."""
+        return [self.window, *(c.recent for c in self.compressors)]
 
     @property
     def state(self) -> list[mx.array]:
@@ -153,10 +107,8 @@ class LayerState:
         return [part.buffer for part in parts if part.buffer is not None]
 
     def reaches(self, tokens: int) -> bool:
-        """Whether the exact state after `tokens` tokens is still held."""
-        if not self.window.reaches(max(0, tokens - self.before)):
-            return False
-        return all(c.recent.reaches(c.needed(tokens)) for c in self.compressors)
+        """Whether the exact state after `tokens` tokens can be read off the buffers."""
+        return all(part.reaches(part.needed(tokens)) for part in self.recents)
 
     def truncate(self, tokens: int) -> None:
         """Go back to the state after `tokens` tokens, which must be reachable."""
@@ -166,11 +118,31 @@ class LayerState:
             part.truncate(tokens)
 
 
-class DecodeState:
-    """The state of all main layers after `offset` tokens; iterating gives the layers' states."""
+@dataclass(frozen=True)
+class Stored:
+    """Where a KV store has the rows of a state's first `tokens` tokens: a chain's last segment."""
 
-    def __init__(self, config: ModelConfig):
-        self.layers = [LayerState(config, block) for block in range(config.num_hidden_layers)]
+    directory: Path
+    segment: str
+    tokens: int
+
+
+class DecodeState:
+    """The state of all main layers after `offset` tokens; iterating gives the layers' states.
+
+    dtype and rounding are the model's. As the state passes multiples of 2,048 tokens, and the
+    positions given to `mark`, it sets boundary records aside, bytes (B, n) by position.
+    """
+
+    def __init__(
+        self, config: ModelConfig, dtype: mx.Dtype = mx.bfloat16, rounding: Rounding = "official"
+    ):
+        self.form = StateForm.of(config, dtype, rounding)
+        self.marks = Marks()
+        blocks = range(config.num_hidden_layers)
+        self.layers = [LayerState(config, block, self.form, self.marks) for block in blocks]
+        self.records: dict[int, mx.array] = {}
+        self.stored: Stored | None = None
 
     def __iter__(self) -> Iterator[LayerState]:
         return iter(self.layers)
@@ -189,42 +161,87 @@ class DecodeState:
     @property
     def arrays(self) -> list[mx.array]:
         """Every array held, for `mx.eval`."""
-        return [array for layer in self.layers for array in layer.state]
+        return [*(array for layer in self.layers for array in layer.state), *self.records.values()]
 
     @property
     def nbytes(self) -> int:
-        """Bytes held, room for growth included."""
+        """Bytes held, room for growth and boundary records included."""
         return sum(array.nbytes for array in self.arrays)
+
+    def mark(self, tokens: int) -> None:
+        """Set a boundary record aside when the state comes to `tokens` tokens, also in a chunk."""
+        self.marks.extra.add(tokens)
+
+    def set_aside(self) -> None:
+        """Make records of what the layers have cut out at marks; the model calls it every chunk."""
+        for position in sorted(self.layers[0].window.cuts):
+            self.records[position] = cut_record(self.layers, position)
+            self.marks.extra.discard(position)
+        for part in (part for layer in self.layers for part in layer.recents):
+            part.cuts = {}
+        step = self.marks.spacing.dense
+        regular = [p for p in self.records if p % step == 0]
+        if len(regular) > 1:
+            end = max(regular)
+            spacing = self.marks.spacing.coarsened(end, RECORDS)
+            for position in set(regular) - spacing.thinned(regular, end):
+                del self.records[position]
+
+    def record(self, tokens: int) -> mx.array:
+        """The boundary record, bytes (B, n), of the state after `tokens` tokens.
+
+        Raises RewindError where it was neither set aside nor can be read off the buffers.
+        """
+        if tokens in self.records:
+            return self.records[tokens]
+        if not 0 < tokens <= self.offset or not self._reaches(tokens):
+            raise self._unreachable(tokens)
+        return layer_record(self.layers, tokens)
 
     def rewind(self, tokens: int) -> None:
         """Go back to the exact state after `tokens` tokens.
 
-        Always possible for 0, for the last 128 lengths, and for what the buffers still hold beyond.
-        Raises RewindError (its `nearest` is the closest reachable length) and leaves the state
-        as it is otherwise.
+        Always possible for 0, for the last 128 lengths, for what the buffers still hold beyond,
+        and for the positions of `records`. Otherwise raises RewindError (its `nearest` is the
+        closest reachable length) and leaves the state as it is.
         """
-        held = self.offset
-        if not 0 <= tokens <= held or not self._reaches(tokens):
-            oldest = max(layer.window.start for layer in self.layers)
-            reachable = [0, *filter(self._reaches, range(oldest, held + 1))]
-            raise RewindError(tokens, reachable, held)
+        reachable = self._reaches(tokens) if 0 <= tokens <= self.offset else False
+        if not reachable and (tokens not in self.records or tokens > self.offset):
+            raise self._unreachable(tokens)
+        if not reachable:
+            load_record(self.layers, self.records[tokens], tokens)
         for layer in self.layers:
             layer.truncate(tokens)
+        self.records = {p: r for p, r in self.records.items() if p <= tokens}
+        self.marks.extra.clear()
+        if self.stored is not None:
+            self.stored = replace(self.stored, tokens=min(tokens, self.stored.tokens))
+
+    def _unreachable(self, tokens: int) -> RewindError:
+        held = self.offset
+        oldest = max(layer.window.start for layer in self.layers)
+        reachable = {0, *self.records, *filter(self._reaches, range(oldest, held + 1))}
+        return RewindError(tokens, sorted(reachable), held)
 
     def _reaches(self, tokens: int) -> bool:
         return tokens == 0 or all(layer.reaches(tokens) for layer in self.layers)
 
 
-def state_bytes(config: ModelConfig, tokens: int, itemsize: int = 2) -> int:
-    """Bytes of one sequence's DecodeState after `tokens` tokens with `itemsize`-byte activations."""
+def state_bytes(
+    config: ModelConfig,
+    tokens: int,
+    dtype: mx.Dtype = mx.bfloat16,
+    rounding: Rounding = "official",
+) -> int:
+    """Bytes of one sequence's DecodeState after `tokens` tokens, room for growth included."""
+    state = DecodeState(config, dtype, rounding)
     total = 0
-    for block in range(config.num_hidden_layers):
-        state = LayerState(config, block)
-        total += (state.window.keep + SLACK) * config.head_dim * itemsize
-        widths = (config.head_dim, config.index_head_dim)
-        for part, width in zip(state.compressors, widths, strict=False):
-            lanes = 2 if part.overlap else 1
-            total += (part.recent.keep + SLACK) * 2 * lanes * width * 4
-            rows, growth = tokens // part.ratio, part.rows.growth
-            total += -(-rows // growth) * growth * width * itemsize
-    return total
+    for layer in state:
+        total += (layer.window.keep + SLACK) * row_bytes(state.form.kv)
+        for part, form in zip(layer.compressors, (state.form.kv, state.form.index), strict=False):
+            total += (part.recent.keep + SLACK) * 2 * part.channels * 4
+            total += part.rows.capacity(tokens // part.ratio) * row_bytes(form)
+    step = state.marks.spacing.dense
+    positions, end = range(step, tokens + 1, step), tokens // step * step
+    kept = state.marks.spacing.coarsened(end, RECORDS).thinned(positions, end)
+    return total + sum(record_bytes(state.layers, position) for position in kept)

@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from ds4mlx import __version__
+from ds4mlx import __version__, cache_commands
 from ds4mlx import arguments as arg
 from ds4mlx.bench_commands import bench, synth
 from ds4mlx.chat import encode_messages
@@ -59,6 +59,7 @@ def options(
 for command in (convert, verify, inspect, imatrix, bench, synth):
     app.command()(command)
 app.command("eval")(evaluate)
+app.add_typer(cache_commands.app, name="cache")
 
 
 @app.command()
@@ -79,6 +80,9 @@ def generate(
     seed: arg.Seed = None,
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends the answer.")] = None,
     logprobs: Annotated[Path | None, typer.Option(help="Write JSON lines, one a token.")] = None,
+    kv_dir: arg.KvDir = None,
+    kv_budget: arg.KvBudget = "16G",
+    kv_text: arg.KvText = True,
 ) -> None:
     """Answer one prompt; text goes to stdout, a timing line to stderr."""
     if raw and system:
@@ -86,9 +90,12 @@ def generate(
     with arg.checked():
         sampler = Sampler(temp, top_p, top_k, min_p, seed)
         StopStrings(stop or ())
+    arg.size(kv_budget)
     text = arg.prompt_text(prompt, prompt_file)
-    with LogProbs(logprobs) as log:
+    with LogProbs(logprobs) as log, contextlib.ExitStack() as stack:
         loaded, tokenizer = arg.open_model(model)
+        opened = arg.open_store(kv_dir, kv_budget, kv_text, (loaded, tokenizer), model)
+        store = stack.enter_context(opened)
         if not raw:
             messages = [{"role": "system", "content": system}] if system else []
             messages.append({"role": "user", "content": text})
@@ -101,6 +108,7 @@ def generate(
             sampler=sampler,
             stop=stop or (),
             on_prefill=partial(progress, "prompt", "tokens"),
+            store=store,
         )
         printer = Printer(sys.stdout, reasoning=not raw and think != "none")
         last, interrupted = show(responses, printer, partial(log.add, tokenizer))
@@ -121,12 +129,21 @@ def chat(
     top_k: arg.TopK = 0,
     min_p: arg.MinP = 0.0,
     seed: arg.Seed = None,
+    kv_dir: arg.KvDir = None,
+    kv_budget: arg.KvBudget = "16G",
+    kv_text: arg.KvText = True,
 ) -> None:
     """Talk with the model; Ctrl-C ends an answer, Ctrl-D the chat."""
     with arg.checked():
         sampler = Sampler(temp, top_p, top_k, min_p, seed)
-    loaded, tokenizer = arg.open_model(model)
-    interact(Conversation(loaded, tokenizer, sampler, think, system), max_tokens)
+    arg.size(kv_budget)
+    loaded = arg.open_model(model)
+    with arg.open_store(kv_dir, kv_budget, kv_text, loaded, model) as store:
+        conversation = Conversation(*loaded, sampler, think, system, store)
+        try:
+            interact(conversation, max_tokens)
+        finally:
+            conversation.keep("shutdown")
 
 
 def main() -> None:

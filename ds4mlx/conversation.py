@@ -9,10 +9,12 @@ from typing import Any
 from ds4mlx.cache import RewindError
 from ds4mlx.chat import encode_messages, parse_completion
 from ds4mlx.errors import DataError
-from ds4mlx.generation import Response, stream_generate
+from ds4mlx.generation import Response, encoded, stream_generate
 from ds4mlx.interrupts import undivided
 from ds4mlx.model import Model
 from ds4mlx.sampling import Sampler
+from ds4mlx.store import KVStore
+from ds4mlx.store.policy import Keeper, Policy, take_up
 from ds4mlx.terminal import Printer, progress, show, timing
 from ds4mlx.tokenizer import Tokenizer
 
@@ -34,13 +36,17 @@ class Conversation:
         sampler: Sampler,
         thinking: str = "high",
         system: str | None = None,
+        store: KVStore | None = None,
     ):
+        self.store = store
         self.model, self.tokenizer, self.sampler = model, tokenizer, sampler
         self.thinking, self.system = thinking, system
+        self._forget_state()
         self.reset()
 
     def reset(self) -> None:
         """Start anew, with the system text."""
+        self.keep("evict")
         self.messages: list[dict[str, Any]] = []
         if self.system:
             self.messages.append({"role": "system", "content": self.system})
@@ -88,8 +94,8 @@ class Conversation:
         self, max_tokens: int, on_prefill: Callable[[int, int], None] | None
     ) -> Generator[Response, None, None]:
         """The answer to the messages; afterwards `held` says what the state holds."""
-        ids = self.tokenizer.encode(self.prompt())
-        start = self._rewind(ids)
+        ids = encoded(self.prompt(), self.tokenizer, self.store)
+        start = self._take_up(ids)
         responses = stream_generate(
             self.model,
             self.tokenizer,
@@ -98,6 +104,8 @@ class Conversation:
             sampler=self.sampler,
             cache=self.cache,
             on_prefill=on_prefill,
+            store=self.store,
+            held=self.held,
         )
         try:
             for response in responses:
@@ -108,6 +116,20 @@ class Conversation:
             raise
         finally:
             self.held = ids[: self.cache.offset]
+
+    def keep(self, reason: str) -> None:
+        """Save what the state holds, as it is about to be given up."""
+        if self.store is not None and self.held:
+            Keeper(self.store, self.held, self.cache, Policy()).end(reason)
+
+    def _take_up(self, ids: list[int]) -> int:
+        """Have the state hold as much of `ids` as it or the store can give; how many tokens."""
+        shared = self._rewind(ids)
+        if self.store is not None:
+            with undivided():
+                self.cache, shared = take_up(self.store, ids, self.cache, shared)
+                self.held = ids[:shared]
+        return shared
 
     def _forget_state(self) -> None:
         self.cache, self.held = self.model.make_cache(), []

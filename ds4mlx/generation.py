@@ -1,5 +1,6 @@
 """Text from a model: chunked prefill, decoding, stop strings, one response a token."""
 
+import contextlib
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from ds4mlx.errors import DataError
 from ds4mlx.interrupts import undivided
 from ds4mlx.model import Model
 from ds4mlx.sampling import Sampler, log_probs
+from ds4mlx.store import KVStore
+from ds4mlx.store.policy import Keeper, Policy, take_up
 from ds4mlx.tokenizer import Tokenizer
 
 PREFILL_STEP = 2048
@@ -31,6 +34,7 @@ class Response:
     generation_tps: float
     peak_memory: float  # GB
     finish_reason: str | None  # "stop" or "length" with the last response
+    cached_tokens: int = 0  # tokens before the prompt's that were not prefilled
 
 
 def generate(
@@ -56,25 +60,76 @@ def stream_generate(
     cache: DecodeState | None = None,
     prefill_step: int = PREFILL_STEP,
     on_prefill: Callable[[int, int], None] | None = None,
+    store: KVStore | None = None,
+    held: Sequence[int] = (),
 ) -> Generator[Response, None, None]:
     """Continue `prompt`, text or token ids, one token at a time.
 
     sampler: greedy if not given. stop: texts that end the answer and do not appear in it.
     cache: a state that holds what precedes `prompt`. on_prefill: told (tokens done, tokens in
     all) after each chunk of `prefill_step`. The end-of-sentence token ends the answer.
+    store: where the longest stored prefix of the prompt is taken up, and saves are made as `Policy`
+    says. With a cache of the caller's own it is only saved into, and `held` are its tokens.
 
     The cache moves on by the prompt and by every token given out but the last: a token is fed
     when the next one is asked for. Ctrl-C comes between two steps and leaves the cache whole.
     Raises DataError, at once, for an empty prompt, ids outside the vocabulary, or too little
     context.
     """
-    ids = tokenizer.encode(prompt) if isinstance(prompt, str) else [int(t) for t in prompt]
-    cache = model.make_cache() if cache is None else cache
+    ids = encoded(prompt, tokenizer, store)
+    own, cache = cache is None, model.make_cache() if cache is None else cache
     _check(model, ids, max_tokens, cache, prefill_step)
     hold = StopStrings([stop] if isinstance(stop, str) else stop)
-    fed = partial(prefill, model, ids, cache, prefill_step, on_prefill)
-    tokens = _tokens(model, cache, fed, sampler or Sampler(temperature=0))
-    return _responses(islice(tokens, max_tokens), max_tokens, len(ids), tokenizer, hold)
+    start, keeper = 0, None
+    if store is not None:
+        if own:
+            cache, start = take_up(store, ids, cache, 0)
+        keeper = Keeper(store, [*held, *ids], cache, Policy())
+    fed = partial(prefill, model, ids[start:], cache, prefill_step, _both(on_prefill, keeper))
+    tokens = islice(_tokens(model, cache, fed, sampler or Sampler(temperature=0)), max_tokens)
+    responses = _responses(tokens, max_tokens, len(ids) - start, cache.offset, tokenizer, hold)
+    return responses if keeper is None else _kept(responses, keeper, own)
+
+
+def encoded(prompt: str | Sequence[int], tokenizer: Tokenizer, store: KVStore | None) -> list[int]:
+    """Token ids of a prompt; of a text, those of a stored prefix as far as one reaches."""
+    if not isinstance(prompt, str):
+        return [int(token) for token in prompt]
+    if store is None or store.tokenizer is None:
+        return tokenizer.encode(prompt)
+    return store.encode(prompt)
+
+
+def _both(
+    on_prefill: Callable[[int, int], None] | None, keeper: Keeper | None
+) -> Callable[[int, int], None] | None:
+    """Tells `on_prefill`, and the keeper that the state has moved on."""
+    if keeper is None:
+        return on_prefill
+
+    def told(done: int, total: int) -> None:
+        keeper.advanced()
+        if on_prefill is not None:
+            on_prefill(done, total)
+
+    return told
+
+
+def _kept(
+    responses: Generator[Response, None, None], keeper: Keeper, own: bool
+) -> Generator[Response, None, None]:
+    """The responses, with the saves of a run; at its end too if the state ends with it."""
+    try:
+        with contextlib.closing(responses):
+            for response in responses:
+                keeper.add(response.token)
+                yield response
+    except Exception:
+        own = False  # the state may hold a part of a step
+        raise
+    finally:
+        if own:
+            keeper.end("shutdown")
 
 
 def _tokens(
@@ -94,6 +149,7 @@ def _responses(
     tokens: Iterator[tuple[int, mx.array]],
     max_tokens: int,
     prompt_tokens: int,
+    cached_tokens: int,
     tokenizer: Tokenizer,
     hold: "StopStrings",
 ) -> Generator[Response, None, None]:
@@ -117,6 +173,7 @@ def _responses(
             count / max(time.perf_counter() - begun - prompt_seconds, 1e-9),
             mx.get_peak_memory() / 1e9,
             reason,
+            cached_tokens,
         )
         if reason:
             return
@@ -131,20 +188,24 @@ def prefill(
 ) -> mx.array:
     """Feed `ids` to the state in chunks; logits (1, vocab) after the last token.
 
-    Only the last chunk runs the head, and each chunk's scratch memory is given back.
+    Chunks end at multiples of `step` of the state's length, so that they do not depend on how much
+    of a prompt the state held before. Only the last chunk runs the head, and each chunk's scratch
+    memory is given back.
     """
     logits = mx.zeros((1, 0))
-    for start in range(0, len(ids), step):
-        chunk = mx.array([list(ids[start : start + step])])
+    first = step - cache.offset % step
+    for start in (0, *range(first, len(ids), step)):
+        stop = min(len(ids), start + step if start else first)
+        chunk = mx.array([list(ids[start:stop])])
         with undivided():
-            if start + step < len(ids):
+            if stop < len(ids):
                 mx.eval(model.streams(chunk, cache)[:, -1:])
             else:
                 logits = model.last_logits(chunk, cache)
                 mx.eval(logits)
         mx.clear_cache()
         if on_chunk is not None:
-            on_chunk(min(start + step, len(ids)), len(ids))
+            on_chunk(stop, len(ids))
     return logits
 
 

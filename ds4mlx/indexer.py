@@ -3,12 +3,13 @@
 import mlx.core as mx
 import mlx.nn as nn
 
-from ds4mlx.cache import CompressorState
+from ds4mlx.cache import LayerState
 from ds4mlx.compressor import Compressor
 from ds4mlx.config import ModelConfig
 from ds4mlx.linear import Linear
 from ds4mlx.rope import Angles, Rotary, rotate
-from ds4mlx.rounding import Rounding, round_index
+from ds4mlx.rounding import Rounding, round_index, spread_index
+from ds4mlx.row_forms import RowForm
 from ds4mlx.ties import settle
 
 
@@ -28,10 +29,11 @@ class Indexer(nn.Module):
         self.rounding: Rounding = rounding
         self.heap_ties = config.index_ties == "heap"
 
-    def extend(self, x: mx.array, offset: int, state: CompressorState, rotary: Rotary) -> mx.array:
-        """Take tokens x (B, L, D); return all index rows so far (B, R, width)."""
-        rows = self.compressor(x, offset, state, rotary)
-        return state.rows.extend(round_index(rows, self.rounding))
+    def extend(self, x: mx.array, state: LayerState, rotary: Rotary) -> mx.array:
+        """Take tokens x (B, L, D); return all index rows so far, as held, (B, R, .)."""
+        assert state.indexer is not None
+        rows = self.compressor(x, state.offset, state.indexer, rotary)
+        return state.indexer.rows.extend(state.form.index.pack(spread_index(rows, self.rounding)))
 
     def queries(self, qr: mx.array, angles: Angles) -> mx.array:
         """Index queries from the normed query latent qr (B, L, rank): (B, L, heads, width)."""
@@ -43,19 +45,22 @@ class Indexer(nn.Module):
         scale = (self.width * self.heads) ** -0.5
         return self.weights_proj(x.astype(mx.float32)) * scale
 
-    def scores(self, q: mx.array, weights: mx.array, rows: mx.array, scratch: int) -> mx.array:
-        """Scores of all rows (B, R, width) for queries (B, L, heads, width): (B, L, R) float32.
+    def scores(
+        self, q: mx.array, weights: mx.array, rows: mx.array, form: RowForm, scratch: int
+    ) -> mx.array:
+        """Scores of all rows (B, R, .), as held, for queries (B, L, heads, width): (B, L, R) float32.
 
-        At most about `scratch` elements of per-head products exist at a time.
+        At most about `scratch` elements of per-head products, or of unpacked rows, exist at a time.
         """
         batch, length, heads, width = q.shape
         flat = q.astype(mx.float32).reshape(batch, length * heads, width)
-        step = max(1, scratch // (batch * length * heads))
+        step = max(1, scratch // (batch * max(length * heads, width)))
         parts: list[mx.array] = []
         for start in range(0, rows.shape[1], step):
-            block = rows[:, start : start + step].astype(mx.float32)
+            block = rows[:, start : start + step]
             if parts:  # in turn, so that one block's products are alive at a time
                 block = mx.depends([block], parts[-1:])[0]
+            block = form.unpack(block)
             hits = mx.maximum(flat @ mx.swapaxes(block, -1, -2), 0)
             hits = hits.reshape(batch, length, heads, -1)
             parts.append((weights[..., None, :] @ hits).squeeze(-2))

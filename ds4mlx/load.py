@@ -45,6 +45,7 @@ def load(
     raise_wired_limit()
     model.load_weights(list(_read_all(directory, on_file).items()))
     model.eval()
+    model.identity = directory.manifest["checksum"]
     return model, tokenizer
 
 

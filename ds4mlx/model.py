@@ -17,6 +17,7 @@ from ds4mlx.linear import Embedding, Linear, RMSNorm
 from ds4mlx.moe import MoE
 from ds4mlx.rope import Rotary
 from ds4mlx.rounding import Rounding
+from ds4mlx.row_forms import StateForm
 
 
 class Block(nn.Module):
@@ -75,8 +76,10 @@ class Model(nn.Module):
         rounding: Rounding = "official",
     ):
         super().__init__()
-        self.args, self.dtype, self.rounding = args, dtype, rounding
+        self.args, self.dtype = args, dtype
+        self.rounding: Rounding = rounding
         self.model_type = args.model_type
+        self.identity: str | None = None  # of the directory it was loaded from
         plain, long = Rotary(args, compressed=False), Rotary(args, compressed=True)
         tables = {0: plain, 4: long, 128: long}
         layers, drafts = args.num_hidden_layers, args.num_nextn_predict_layers
@@ -113,7 +116,10 @@ class Model(nn.Module):
         streams = mx.repeat(self.embedded(tokens)[:, :, None], self.args.hc_mult, axis=2)
         for layer, layer_state in zip(self.layers, state, strict=True):
             streams = layer(streams, tokens, layer_state)
-        return streams if cache is None else mx.depends([streams], cache.arrays)[0]
+        if cache is None:
+            return streams
+        cache.set_aside()
+        return mx.depends([streams], cache.arrays)[0]
 
     def logits(self, streams: mx.array) -> mx.array:
         """Head: collapse (B, L, n, D), norm, float32 product with the vocabulary."""
@@ -138,11 +144,12 @@ class Model(nn.Module):
 
     def make_cache(self) -> DecodeState:
         """An empty decode state."""
-        return DecodeState(self.args)
+        return DecodeState(self.args, self.dtype, self.rounding)
 
     def make_draft_state(self, depth: int = 0) -> LayerState:
         """An empty state for MTP block `depth`."""
-        return LayerState(self.args, self.args.num_hidden_layers + depth)
+        form = StateForm.of(self.args, self.dtype, self.rounding)
+        return LayerState(self.args, self.args.num_hidden_layers + depth, form)
 
     def sanitize(self, weights: dict[str, Any]) -> dict[str, Any]:
         """The weights of a converted directory as they are: names and shapes are the model's own."""

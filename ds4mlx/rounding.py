@@ -24,17 +24,51 @@ def power_of_two_at_least(x: mx.array) -> mx.array:
     return (exponent << 23).view(mx.float32)
 
 
-def round_fp8(x: mx.array) -> mx.array:
-    """E4M3 round trip of groups of 64 channels (a shorter last group if they do not divide).
+def encode_fp8(x: mx.array) -> tuple[mx.array, mx.array]:
+    """E4M3 codes of x (..., n) and the E8M0 exponents of its groups of 64 (a shorter last group).
 
-    x: (..., n), any float type; the result has its shape and type. One power-of-two scale a group,
-    values rounded to nearest, ties to even.
+    One power-of-two scale a group, values rounded to nearest, ties to even. Both are uint8.
     """
     groups, width = _grouped(x, FP8_GROUP)
-    largest = mx.maximum(mx.abs(groups).max(-1, keepdims=True), FP8_FLOOR)
-    scale = power_of_two_at_least(largest / FP8_MAX)
-    rounded = mx.from_fp8(mx.to_fp8(groups / scale), mx.float32) * scale
-    return rounded.reshape(*x.shape[:-1], -1)[..., :width].astype(x.dtype)
+    scale = _scale(groups, FP8_MAX, FP8_FLOOR)
+    codes = mx.to_fp8(groups / scale).reshape(*x.shape[:-1], -1)[..., :width]
+    return codes, _exponents(scale)
+
+
+def decode_fp8(codes: mx.array, exponents: mx.array) -> mx.array:
+    """The float32 values of what `encode_fp8` gives."""
+    groups, width = _grouped(mx.from_fp8(codes, mx.float32), FP8_GROUP)
+    return (groups * _powers(exponents)).reshape(*codes.shape[:-1], -1)[..., :width]
+
+
+def round_fp8(x: mx.array) -> mx.array:
+    """E4M3 round trip of groups of 64 channels; x (..., n), the result has its shape and type."""
+    return decode_fp8(*encode_fp8(x)).astype(x.dtype)
+
+
+def encode_fp4(x: mx.array) -> tuple[mx.array, mx.array]:
+    """E2M1 codes of x (..., n), two a byte, and the E8M0 exponents of its groups of 32; uint8.
+
+    The lower half of a byte is the earlier channel, as in MLX's MXFP4. 32 must divide n.
+    """
+    groups, _ = _grouped(x, FP4_GROUP)
+    scale = _scale(groups, FP4_MAX, FP4_FLOOR)
+    rounded = nearest_e2m1(groups / scale)
+    size = mx.abs(rounded)
+    codes = mx.where(size < 2, 2 * size, mx.where(size < 4, size + 2, size / 2 + 4))
+    codes = codes.astype(mx.uint8) | mx.where(groups < 0, 8, 0).astype(mx.uint8)
+    codes = codes.reshape(*x.shape[:-1], -1, 2)
+    return codes[..., 0] | (codes[..., 1] << 4), _exponents(scale)
+
+
+def decode_fp4(codes: mx.array, exponents: mx.array) -> mx.array:
+    """The float32 values of what `encode_fp4` gives, (..., n)."""
+    codes = codes.astype(mx.uint16)
+    halves = mx.stack([codes & 15, codes >> 4], axis=-1).reshape(*codes.shape[:-1], -1)
+    # Sign, exponent and fraction put where a float16 has them give the value times 2**-14.
+    values = (((halves & 8) << 12) | ((halves & 7) << 9)).view(mx.float16).astype(mx.float32)
+    groups = values.reshape(*halves.shape[:-1], -1, FP4_GROUP)
+    return (groups * 2.0**14 * _powers(exponents)).reshape(halves.shape)
 
 
 def round_fp4(x: mx.array) -> mx.array:
@@ -43,8 +77,7 @@ def round_fp4(x: mx.array) -> mx.array:
     x: (..., n), any float type; the result has its shape and type.
     """
     groups, width = _grouped(x, FP4_GROUP)
-    largest = mx.maximum(mx.abs(groups).max(-1, keepdims=True), FP4_FLOOR)
-    scale = power_of_two_at_least(largest / FP4_MAX)
+    scale = _scale(groups, FP4_MAX, FP4_FLOOR)
     rounded = nearest_e2m1(groups / scale) * scale
     return rounded.reshape(*x.shape[:-1], -1)[..., :width].astype(x.dtype)
 
@@ -56,22 +89,34 @@ def nearest_e2m1(x: mx.array) -> mx.array:
     return mx.sign(x) * mx.round(size / step) * step
 
 
-def round_kv(rows: mx.array, rope_dims: int, rounding: Rounding) -> mx.array:
-    """FP8-round the channels of KV rows (..., head_dim) that carry no position."""
-    nope = rows.shape[-1] - rope_dims
-    if rounding == "none" or nope == 0 or rows.size == 0:
-        return rows
-    return mx.concatenate([round_fp8(rows[..., :nope]), rows[..., nope:]], axis=-1)
-
-
-def round_index(rows: mx.array, rounding: Rounding) -> mx.array:
-    """Hadamard-rotate and FP4-round the indexer's queries or rows (..., index_head_dim).
+def spread_index(rows: mx.array, rounding: Rounding) -> mx.array:
+    """Hadamard-rotate the indexer's queries or rows (..., index_head_dim) before their rounding.
 
     The rotation is orthonormal (Sylvester order), so without the rounding it would change no score.
     """
-    if rounding == "none" or rows.size == 0:
-        return rows
-    return round_fp4(mx.hadamard_transform(rows))
+    return rows if rounding == "none" or rows.size == 0 else mx.hadamard_transform(rows)
+
+
+def round_index(rows: mx.array, rounding: Rounding) -> mx.array:
+    """Hadamard-rotate and FP4-round the indexer's queries or rows (..., index_head_dim)."""
+    rows = spread_index(rows, rounding)
+    return rows if rounding == "none" or rows.size == 0 else round_fp4(rows)
+
+
+def _scale(groups: mx.array, largest_code: float, floor: float) -> mx.array:
+    """The power of two, (..., groups, 1), by which each group (..., groups, n) is divided."""
+    largest = mx.maximum(mx.abs(groups).max(-1, keepdims=True), floor)
+    return power_of_two_at_least(largest / largest_code)
+
+
+def _exponents(scale: mx.array) -> mx.array:
+    """E8M0 bytes (..., groups) of powers of two (..., groups, 1)."""
+    return (scale[..., 0].view(mx.uint32) >> 23).astype(mx.uint8)
+
+
+def _powers(exponents: mx.array) -> mx.array:
+    """The powers of two (..., groups, 1) of E8M0 bytes (..., groups)."""
+    return (exponents.astype(mx.uint32) << 23).view(mx.float32)[..., None]
 
 
 def _grouped(x: mx.array, group: int) -> tuple[mx.array, int]:

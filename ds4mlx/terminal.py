@@ -97,8 +97,9 @@ def timing(last: Response) -> str:
     """One line of token counts, speeds and memory."""
     speed = f", {last.generation_tps:.1f} t/s" if last.generation_tokens > 1 else ""
     cut = " (cut: --max-tokens)" if last.finish_reason == "length" else ""
+    cached = f" after {last.cached_tokens} kept" if last.cached_tokens else ""
     return (
-        f"[prompt {last.prompt_tokens} tokens, {last.prompt_tps:.1f} t/s | "
+        f"[prompt {last.prompt_tokens} tokens{cached}, {last.prompt_tps:.1f} t/s | "
         f"generated {last.generation_tokens} tokens{speed}{cut} | "
         f"peak memory {last.peak_memory:.2f} GB]"
     )

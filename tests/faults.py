@@ -376,7 +376,7 @@ def indexer_keeps_the_most_recent_rows(patch, model):
 
 @fault
 def indexer_without_relu(patch, model):
-    def linear(self, q, weights, rows, scratch):
+    def linear(self, q, weights, rows, form, scratch):
         return mx.einsum("blhd,brd,blh->blr", q, rows, weights)
 
     patch.setattr(indexer.Indexer, "scores", linear)

@@ -7,8 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import run, run_chunks
 
-from ds4mlx.cache import REWIND, SLACK, DecodeState, Recent, RewindError, Rows, state_bytes
+from ds4mlx import load
+from ds4mlx.boundaries import Spacing
+from ds4mlx.buffers import SLACK, Recent, Rows
+from ds4mlx.cache import RECORDS, REWIND, DecodeState, RewindError, state_bytes
 from ds4mlx.config import ModelConfig
+from ds4mlx.record import load_record, record_bytes
 
 
 def numbered(start: int, count: int) -> mx.array:
@@ -51,19 +55,11 @@ def test_rows_hold_everything_through_growth_and_truncation(growth, steps):
 
 
 def snapshot(cache: DecodeState) -> list[np.ndarray]:
-    """What continuing reads: needed recent rows and all compressed rows of every layer."""
-    parts = []
-    for layer in cache:
-        needs = [(layer.window, max(0, layer.offset - layer.before))]
-        needs += [(c.recent, c.needed(layer.offset)) for c in layer.compressors]
-        for recent, oldest in needs:
-            if recent.buffer is not None:
-                held = slice(oldest - recent.start, recent.end - recent.start)
-                parts.append(np.array(recent.buffer[:, held]))
-        for part in layer.compressors:
-            if part.rows.count:
-                parts.append(np.array(part.rows.buffer[:, : part.rows.count]))
-    return parts
+    """What continuing reads: the boundary record and all compressed rows of every layer."""
+    if cache.offset == 0:
+        return []
+    held = [part.rows for layer in cache for part in layer.compressors if part.rows.count]
+    return [np.array(cache.record(cache.offset)), *(np.array(r.buffer[:, : r.count]) for r in held)]
 
 
 @pytest.mark.parametrize(
@@ -129,7 +125,7 @@ def test_decoding_3000_tokens_keeps_memory_flat_apart_from_the_rows(small_model)
             peak = max(peak, mx.get_active_memory() - cache.nbytes - live)
     assert cache.offset == 3010
     assert peak < 64 * 1024
-    assert cache.nbytes == state_bytes(small_model.args, 3010, itemsize=4)
+    assert cache.nbytes == state_bytes(small_model.args, 3010, mx.float32)
 
 
 def test_evaluating_logits_leaves_no_graph_behind(small_model):
@@ -142,21 +138,141 @@ def test_evaluating_logits_leaves_no_graph_behind(small_model):
     assert mx.get_active_memory() == before
 
 
-@pytest.mark.parametrize("tokens", [1, 127, 128, 5000, 100_000])
-def test_state_bytes_are_the_bytes_of_a_state(tokens):
+@pytest.mark.parametrize("tokens", [1, 127, 128, 5000, 40_000])
+@pytest.mark.parametrize("rounding", ["official", "none"])
+def test_state_bytes_are_the_bytes_of_a_state(tokens, rounding):
     """Checked on one layer of each kind with rows of the real sizes, extended in one go."""
     config = ModelConfig(
         num_hidden_layers=3, compress_ratios=(0, 4, 128), num_nextn_predict_layers=0
     )
-    cache = DecodeState(config)
+    cache = DecodeState(config, rounding=rounding)
     for layer in cache:
-        layer.window.extend(mx.zeros((1, tokens, 512), mx.bfloat16), 0)
-        for part, width in zip(layer.compressors, (512, 128), strict=False):
-            lanes = 2 if part.overlap else 1
-            part.recent.extend(mx.zeros((1, tokens, 2, lanes * width)), 0)
-            part.rows.extend(mx.zeros((1, tokens // part.ratio, width), mx.bfloat16))
-    assert cache.nbytes == state_bytes(config, tokens)
+        form = cache.form
+        layer.window.extend(held(form.kv, tokens), 127)
+        for part, rows in zip(layer.compressors, (form.kv, form.index), strict=False):
+            part.recent.extend(mx.zeros((1, tokens, 2, part.channels)), part.ratio - 1)
+            part.rows.extend(held(rows, tokens // part.ratio))
+    cache.set_aside()
+    assert cache.nbytes == state_bytes(config, tokens, rounding=rounding)
 
 
-def test_a_million_tokens_of_flash_stay_under_seven_and_a_half_gigabytes():
-    assert 6.8e9 < state_bytes(ModelConfig(), 1_000_000) < 7.5e9
+def held(form, count):
+    return mx.zeros((1, count, form.elements), form.dtype)
+
+
+def test_a_million_tokens_of_flash_stay_under_3_8_gigabytes():
+    assert 3.5e9 < state_bytes(ModelConfig(), 1_000_000) < 3.8e9
+    assert 6.8e9 < state_bytes(ModelConfig(), 1_000_000, rounding="none") < 7.5e9
+
+
+# Boundary records
+
+
+CLOSE = Spacing(dense=256, near=2048, sparse=1024)  # so that short sequences have boundaries
+
+
+@pytest.mark.parametrize("rounding", ["official", "none"])
+@pytest.mark.parametrize("chunks", [[256, 256, 88], [255, 1, 200, 144]])
+def test_a_rewind_to_a_boundary_is_the_state_of_a_run_that_ended_there(small_dir, rounding, chunks):
+    """However far behind it is."""
+    model = load(small_dir, dtype=mx.float32, rounding=rounding)[0]
+    ids = np.random.default_rng(5).integers(0, 288, 600)
+    cache, straight = model.make_cache(), model.make_cache()
+    cache.marks.spacing = CLOSE
+    run_chunks(model, ids, chunks, cache)
+    assert sorted(cache.records) == [256, 512]
+    run_chunks(model, ids[:256], chunks, straight)
+    cache.rewind(256)
+    assert cache.offset == 256 and list(cache.records) == [256]
+    for got, expected in zip(snapshot(cache), snapshot(straight), strict=True):
+        assert np.array_equal(got, expected)
+    branch = np.random.default_rng(1).integers(0, 288, 40)
+    assert np.array_equal(run(model, branch, cache), run(model, branch, straight))
+
+
+def test_a_boundary_within_a_chunk_is_that_of_a_run_that_could_still_step_back(small_model):
+    """The chunk decides the bits of the rows; the record must belong to them."""
+    ids = np.random.default_rng(6).integers(0, 288, 300)
+    cache, straight = small_model.make_cache(), small_model.make_cache()
+    cache.marks.spacing = CLOSE
+    for each in (cache, straight):
+        run_chunks(small_model, ids, [100], each)
+    straight.rewind(256)
+    assert np.array_equal(cache.records[256], straight.record(256))
+    cache.rewind(256)
+    for got, expected in zip(snapshot(cache), snapshot(straight), strict=True):
+        assert np.array_equal(got, expected)
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 4, 6, 127, 128, 131, 300])
+def test_a_record_is_what_continuing_reads(small_model, tokens):
+    """A state made of the record and the rows alone continues as the one it was taken from."""
+    model, ids = small_model, np.random.default_rng(tokens).integers(0, 288, 330)
+    cache, copy = model.make_cache(), model.make_cache()
+    run(model, ids[:tokens], cache)
+    record = cache.record(tokens)
+    assert record.nbytes == record_bytes(cache.layers, tokens)
+    load_record(copy.layers, record, tokens)
+    for ours, theirs in zip(copy, cache, strict=True):
+        ours.offset = tokens
+        for part, other in zip(ours.compressors, theirs.compressors, strict=True):
+            if other.rows.buffer is not None:
+                part.rows.load(mx.array(other.rows.buffer), other.rows.count)
+    assert np.array_equal(copy.record(tokens), record)
+    want = [run(model, ids[tokens:], cache), run(model, ids[:1], cache)]
+    got = [run(model, ids[tokens:], copy), run(model, ids[:1], copy)]
+    assert all(np.array_equal(a, b) for a, b in zip(want, got, strict=True))
+
+
+def test_a_mark_sets_a_record_aside_within_a_chunk(small_model):
+    ids = np.random.default_rng(0).integers(0, 288, 1000)
+    cache = small_model.make_cache()
+    cache.mark(384)
+    run(small_model, ids, cache)
+    assert list(cache.records) == [384]
+    cache.rewind(384)
+    assert cache.offset == 384
+    with pytest.raises(RewindError, match="nearest reachable is 384"):
+        cache.rewind(200)
+
+
+def test_records_of_a_batch_belong_to_their_sequences(small_model):
+    ids = mx.array(np.random.default_rng(2).integers(0, 288, (2, 300)))
+    both = small_model.make_cache()
+    both.mark(130)
+    mx.eval(small_model(ids, cache=both))
+    both.rewind(130)
+    logits = small_model(ids[:, :3], cache=both)
+    for row in range(2):
+        cache = small_model.make_cache()
+        mx.eval(small_model(ids[row : row + 1, :130], cache=cache))
+        one = small_model(ids[row : row + 1, :3], cache=cache)
+        assert np.abs(np.array(logits[row] - one[0])).max() < 2e-5
+
+
+@given(
+    st.sets(st.integers(1, 200_000), min_size=1, max_size=60),
+    st.integers(0, 50_000),
+)
+def test_thinning_keeps_a_boundary_near_every_point(extra, more):
+    """As near as Spacing says, or as near as the nearest there was."""
+    spacing = Spacing()
+    positions = extra | set(range(2048, max(extra), 2048))
+    end = max(extra) + more
+    kept = spacing.thinned(positions, end)
+    assert max(positions) in kept <= positions
+    last = 0
+    for boundary in sorted(kept):
+        dense = boundary > end - spacing.near
+        between = [p for p in positions if last < p < boundary]
+        reach = spacing.dense if dense else spacing.sparse
+        assert boundary - last <= reach or not between
+        last = boundary
+    assert len(spacing.thinned(range(2048, 100_001, 2048), 100_000)) <= 20
+
+
+def test_a_long_state_holds_few_records():
+    step = Spacing().dense
+    for end in (8192, 100_352, 250_000 // step * step, 1_048_576):
+        coarse = Spacing().coarsened(end, RECORDS)
+        assert len(coarse.thinned(range(step, end + 1, step), end)) <= RECORDS + 2

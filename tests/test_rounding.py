@@ -14,7 +14,6 @@ from ds4mlx.rounding import (
     round_fp4,
     round_fp8,
     round_index,
-    round_kv,
 )
 
 FLOATS = st.floats(-1e6, 1e6, width=32, allow_subnormal=False)
@@ -63,15 +62,6 @@ def test_a_ragged_last_group_is_a_group():
     got = np.array(round_fp8(mx.array(x)))
     assert np.array_equal(got[:, :64], fake_fp8(x[:, :64].astype(np.float64), 64))
     assert np.array_equal(got[:, 64:], fake_fp8(x[:, 64:].astype(np.float64), 32))
-
-
-def test_kv_rounding_spares_the_rotary_channels():
-    rows = mx.random.normal((2, 5, 128))
-    got = round_kv(rows, 64, "official")
-    assert bool((got[..., 64:] == rows[..., 64:]).all())
-    assert bool((got[..., :64] == round_fp8(rows[..., :64])).all())
-    assert round_kv(rows, 64, "none") is rows
-    assert round_kv(rows[:, :0], 64, "official").shape == (2, 0, 128)
 
 
 def test_index_rounding_rotates_first():

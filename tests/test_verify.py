@@ -152,12 +152,12 @@ def test_bytes_per_token_counts_what_a_token_reads(small_dir):
 def test_state_bytes_is_what_a_state_takes(small_model, length):
     cache = small_model.make_cache()
     mx.eval(small_model(mx.zeros((1, length), mx.int32), cache=cache))
-    assert cache.nbytes == state_bytes(small_model.args, length, itemsize=4)
+    assert cache.nbytes == state_bytes(small_model.args, length, mx.float32)
 
 
 def test_inspect_shows_flashs_own_sizes():
     """Rows and window of V4-Flash at a million tokens, in bfloat16: about 6.9 GB unpacked."""
-    assert 6.5e9 < state_bytes(ModelConfig(), 1 << 20) < 7.5e9
+    assert 3.6e9 < state_bytes(ModelConfig(), 1 << 20) < 4e9
 
 
 def test_convert_then_inspect_f32(small_source, tmp_path):

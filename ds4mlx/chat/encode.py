@@ -3,7 +3,7 @@
 Encode the result with special tokens recognised and no further BOS.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ds4mlx.chat.history import add_tools, forget_developers, last_user, merge_users, sort_results
@@ -25,6 +25,7 @@ def encode_messages(
     drop_thinking: bool = True,
     add_bos: bool = True,
     context: Sequence[Message] = (),
+    replay: Mapping[str, str] | None = None,
 ) -> str:
     """The prompt text of `messages`, ending where the model's next words begin.
 
@@ -35,6 +36,7 @@ def encode_messages(
         a new system message. They may also stand in the messages.
     drop_thinking: leave out the reasoning before the last question. With tools all of it stays.
     context: the messages before these, encoded already: they decide, but are not repeated.
+    replay: by the ids of tool calls, the exact text they were sampled as (see `sampled_calls`).
 
     Raises DataError, naming the message and the cause.
     """
@@ -53,22 +55,25 @@ def encode_messages(
 
     head = "" if past else (BOS if add_bos else "") + (prefix if turns else "")
     rendered = (
-        _render(turns, index, thinking != "none", question) for index in range(start, len(turns))
+        _render(turns, index, thinking != "none", question, replay or {})
+        for index in range(start, len(turns))
     )
     return head + "".join(rendered)
 
 
-def _render(turns: list[Turn], index: int, thinking: bool, question: int) -> str:
+def _render(
+    turns: list[Turn], index: int, thinking: bool, question: int, replay: Mapping[str, str]
+) -> str:
     turn, following = turns[index], turns[index + 1 : index + 2]
     answers_task = index > 0 and turns[index - 1].task is not None
     shows_thought = thinking and not answers_task and index > question
-    text = _body(turn, shows_thought)
+    text = _body(turn, shows_thought, replay)
     if following and following[0].role not in ("assistant", "latest_reminder"):
         return text
     return text + _handover(turn, thinking, index >= question)
 
 
-def _body(turn: Turn, shows_thought: bool) -> str:
+def _body(turn: Turn, shows_thought: bool, replay: Mapping[str, str]) -> str:
     if turn.role == "system":
         return _with_sections(turn)
     if turn.role == "developer":
@@ -78,7 +83,8 @@ def _body(turn: Turn, shows_thought: bool) -> str:
     if turn.role == "latest_reminder":
         return REMINDER + turn.text
     thought = turn.reasoning + THINK_END if shows_thought else ""
-    calls = "\n\n" + render_calls(turn.calls) if turn.calls else ""
+    sampled = next((replay[call.id] for call in turn.calls if call.id in replay), None)
+    calls = "\n\n" + render_calls(turn.calls) if turn.calls and sampled is None else sampled or ""
     return thought + turn.text + calls + ("" if turn.wo_eos else EOS)
 
 

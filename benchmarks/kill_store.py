@@ -1,0 +1,228 @@
+"""kill -9 at random moments while a KV store is written, evicted from and read.
+
+One writer saves prefixes of a few branching conversations, two readers restore them and compare
+every byte. The writer is killed at a random moment, now and then the readers too; then everything
+that was acknowledged is looked for. Three stores in turn: one without a limit, one whose budget makes
+nearly every save evict, and one on a full file system (a tmpfs; needs the right to mount).
+
+    python benchmarks/kill_store.py [--kills 1000] [--renew N] [--seed N] [--scratch DIR] [--results FILE]
+
+Processes are forked, so it runs on Linux, on the CPU.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from device import device
+from synthetic_state import same_state, synthetic_state
+
+from ds4mlx import DataError, KVStore, Model, ModelConfig
+
+CONFIG = ModelConfig(
+    vocab_size=512, hidden_size=64, num_hidden_layers=3, num_nextn_predict_layers=0,
+    compress_ratios=(0, 4, 128), num_hash_layers=0, num_attention_heads=2, head_dim=96,
+    qk_rope_head_dim=32, q_lora_rank=32, o_groups=1, o_lora_rank=32, index_n_heads=2,
+    index_head_dim=32, n_routed_experts=2, num_experts_per_tok=1, moe_intermediate_size=32,
+)  # fmt: skip
+LONGEST = 1500
+DISK = 3 << 20
+BUDGETS = {"unlimited": 1 << 40, "evicting": 1 << 20, "full disk": 1 << 40}
+LONGEST_LIFE = 0.4  # seconds until a writer is killed
+RENEW = 60  # kills after which a store is begun anew
+
+
+def conversation(branch: int) -> np.ndarray:
+    """Tokens of one of 16 conversations: 4 beginnings, each with 4 ends."""
+    start = np.random.default_rng(branch % 4).integers(0, 512, 700)
+    return np.concatenate([start, np.random.default_rng(100 + branch).integers(0, 512, 800)])
+
+
+class Trial:
+    """A store in `directory`, and what was acknowledged in it."""
+
+    def __init__(self, directory: Path, kind: str, model: Model):
+        self.directory, self.kind, self.model = directory / "store", kind, model
+        self.acknowledged = directory / "acknowledged"
+        self.acknowledged.touch()
+        self.begun, self.begin = os.pipe()
+        self.seen = 0  # acknowledged saves of the writers before
+
+    def open(self) -> KVStore:
+        """The store as every process opens it."""
+        least = -(1 << 50) if self.kind == "full disk" else 0
+        return KVStore(self.directory, BUDGETS[self.kind], self.model, min_free_bytes=least)
+
+    def write(self, seed: int) -> None:
+        """Save until killed; every line of `acknowledged` is a save that has returned."""
+        rng, store, last = random.Random(seed), self.open(), None
+        log = os.open(self.acknowledged, os.O_WRONLY | os.O_APPEND)
+        os.write(self.begin, b"!")
+        while True:
+            branch, length = rng.randrange(16), rng.randint(1, LONGEST)
+            tokens = conversation(branch)[:length]
+            state = synthetic_state(self.model, tokens, 256)
+            with contextlib.suppress(DataError):  # full: then it is not acknowledged
+                store.save(tokens, state, rng.choice(["cold", "continue", "evict", "shutdown"]))
+                os.write(log, f"{branch} {length}\n".encode())
+                last = state  # in use: it must outlive the evictions of the next save
+        assert last is None
+
+    def read(self, seed: int) -> None:
+        """Restore and compare until killed."""
+        rng, store = random.Random(seed), self.open()
+        while True:
+            self.compare(store, rng.randrange(16), rng.randint(1, LONGEST))
+
+    def check(self, seed: int) -> None:
+        """Look for what was acknowledged: some of it and the last; where saves evict, only the last.
+
+        And that only if it was the writer just killed who saved it: what a dead process had in use
+        may be evicted.
+        """
+        rng, store = random.Random(seed), self.open()
+        lines = self.lines()
+        wanted = lines[-4:] + rng.sample(lines, min(12, len(lines)))
+        if self.kind == "evicting":
+            wanted = lines[self.seen :][-1:]
+        for branch, length in wanted:
+            found = self.compare(store, branch, length)
+            assert found == length, f"{branch} {length} was acknowledged, but {found} is there"
+        before = len(list((self.directory / "damaged").iterdir()))
+        assert before == 0, "a file was found damaged"
+
+    def lines(self) -> list[list[int]]:
+        """Branch and length of every acknowledged save."""
+        whole = self.acknowledged.read_text().split("\n")[:-1]
+        return [[int(word) for word in line.split()] for line in whole]
+
+    def compare(self, store: KVStore, branch: int, length: int) -> int:
+        """Restore a prefix; AssertionError if anything in it is not as it was saved."""
+        tokens = conversation(branch)[:length]
+        state, found = store.restore(tokens)
+        if found:
+            assert same_state(state, synthetic_state(self.model, tokens[:found])), "wrong bytes"
+        return found
+
+
+def forked(work: Callable[[int], None], seed: int) -> int:
+    """Do work(seed) in a process of its own; its id."""
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        work(seed)
+        os._exit(0)
+    except BaseException:  # noqa: BLE001 - the parent only sees the exit code
+        traceback.print_exc()
+        os._exit(1)
+
+
+def killed(pid: int) -> bool:
+    """Kill a process; whether it was still alive and well."""
+    ended, status = os.waitpid(pid, os.WNOHANG)
+    if ended:
+        return os.waitstatus_to_exitcode(status) == 0
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    return True
+
+
+def trial(directory: Path, kind: str, model: Model, kills: int, rng: random.Random) -> list[str]:
+    """Kill `kills` writers on one store; what went wrong."""
+    if kind == "full disk" and not filled(directory, rng):
+        return ["no right to mount a tmpfs"]
+    subject, faults = Trial(directory, kind, model), []
+    subject.open().close()
+    readers = [forked(subject.read, rng.randrange(1 << 30)) for _ in range(2)]
+    for number in range(kills):
+        writer = forked(subject.write, rng.randrange(1 << 30))
+        os.read(subject.begun, 1)
+        time.sleep(rng.uniform(0, LONGEST_LIFE))
+        if not killed(writer):
+            faults.append(f"{kind}: a writer failed")
+        if number % 7 == 6:
+            place = rng.randrange(2)
+            if not killed(readers[place]):
+                faults.append(f"{kind}: a reader failed")
+            readers[place] = forked(subject.read, rng.randrange(1 << 30))
+        checker = forked(subject.check, rng.randrange(1 << 30))
+        if os.waitpid(checker, 0)[1]:
+            faults.append(f"{kind}: what was acknowledged is not there after kill {number}")
+        subject.seen = len(subject.lines())
+    os.close(subject.begun)
+    os.close(subject.begin)
+    faults += [f"{kind}: a reader failed" for reader in readers if not killed(reader)]
+    return faults
+
+
+def filled(directory: Path, rng: random.Random) -> bool:
+    """Mount a small file system there and leave little of it free; False without the right to."""
+    command = ["mount", "-t", "tmpfs", "-o", f"size={DISK}", "tmpfs", str(directory)]
+    if subprocess.run(command, capture_output=True, check=False).returncode:
+        return False
+    (directory / "filler").write_bytes(bytes(rng.randint(0, DISK // 2)))
+    return True
+
+
+def run(kills: int, seed: int, scratch: Path | None, renew: int) -> dict:
+    """The whole harness; its findings. A store is begun anew after `renew` kills."""
+    model, rng, begun = Model(CONFIG), random.Random(seed), time.perf_counter()
+    model.identity = "synthetic"
+    counts, faults, acknowledged = dict.fromkeys(BUDGETS, 0), [], 0
+    skipped: set[str] = set()
+    while sum(counts.values()) < kills:
+        kind = min((k for k in BUDGETS if k not in skipped), key=lambda k: counts[k])
+        some = min(renew, kills - sum(counts.values()))
+        with tempfile.TemporaryDirectory(dir=scratch) as place:
+            found = trial(Path(place), kind, model, some, rng)
+            log = Path(place) / "acknowledged"
+            acknowledged += log.read_text().count("\n") if log.exists() else 0
+            subprocess.run(["umount", place], capture_output=True, check=False)
+        if found == ["no right to mount a tmpfs"]:
+            skipped.add(kind)
+            continue
+        counts[kind] += some
+        faults += found
+        print(
+            f"{sum(counts.values())} kills, {acknowledged} saves acknowledged, {len(faults)} faults"
+        )
+    return {
+        "device": device(),
+        "kills": counts,
+        "skipped": sorted(skipped),
+        "acknowledged": acknowledged,
+        "faults": faults,
+        "seconds": round(time.perf_counter() - begun),
+    }
+
+
+def main() -> None:
+    """Run it; exit code 1 if anything went wrong."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=1000)
+    parser.add_argument("--renew", type=int, default=RENEW, help="kills of one store")
+    parser.add_argument("--seed", type=int, default=int(time.time()))
+    parser.add_argument("--scratch", type=Path)
+    parser.add_argument("--results", type=Path)
+    arguments = parser.parse_args()
+    found = run(arguments.kills, arguments.seed, arguments.scratch, arguments.renew)
+    print(json.dumps(found, indent=1))
+    if arguments.results:
+        arguments.results.write_text(json.dumps({**found, "seed": arguments.seed}, indent=1) + "\n")
+    sys.exit(bool(found["faults"]))
+
+
+if __name__ == "__main__":
+    main()

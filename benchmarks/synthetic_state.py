@@ -1,0 +1,64 @@
+"""Decode states whose bytes follow from their tokens, without running a model.
+
+Row j of a compressor of ratio m follows from token m * (j + 1) - 1, a window row or projection from
+its own token; so states of sequences with a common beginning share what real ones share.
+"""
+
+import mlx.core as mx
+import numpy as np
+
+from ds4mlx import Model
+from ds4mlx.cache import DecodeState
+from ds4mlx.store.state_bytes import parts
+
+
+def synthetic_state(model: Model, tokens: np.ndarray, spacing: int = 0) -> DecodeState:
+    """The state after `tokens`; with `spacing` it has set records aside at its multiples."""
+    state, count = model.make_cache(), len(tokens)
+    if spacing:
+        kept = state.marks.spacing.thinned(range(spacing, count + 1, spacing), count)
+        for position in sorted(kept):
+            _load_recent(state, tokens, position)
+            state.records[position] = mx.array(np.array(state.record(position)))
+    _load_recent(state, tokens, count)
+    for number, part in enumerate(parts(state)):
+        rows = count // part.ratio
+        if rows:
+            words = part.form.dtype.size * part.form.elements // 4
+            values = np.zeros((1, part.rows.capacity(rows), words), np.uint32)
+            values[0, :rows] = _pattern(tokens[part.ratio - 1 :: part.ratio][:rows], words, number)
+            part.rows.load(mx.array(values).view(part.form.dtype), rows)
+    mx.eval(state.arrays)
+    return state
+
+
+def same_state(state: DecodeState, other: DecodeState) -> bool:
+    """Whether two states agree in every byte that continuing reads."""
+    if state.offset != other.offset:
+        return False
+    count = state.offset
+    if not np.array_equal(np.array(state.record(count)), np.array(other.record(count))):
+        return False
+    pairs = zip(parts(state), parts(other), strict=True)
+    return all(np.array_equal(a.view(0, count), b.view(0, count)) for a, b in pairs)
+
+
+def _load_recent(state: DecodeState, tokens: np.ndarray, end: int) -> None:
+    form = state.form.kv
+    for number, layer in enumerate(state):
+        first = max(0, end - layer.window.keep)
+        words = form.elements * form.dtype.size // 4
+        rows = _pattern(tokens[first:end], words, 1000 + number)[None]
+        layer.window.load(mx.array(rows).view(form.dtype), end)
+        for place, part in enumerate(layer.compressors):
+            first = max(0, end - part.recent.keep)
+            values = _pattern(tokens[first:end], 2 * part.channels, 2000 + 2 * number + place)
+            shape = (1, end - first, 2, part.channels)
+            part.recent.load(mx.array(values.astype(np.float32).reshape(shape)), end)
+        layer.offset = end
+
+
+def _pattern(tokens: np.ndarray, words: int, salt: int) -> np.ndarray:
+    """uint32 (len(tokens), words)."""
+    mixed = tokens.astype(np.uint32) * np.uint32(2654435761) + np.uint32(salt * 40503)
+    return mixed[:, None] + np.arange(words, dtype=np.uint32) * np.uint32(2246822519)

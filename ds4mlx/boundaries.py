@@ -1,0 +1,56 @@
+"""Where a decode state sets boundary records aside, and which of them are kept.
+
+A boundary record is what the state at a position holds beside the rows that only grow: the window
+rows and the compressors' open projections. With it and the rows, the state at that position is
+exact again. Dense near the end of a conversation, thinned behind it.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+
+@dataclass(frozen=True)
+class Spacing:
+    """How far behind any point the nearest boundary may be, in tokens.
+
+    `dense` within the last `near` tokens, `sparse` before.
+    """
+
+    dense: int = 2048
+    near: int = 16384
+    sparse: int = 8192
+
+    def thinned(self, positions: Iterable[int], end: int) -> set[int]:
+        """Those of `positions` that a sequence of `end` tokens keeps; the last is always kept."""
+        ordered = sorted(positions)
+        kept, last = set(ordered[-1:]), 0
+        for position, following in pairwise(ordered):
+            reach = self.dense if following > end - self.near else self.sparse
+            if following - last > reach:
+                kept.add(position)
+                last = position
+        return kept
+
+    def coarsened(self, end: int, most: int) -> "Spacing":
+        """The same, with `sparse` doubled until about `most` boundaries do for `end` tokens."""
+        sparse = self.sparse
+        while self.near // self.dense + 1 + max(0, end - self.near) // sparse > most:
+            sparse *= 2
+        return Spacing(self.dense, self.near, sparse)
+
+
+@dataclass
+class Marks:
+    """The positions at which records are set aside: every `dense` tokens, and those asked for."""
+
+    spacing: Spacing = field(default_factory=Spacing)
+    extra: set[int] = field(default_factory=set)
+
+    def passed(self, before: int, after: int) -> list[int]:
+        """The marks in before + 1 .. after."""
+        step = self.spacing.dense
+        found = list(range((before // step + 1) * step, after + 1, step))
+        if self.extra:
+            found += sorted(m for m in self.extra if before < m <= after and m % step)
+        return found

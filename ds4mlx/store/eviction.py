@@ -1,0 +1,100 @@
+"""Which files go when the store is full, and which boundary records are thinned out.
+
+Leaves go first: segments that no other follows, with their boundary records. The lowest of
+(1 + hits) x prefill saved / bytes goes first, where all of the first factor halves every 6 hours and
+the prefill saved is the segment's own tokens, each at the cost of its depth. What somebody has in
+use, and the chain that is being saved, stays.
+"""
+
+import time
+from collections import defaultdict
+from collections.abc import Iterable
+
+from ds4mlx.boundaries import Spacing
+from ds4mlx.errors import DataError
+from ds4mlx.store.catalogue import HALF_LIFE, Catalogue, Record, Segment
+from ds4mlx.store.locks import is_pinned
+
+# Tokens after which attention costs as much again as the rest of a token's prefill.
+COST_DEPTH = 100_000
+# Bytes of a chain's boundary records up to which none is thinned out.
+RECORDS_ALLOWED = 64_000_000
+
+
+class StoreFull(DataError):
+    """What is to be saved does not fit: the budget or the disk is too small."""
+
+
+def plan(
+    catalogue: Catalogue, wanted: int, kept: Iterable[str] = ()
+) -> list[tuple[Segment, list[Record]]]:
+    """Leaves to delete, in this order, for `wanted` bytes to become free; StoreFull if they cannot.
+
+    kept: keys of segments that stay.
+    """
+    records: dict[str, list[Record]] = defaultdict(list)
+    children: dict[str, int] = defaultdict(int)
+    for record in catalogue.records.values():
+        records[record.segment].append(record)
+    for segment in catalogue.segments.values():
+        children[segment.parent] += 1
+    now, kept, chosen, freed = time.time(), set(kept), [], 0
+    leaves = {s.key: s for s in catalogue.segments.values() if not children[s.key]}
+    while freed < wanted:
+        free = [s for s in leaves.values() if s.key not in kept]
+        if not free:
+            raise StoreFull(f"only {freed:,} of {wanted:,} bytes can be made free in the KV store")
+        leaf = min(free, key=lambda s: (worth(catalogue, s, records[s.key], now), s.created))
+        if is_pinned(catalogue.path(leaf)):
+            kept.add(leaf.key)
+            continue
+        del leaves[leaf.key]
+        chosen.append((leaf, records[leaf.key]))
+        freed += leaf.nbytes + sum(record.nbytes for record in records[leaf.key])
+        children[leaf.parent] -= 1
+        if leaf.parent in catalogue.segments and not children[leaf.parent]:
+            leaves[leaf.parent] = catalogue.segments[leaf.parent]
+    return chosen
+
+
+def worth(catalogue: Catalogue, segment: Segment, records: list[Record], now: float) -> float:
+    """Decayed hits x prefill saved / bytes of a leaf."""
+    hits = sum(catalogue.uses[r.key].decayed(now) for r in records if r.key in catalogue.uses)
+    newest = max([segment.created, *(r.created for r in records)])
+    age = 0.5 ** (max(0.0, now - newest) / HALF_LIFE)
+    tokens = segment.end - segment.start
+    saved = tokens * (1 + (segment.start + segment.end) / 2 / COST_DEPTH)
+    return (age + hits) * saved / (segment.nbytes + sum(r.nbytes for r in records))
+
+
+def evict(catalogue: Catalogue, chosen: Iterable[tuple[Segment, list[Record]]]) -> int:
+    """Delete leaves, records before their segment; the bytes that came free."""
+    freed = 0
+    for segment, records in chosen:
+        for item in (*records, segment):
+            catalogue.remove(item)
+            freed += item.nbytes
+    return freed
+
+
+def superfluous(
+    catalogue: Catalogue, segment: str, spacing: Spacing, allowed: int = RECORDS_ALLOWED
+) -> list[Record]:
+    """Records on a chain that may go, oldest first: beyond `allowed` bytes, and needed by no leaf."""
+    found = sorted(catalogue.on_chain(segment), key=lambda record: record.created)
+    excess = sum(record.nbytes for record in found) - allowed
+    if excess <= 0:
+        return []
+    needed: set[str] = set()
+    parents = {held.parent for held in catalogue.segments.values()}
+    for leaf in catalogue.segments.values():
+        if leaf.key not in parents or leaf.key == segment:
+            along = list(catalogue.on_chain(leaf.key))
+            kept = spacing.thinned({r.tokens for r in along}, leaf.end)
+            needed |= {r.key for r in along if r.tokens in kept}
+    chosen = []
+    for record in found:
+        if excess > 0 and record.key not in needed:
+            chosen.append(record)
+            excess -= record.nbytes
+    return chosen

@@ -1,0 +1,77 @@
+"""Names of things: prefixes, segments, records, and the model they belong to."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Sequence
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten
+
+from ds4mlx.model import Model
+
+LAYOUT = 1  # of segments and records; another one is another model
+
+
+def token_array(tokens: Sequence[int] | np.ndarray | mx.array) -> np.ndarray:
+    """Token ids of one sequence, int32 (n,)."""
+    return np.ascontiguousarray(np.asarray(tokens).reshape(-1), dtype="<i4")
+
+
+def prefix_keys(tokens: np.ndarray, lengths: Iterable[int]) -> dict[int, str]:
+    """The public keys of prefixes: SHA1 of the token ids, 4 bytes each, little-endian."""
+    digest, done, keys = hashlib.sha1(), 0, {}
+    for length in sorted(set(lengths)):
+        digest.update(tokens[done:length].data)
+        done = length
+        keys[length] = digest.hexdigest()
+    return keys
+
+
+def prefix_key(tokens: Sequence[int] | np.ndarray) -> str:
+    """The public key of all of `tokens`."""
+    ids = token_array(tokens)
+    return prefix_keys(ids, [len(ids)])[len(ids)]
+
+
+def segment_key(
+    model: str, parent: str, start: int, tokens: np.ndarray, checksums: Iterable[bytes]
+) -> str:
+    """Of a segment that follows `parent` at `start`: what it holds decides, and what came before."""
+    digest = hashlib.sha1(f"segment {model} {parent or '-'} {start}\n".encode())
+    digest.update(tokens.data)
+    for checksum in checksums:
+        digest.update(checksum)
+    return digest.hexdigest()
+
+
+def record_key(model: str, segment: str, tokens: int, checksum: bytes) -> str:
+    """Of the boundary record at `tokens` within a segment."""
+    return hashlib.sha1(f"record {model} {segment} {tokens}\n".encode() + checksum).hexdigest()
+
+
+def fingerprint(model: Model) -> str:
+    """What a state must agree in with the model that takes it up.
+
+    The converted directory (weights, recipe, configuration, tokenizer) or, for a model that was not
+    loaded from one, its parameters; the activation type, the rounding, and switches of arithmetic.
+    """
+    switches = {
+        "layout": LAYOUT,
+        "weights": model.identity or _digest(model),
+        "config": model.args.model_dump(mode="json"),
+        "dtype": str(model.dtype),
+        "rounding": model.rounding,
+        "tf32": os.environ.get("MLX_ENABLE_TF32", ""),
+    }
+    return hashlib.sha1(json.dumps(switches, sort_keys=True).encode()).hexdigest()
+
+
+def _digest(model: Model) -> str:
+    digest = hashlib.sha256()
+    for name, array in tree_flatten(model.parameters()):
+        assert isinstance(array, mx.array)
+        digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
+        digest.update(np.array(mx.contiguous(array).reshape(-1).view(mx.uint8)).data)
+    return digest.hexdigest()

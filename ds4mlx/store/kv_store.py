@@ -1,0 +1,189 @@
+"""The store of one model in one directory: save and restore decode states by their tokens."""
+
+import weakref
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+
+from ds4mlx.boundaries import Spacing
+from ds4mlx.cache import DecodeState
+from ds4mlx.errors import DataError
+from ds4mlx.model import Model
+from ds4mlx.store import keys, restoring, texts
+from ds4mlx.store.calls import Calls
+from ds4mlx.store.catalogue import Catalogue
+from ds4mlx.store.locks import Pin
+from ds4mlx.store.state_bytes import check_storable
+from ds4mlx.store.taking import Job, Taker
+from ds4mlx.store.writing import Writer, make_folders
+from ds4mlx.tokenizer import Tokenizer
+
+BUDGET = 16 << 30
+REASONS = ("cold", "continue", "evict", "shutdown")
+
+
+class KVStore:
+    """Decode states of `model` on disk. A state is found again by its tokens, or by their text.
+
+    directory: made if it is missing, private to the user; several processes may share it, and
+        several models. budget_bytes: of all files in it; the least valuable go when it is full.
+    tokenizer: that of the model; without it no prefix is found by its text.
+    min_free_bytes: of the disk, left free; 1 GiB unless told, or a twentieth of a small disk.
+    keep_text: whether the readable text stands in the files, for `ds4mlx cache show`; the token
+        ids always do. spacing: how near to any point a boundary is kept.
+
+    Not for several threads at a time; `save_soon` writes in a thread of its own.
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        budget_bytes: int = BUDGET,
+        model: Model | None = None,
+        *,
+        tokenizer: Tokenizer | None = None,
+        min_free_bytes: int | None = None,
+        keep_text: bool = True,
+        spacing: Spacing | None = None,
+        label: str = "",
+    ):
+        if model is None:
+            raise DataError("a KV store needs the model whose states it holds")
+        self.directory = Path(directory).expanduser().absolute()
+        self.model, self.tokenizer = model, tokenizer
+        self.spacing = spacing or Spacing()
+        try:
+            make_folders(self.directory)
+        except OSError as error:
+            raise DataError(f"{self.directory}: {error.strerror}") from None
+        self.calls = Calls(self.directory / "calls.jsonl")
+        self._catalogue = Catalogue(self.directory)
+        self._fingerprint = keys.fingerprint(model)
+        self._taker = Taker(self._catalogue, self._fingerprint, label or model.args.release)
+        pieces = None if tokenizer is None else texts.token_texts(tokenizer)
+        self._writer = Writer(
+            Catalogue(self.directory), budget_bytes, min_free_bytes, self.spacing, pieces, keep_text
+        )
+        self._thread = ThreadPoolExecutor(1, "kv-store")
+        self.last_hit: tuple[int, str] | None = None  # tokens, and the reason they were saved for
+        self._pins: weakref.WeakKeyDictionary[DecodeState, Pin] = weakref.WeakKeyDictionary()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all files in the directory, other models' included."""
+        self._catalogue.refresh()
+        return self._catalogue.nbytes
+
+    # Saving
+
+    def save(
+        self, tokens: Sequence[int] | np.ndarray, cache: DecodeState, reason: str = "cold"
+    ) -> str:
+        """Save the state of exactly the first len(tokens) tokens; returns its public key.
+
+        tokens: ids, at least 1 and at most `cache.offset`. Writes what the store lacks: rows, and
+        boundary records of this length and of those that the state has set aside. It lasts when
+        this returns. The key is the SHA1 of the ids, each 4 bytes, little-endian.
+        Raises DataError (StoreFull where the budget or the disk is too small; RewindError where
+        the state can no longer give this length); what was stored before is untouched.
+        """
+        return self.save_soon(tokens, cache, reason).result()
+
+    def save_soon(
+        self, tokens: Sequence[int] | np.ndarray, cache: DecodeState, reason: str = "cold"
+    ) -> "Future[str]":
+        """Like `save`, but writes beside what follows: the state may go on when this returns.
+
+        The future's result comes when it lasts, and raises what `save` raises while writing.
+        """
+        if reason not in REASONS:
+            raise DataError(f"reason must be one of {', '.join(REASONS)}, not {reason!r}")
+        ids = keys.token_array(tokens)
+        check_storable(self.model, cache, len(ids))
+        job = self._taker.take(ids, cache, reason)
+        return self._thread.submit(self._write, job, weakref.ref(cache))
+
+    def flush(self) -> None:
+        """Wait for everything that is being written."""
+        self._thread.submit(lambda: None).result()
+
+    def close(self) -> None:
+        """Wait for everything that is being written, and let go of what is in use."""
+        self._thread.shutdown()
+        for pin in list(self._pins.values()):
+            pin.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _write(self, job: Job, saved: "weakref.ref[DecodeState]") -> str:
+        try:
+            self._writer.write(job)
+            cache = saved()
+            if cache is not None:
+                self._pin(cache, job.segment)
+            return job.key
+        except OSError as error:
+            raise DataError(f"{self.directory}: {error.strerror or error}") from error
+        finally:
+            self._taker.settled += [piece.item.key for piece in job.segments]
+
+    # Restoring
+
+    def restore(self, tokens: Sequence[int] | np.ndarray) -> tuple[DecodeState, int]:
+        """The state of the longest stored prefix of `tokens`, and its length.
+
+        In every byte the state that was saved. A fresh state and 0 if nothing is stored. A damaged
+        file is a miss, with one warning; it is set apart.
+        """
+        ids = keys.token_array(tokens)
+        self._catalogue.refresh()
+        for record in restoring.matches(self._catalogue, self._fingerprint, ids):
+            state = restoring.read_state(self._catalogue, self.model, record, ids)
+            if state is not None:
+                self._pin(state, record.segment)
+                self._catalogue.hit(record)
+                self.last_hit = (record.tokens, record.reason)
+                return state, record.tokens
+        self.last_hit = None
+        return self.model.make_cache(), 0
+
+    def longest(self, tokens: Sequence[int] | np.ndarray) -> int:
+        """Length of the longest stored prefix of `tokens`, as far as the catalogue knows."""
+        self._catalogue.refresh()
+        ids = keys.token_array(tokens)
+        found = restoring.matches(self._catalogue, self._fingerprint, ids)
+        return next((record.tokens for record in found), 0)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a prompt text, of which as many as possible are those of a stored prefix.
+
+        A text that was generated may be other tokens than the tokenizer would make of it: then the
+        stored ids stand for its beginning, and only what follows them is tokenised.
+        """
+        assert self.tokenizer is not None, "the store has no tokenizer"
+        ids = self.tokenizer.encode(text)
+        self._catalogue.refresh()
+        own = self.longest(ids[:-1])
+        for record, rest in texts.matches(self._catalogue, self._fingerprint, text.encode()):
+            if record.tokens <= own or not rest:
+                continue
+            held = restoring.read_tokens(self._catalogue, record)
+            if held is not None:
+                return [*held.tolist(), *self.tokenizer.encode(rest)]
+        return ids
+
+    def _pin(self, cache: DecodeState, segment: str) -> None:
+        """Keep the chain from eviction as long as the state is alive."""
+        old = self._pins.pop(cache, None)
+        pin = Pin(self._catalogue.directory / "segments" / f"{segment}.kv")
+        self._pins[cache] = pin
+        weakref.finalize(cache, pin.close)
+        if old is not None:
+            old.close()

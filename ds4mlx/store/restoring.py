@@ -1,0 +1,194 @@
+"""From a prompt to the longest stored prefix of it, and from the files to the state."""
+
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Event
+
+import mlx.core as mx
+import numpy as np
+
+from ds4mlx.cache import DecodeState, Stored
+from ds4mlx.model import Model
+from ds4mlx.store import block_file, keys
+from ds4mlx.store.block_file import DamagedFile, Header
+from ds4mlx.store.catalogue import Catalogue, Record, Segment
+from ds4mlx.store.state_bytes import Part, complete, empty_rows, parts
+
+# Segments read at a time.
+READERS = 4
+
+
+class Place:
+    """Room for the rows of a part, which is made while the first blocks are read already."""
+
+    def __init__(self, part: Part):
+        self._part, self.made = part, Event()
+
+    def make(self) -> None:
+        """Have the room made."""
+        if self._part.rows.buffer is not None:
+            mx.eval(self._part.rows.buffer)
+        self.made.set()
+
+    def view(self, start: int, end: int) -> np.ndarray:
+        """The bytes of the rows of tokens start..end-1, as soon as there is room for them."""
+        self.made.wait()
+        return self._part.view(start, end)
+
+
+def matches(catalogue: Catalogue, model: str, tokens: np.ndarray) -> Iterator[Record]:
+    """Records of prefixes of `tokens` whose chains are whole, longest first, then newest."""
+    ours = [r for r in catalogue.records.values() if r.model == model and r.tokens <= len(tokens)]
+    names = keys.prefix_keys(tokens, (record.tokens for record in ours))
+    found = [record for record in ours if record.prefix == names[record.tokens]]
+    for record in sorted(found, key=lambda r: (r.tokens, r.created), reverse=True):
+        if catalogue.chain(record.segment, record.tokens) is not None:
+            yield record
+
+
+def read_state(
+    catalogue: Catalogue, model: Model, record: Record, tokens: np.ndarray
+) -> DecodeState | None:
+    """The state that a record and its chain hold.
+
+    None if a file has gone, or is damaged: it is then set apart. Nothing unchecked is ever used.
+    """
+    chain = catalogue.chain(record.segment, record.tokens)
+    if chain is None:
+        return None
+    state = empty_rows(model, record.tokens)
+    places = [Place(part) for part in parts(state)]
+
+    def read(link: tuple[Segment, int, int]) -> None:
+        segment, start, end = link
+        ids = _read_segment(catalogue, segment, start, end, places)
+        if not np.array_equal(ids, tokens[start:end]):
+            raise DamagedFile(catalogue.path(record), "its chain holds other tokens than it says")
+
+    try:
+        boundary = _record_bytes(catalogue, record)
+        with ThreadPoolExecutor(READERS) as readers:
+            reading = readers.map(read, chain)
+            try:
+                for place in places:  # in this thread, which is the one that may use MLX
+                    place.make()
+            finally:
+                for place in places:
+                    place.made.set()
+            list(reading)
+    except DamagedFile as error:
+        catalogue.set_apart(error.path, error)
+        return None
+    except FileNotFoundError:
+        return None
+    complete(state, boundary, record.tokens)
+    state.stored = Stored(catalogue.directory, record.segment, record.tokens)
+    return state
+
+
+def read_tokens(catalogue: Catalogue, record: Record) -> np.ndarray | None:
+    """The token ids of the prefix that a record stands for; None as `read_state`."""
+    pieces = []
+    try:
+        for segment, start, end in catalogue.chain(record.segment, record.tokens) or []:
+            pieces.append(_read_segment(catalogue, segment, start, end, ()))
+    except DamagedFile as error:
+        catalogue.set_apart(error.path, error)
+        return None
+    except FileNotFoundError:
+        return None
+    return np.concatenate(pieces) if pieces else None
+
+
+def read_ids(catalogue: Catalogue, segment: Segment) -> np.ndarray | None:
+    """The token ids of a segment; None if it has gone or is damaged."""
+    try:
+        return _read_segment(catalogue, segment, segment.start, segment.end, ())
+    except (DamagedFile, FileNotFoundError):
+        return None
+
+
+def read_rows(catalogue: Catalogue, segment: Segment, held: list[Part]) -> list[np.ndarray] | None:
+    """The rows of a segment, bytes for every part; None if it has gone or is damaged."""
+    path = catalogue.path(segment)
+    try:
+        fd = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+    try:
+        header = _checked_header(fd, path, segment)
+        blocks = [np.empty(size, np.uint8) for size in header.sizes[: len(held) + 1]]
+        block_file.read_blocks(fd, path, header, (block.data for block in blocks))
+    except DamagedFile as error:
+        catalogue.set_apart(path, error)
+        return None
+    finally:
+        os.close(fd)
+    return blocks[1:]
+
+
+def read_text(catalogue: Catalogue, segment: Segment) -> str:
+    """The text that was kept with a segment, if it was."""
+    path = catalogue.path(segment)
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        header = block_file.read_header(fd, path)
+        size = segment.text_bytes
+        return os.pread(fd, size, header.nbytes - size).decode(errors="replace")
+    finally:
+        os.close(fd)
+
+
+def _read_segment(
+    catalogue: Catalogue, segment: Segment, start: int, end: int, into: Sequence[Place]
+) -> np.ndarray:
+    """Read the rows of tokens start..end-1 to their places, if any; returns the token ids."""
+    path = catalogue.path(segment)
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        header = _checked_header(fd, path, segment)
+        ids = np.empty(header.sizes[0], np.uint8)
+        if len(header.sizes) <= len(into):
+            raise DamagedFile(path, "has fewer blocks than the model")
+        buffers = _buffers(ids, header.sizes, start, end, into)
+        block_file.read_blocks(fd, path, header, buffers)
+    finally:
+        os.close(fd)
+    return ids.view("<i4")[: end - start]
+
+
+def _buffers(
+    ids: np.ndarray, sizes: list[int], start: int, end: int, into: Sequence[Place]
+) -> Iterator[memoryview]:
+    """Where the blocks of a segment go, each once its place is there."""
+    yield ids.data
+    for place, size in zip(into, sizes[1:], strict=False):
+        target = place.view(start, end)
+        if target.nbytes == size:
+            yield target.data
+        else:  # a block is checked whole, also where only its beginning is wanted
+            whole = np.empty(size, np.uint8)
+            yield whole.data
+            target[:] = whole[: target.nbytes]
+
+
+def _record_bytes(catalogue: Catalogue, record: Record) -> np.ndarray:
+    path = catalogue.path(record)
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        header = _checked_header(fd, path, record)
+        boundary = np.empty(header.sizes[0], np.uint8)
+        block_file.read_blocks(fd, path, header, (boundary.data,))
+    finally:
+        os.close(fd)
+    return boundary
+
+
+def _checked_header(fd: int, path: Path, item: Segment | Record) -> Header:
+    """The header, which must say what the catalogue says; an index may be wrong."""
+    header = block_file.read_header(fd, path)
+    if {**header.meta, "nbytes": header.nbytes} != vars(item):
+        raise DamagedFile(path, "its header and the index disagree")
+    return header

@@ -1,0 +1,74 @@
+"""The bytes of a decode state that grow: rows, as they are held, of every compressor.
+
+Reads them off a state without a copy, and makes a state whose rows are to be filled in.
+"""
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+from ds4mlx.buffers import Rows
+from ds4mlx.cache import DecodeState
+from ds4mlx.errors import DataError
+from ds4mlx.model import Model
+from ds4mlx.record import load_record
+from ds4mlx.row_forms import RowForm
+
+
+@dataclass(frozen=True)
+class Part:
+    """The rows of one compressor; one row every `ratio` tokens."""
+
+    ratio: int
+    form: RowForm
+    rows: Rows
+
+    def view(self, start: int, end: int) -> np.ndarray:
+        """The bytes of the rows that tokens start..end-1 complete, in place."""
+        first, last = start // self.ratio, end // self.ratio
+        if self.rows.buffer is None or first == last:
+            return np.empty(0, np.uint8)
+        buffer = self.rows.buffer
+        if buffer.dtype == mx.bfloat16:  # which NumPy does not know
+            buffer = buffer.view(mx.uint16)
+        return np.array(buffer, copy=False)[0, first:last].reshape(-1).view(np.uint8)
+
+
+def parts(state: DecodeState) -> list[Part]:
+    """Every compressor's rows, in the order in which a segment holds them."""
+    forms = (state.form.kv, state.form.index)
+    return [
+        Part(held.ratio, form, held.rows)
+        for layer in state
+        for held, form in zip(layer.compressors, forms, strict=False)
+    ]
+
+
+def check_storable(model: Model, state: DecodeState, tokens: int) -> None:
+    """DataError unless the state is one sequence of this model with at least `tokens` tokens."""
+    if state.form != model.make_cache().form or len(state) != len(model.layers):
+        raise DataError("the state is not one of the store's model: it holds its rows otherwise")
+    if not 1 <= tokens <= state.offset:
+        raise DataError(f"cannot save {tokens} tokens of a state that holds {state.offset}")
+    if any(array.shape[0] != 1 for array in state[0].state):
+        raise DataError("a state of several sequences at a time cannot be saved")
+
+
+def empty_rows(model: Model, tokens: int) -> DecodeState:
+    """A state with room for the rows of `tokens` tokens, not yet evaluated, and nothing else."""
+    state = model.make_cache()
+    for part in parts(state):
+        count = tokens // part.ratio
+        if count:
+            shape = (1, part.rows.capacity(count), part.form.elements)
+            part.rows.load(mx.zeros(shape, part.form.dtype), count)
+    return state
+
+
+def complete(state: DecodeState, record: np.ndarray, tokens: int) -> None:
+    """Make a state with all its rows the state after `tokens` tokens, by its boundary record."""
+    load_record(state.layers, mx.array(record)[None], tokens)
+    for layer in state:
+        layer.offset = tokens
+    mx.eval(state.arrays)

@@ -1,0 +1,272 @@
+"""When generation and chat save, what they take up again, and a whole agent session."""
+
+import json
+import logging
+from itertools import chain
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from steering import Dictation, Failing, tokens_of
+
+from ds4mlx import DecodeState, KVStore, ModelConfig, cli, stream_generate
+from ds4mlx.chat import encode_messages, parse_completion
+from ds4mlx.chat.replay import sampled_calls
+from ds4mlx.chat.tokens import DSML, EOS
+from ds4mlx.conversation import Conversation
+from ds4mlx.record import record_bytes
+from ds4mlx.sampling import Sampler
+from ds4mlx.store import admin
+from ds4mlx.store.policy import Policy
+from ds4mlx.tokenizer import Tokenizer
+
+IDS = np.random.default_rng(4).integers(2, 288, 5000).tolist()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(small_dir):
+    return Tokenizer.from_dir(small_dir)
+
+
+@pytest.fixture
+def store(small_model, tmp_path):
+    with KVStore(tmp_path / "kv", model=small_model) as opened:
+        yield opened
+
+
+def lengths(store):
+    """(tokens, reason) of what is stored, without the boundaries on the way."""
+    found = admin.entries(admin.open_directory(store.directory))
+    return sorted((entry.tokens, entry.reason) for entry in found)
+
+
+def answer(model, tokenizer, ids, count, **options):
+    return list(stream_generate(model, tokenizer, ids, count, **options))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "end"), [(100, 0), (543, 0), (544, 512), (700, 640), (800, 768), (801, 768)]
+)
+def test_where_a_prompt_is_saved(prompt, end):
+    assert Policy().prompt_end(prompt) == end
+
+
+def test_a_prompt_is_prefilled_once(small_model, tokenizer, store):
+    """And the second answer is the first one, token for token."""
+    first = answer(small_model, tokenizer, IDS[:700], 12, store=store)
+    assert lengths(store) == [(640, "cold")]
+    second = answer(small_model, tokenizer, IDS[:700], 12, store=store)
+    assert tokens_of(second) == tokens_of(first)
+    assert (first[0].cached_tokens, first[0].prompt_tokens) == (0, 700)
+    assert (second[0].cached_tokens, second[0].prompt_tokens) == (640, 60)
+    longer = answer(small_model, tokenizer, IDS[:1000], 3, store=store)
+    assert longer[0].cached_tokens == 640
+    assert lengths(store) == [(640, "cold"), (896, "continue")]
+
+
+def test_short_prompts_leave_no_files(small_model, tokenizer, store):
+    answer(small_model, tokenizer, IDS[:500], 3, store=store)
+    assert not list(store.directory.rglob("*.kv"))
+
+
+def test_long_runs_are_saved_on_the_way(small_model, tokenizer, store, monkeypatch):
+    monkeypatch.setattr(Policy.__init__, "__defaults__", (512, 32, 128, 1024))
+    options = {"prefill_step": 512, "sampler": Dictation(IDS[1000:])}
+    answer(small_model, tokenizer, IDS[:1000], 170, store=store, **options)
+    assert lengths(store) == [(896, "cold"), (1024, "continue"), (1152, "shutdown")]
+    assert store.restore(IDS[:1169])[1] == 1152
+
+
+def test_an_answer_that_is_closed_is_saved_as_far_as_it_came(small_model, tokenizer, store):
+    run = stream_generate(
+        small_model, tokenizer, IDS[:600], 100, store=store, sampler=Dictation(IDS[600:])
+    )
+    for _ in range(60):
+        next(run)
+    run.close()
+    assert lengths(store) == [(512, "cold"), (640, "shutdown")]
+
+
+def test_a_state_that_failed_is_not_saved(small_model, tokenizer, store):
+    with pytest.raises(RuntimeError, match="out of memory"):
+        answer(small_model, tokenizer, IDS[:600], 100, store=store, sampler=Failing(60))
+    assert lengths(store) == [(512, "cold")]
+
+
+def test_a_store_that_cannot_be_written_is_told_once(small_model, tokenizer, tmp_path, caplog):
+    store = KVStore(tmp_path, budget_bytes=1000, model=small_model)
+    want = answer(small_model, tokenizer, IDS[:600], 5)
+    with caplog.at_level(logging.WARNING):
+        got = answer(small_model, tokenizer, IDS[:600], 5, store=store)
+    assert tokens_of(got) == tokens_of(want)
+    assert len(caplog.records) == 1 and "budget" in caplog.text
+
+
+# By text
+
+
+def test_a_history_that_is_tokenised_otherwise_is_found_by_its_text(embedded, tmp_path):
+    """As after an answer whose tokens are not those the tokenizer would choose."""
+    model, tokenizer = embedded
+    store = KVStore(tmp_path, model=model, tokenizer=tokenizer)
+    text = "The history of a conversation, " * 3
+    spelled = [tokenizer.encode(char)[0] for char in text]  # a token for every letter
+    assert spelled != tokenizer.encode(text)
+    cache = model.make_cache()
+    mx.eval(model(mx.array([spelled]), cache=cache))
+    store.save(spelled, cache)
+    ids = store.encode(text + "and its end")
+    assert ids == spelled + tokenizer.encode("and its end")
+    assert store.restore(ids)[1] == len(spelled)
+    for other in ("The history" + text, text[:-1] + "?", text):
+        assert store.encode(other) == tokenizer.encode(other)
+
+
+def test_no_text_is_cut_inside_a_character(embedded, tmp_path):
+    model, tokenizer = embedded
+    store = KVStore(tmp_path, model=model, tokenizer=tokenizer)
+    ids = tokenizer.encode("one 🦊")
+    assert len(tokenizer.token_bytes(ids[-1])) < 4
+    cache = model.make_cache()
+    mx.eval(model(mx.array([ids[:-1]]), cache=cache))
+    store.save(ids[:-1], cache)
+    assert store.encode("one 🦊 two") == tokenizer.encode("one 🦊 two")
+
+
+# Tool calls
+
+
+CALLS = (
+    f'Look.\n\n<{DSML}tool_calls>\n<{DSML}invoke name="f">\n'
+    f'<{DSML}parameter name="x" string="false">1.50</{DSML}parameter>\n'
+    f"</{DSML}invoke>\n</{DSML}tool_calls>"
+)
+
+
+@pytest.mark.parametrize(
+    "text", [CALLS, CALLS.replace("\n\n<", "\n<"), CALLS.replace(">\n<", "> <")]
+)
+def test_calls_are_rendered_as_they_were_sampled_in_another_process_too(
+    small_model, tmp_path, text
+):
+    message = parse_completion(text + EOS)
+    del message["malformed"]
+    message["tool_calls"][0]["id"] = "call_abc"
+    KVStore(tmp_path, model=small_model).calls.remember(["call_abc"], sampled_calls(text + EOS))
+    replay = KVStore(tmp_path, model=small_model).calls
+    history = [{"role": "user", "content": "?"}, message, {"role": "user", "content": "!"}]
+    assert (text + EOS) in encode_messages(history, replay=replay)
+    assert "call_other" not in replay and len(replay) == 1
+
+
+@pytest.mark.parametrize("text", ["no calls", CALLS + "behind", CALLS[:-9], "<think>" + CALLS])
+def test_what_cannot_be_replayed(text):
+    assert sampled_calls(text) == "" or text.startswith("<think>")
+
+
+# A chat
+
+
+def test_a_chat_goes_on_in_another_process(embedded, tmp_path):
+    """What a conversation held when it was left is taken up by the next."""
+    model, tokenizer = embedded
+    talks = []
+    for _ in range(2):
+        store = KVStore(tmp_path, model=model, tokenizer=tokenizer)
+        talk = Conversation(
+            model, tokenizer, Sampler(temperature=0), "none", "Be brief. " * 160, store
+        )
+        talks.append(list(talk.ask("Hello there", 8)))
+        talk.keep("shutdown")
+    assert tokens_of(talks[0]) == tokens_of(talks[1])
+    assert talks[0][0].cached_tokens == 0 and talks[1][0].cached_tokens >= 512
+    second = list(talk.ask("And now?", 4))
+    assert second[0].cached_tokens > talks[1][0].cached_tokens
+    talk.reset()
+    assert talk.held == [] and talk.cache.offset == 0
+
+
+def test_the_commands(embedded_dir, tmp_path, capfd):
+    prompt, kv = tmp_path / "prompt", ["--kv-dir", str(tmp_path / "kv")]
+    prompt.write_text("All work and no play makes a dull text. " * 40)
+
+    def run(*arguments):
+        code = cli.run([*arguments, *kv])
+        return code, *capfd.readouterr()
+
+    generate = ("generate", "-m", str(embedded_dir), "--temp", "0", "--max-tokens", "4")
+    first, second = (run(*generate, "--prompt-file", str(prompt)) for _ in range(2))
+    assert first[:2] == second[:2] and first[0] == 0
+    assert " kept" not in first[2] and " kept" in second[2]
+    _, listed, _ = run("cache", "ls")
+    key = listed.splitlines()[1].split()[0]
+    assert "cold" in listed and "1 hits" in listed
+    assert json.loads(run("cache", "ls", "--json")[1])["prefixes"][0]["hits"] == 1
+    assert "All work and no play" in run("cache", "show", key)[1]
+    assert run("cache", "show", "ffff")[0] == 1
+    assert run("cache", "verify")[0] == 0
+    segment = next((tmp_path / "kv" / "segments").iterdir())
+    raw = bytearray(segment.read_bytes())
+    raw[-5] ^= 1
+    segment.write_bytes(raw)
+    code, found, _ = run("cache", "verify")
+    assert code == 1 and segment.name in found
+    assert run("cache", "prune", "--budget", "1K")[0] == 0
+    assert "0 prefixes" in run("cache", "ls")[1]
+    assert run("cache", "clear")[0] == 0
+    kv[1] = str(tmp_path)
+    code, _, wrong = run("cache", "ls")
+    assert code == 1 and "not a KV store" in wrong
+
+
+# Flash's shapes
+
+
+@pytest.mark.parametrize(
+    ("tokens", "most"), [(128, 3.7e6), (100_000, 14.7e6), (100_095, 14.7e6), (102_400, 3.7e6)]
+)
+def test_boundary_records_of_flash(tokens, most):
+    assert record_bytes(DecodeState(ModelConfig()).layers, tokens) <= most
+
+
+# An agent
+
+
+def agent_session(rng):
+    """(what happens, prompt) of 40 turns: growth, retries, an edited turn, a compaction."""
+
+    def some(count):
+        return rng.integers(2, 288, count).tolist()
+
+    system, history = some(900), []
+    for turn in range(40):
+        if turn in (7, 19, 31):
+            yield "retry", [*system, *chain.from_iterable(history)]
+            continue
+        if turn == 14:
+            history[-3:] = [some(70)]
+            yield "edited turn", [*system, *chain.from_iterable(history)]
+            continue
+        if turn == 26:
+            history = [some(250)]
+            yield "compaction", [*system, *chain.from_iterable(history)]
+            continue
+        history.append(some(int(rng.integers(30, 110))))
+        yield "growth", [*system, *chain.from_iterable(history)]
+
+
+def test_an_agent_session_prefills_little(small_model, tokenizer, tmp_path):
+    """40 turns; every turn finds its beginning on the disk, as if the server had been restarted."""
+    total = prefilled = 0
+    for turn, (what, ids) in enumerate(agent_session(np.random.default_rng(9))):
+        with KVStore(tmp_path, model=small_model) as store:
+            last = answer(small_model, tokenizer, ids, 4, store=store)[-1]
+            source = "nothing" if store.last_hit is None else f"{store.last_hit[1]}"
+            print(
+                f"{turn:>2} {what:<12} {len(ids):>5} tokens: {last.cached_tokens:>5} from "
+                f"{source:<9} {last.prompt_tokens:>5} prefilled"
+            )
+            assert last.cached_tokens + last.prompt_tokens == len(ids)
+        total, prefilled = total + len(ids), prefilled + last.prompt_tokens
+    print(f"{prefilled} of {total} tokens prefilled: {prefilled / total:.1%}")
+    assert prefilled < 0.15 * total

@@ -1,0 +1,432 @@
+"""The KV store: what is restored is what was saved, in every byte, and continues as it would have."""
+
+import hashlib
+import os
+import stat
+import subprocess
+import sys
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from reference import run
+from synthetic_state import same_state, synthetic_state
+
+from ds4mlx import DataError, KVStore, Model, ModelConfig, RewindError, load
+from ds4mlx.boundaries import Spacing
+from ds4mlx.store import eviction
+from ds4mlx.store.eviction import StoreFull
+
+IDS = np.random.default_rng(0).integers(0, 288, 4000)
+
+
+@pytest.fixture
+def store(small_model, tmp_path):
+    with KVStore(tmp_path / "kv", budget_bytes=1 << 30, model=small_model) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def plain_model(small_dir):
+    return load(small_dir, dtype=mx.float32, rounding="none")[0]
+
+
+def fed(model, ids, cache=None):
+    cache = model.make_cache() if cache is None else cache
+    run(model, ids, cache)
+    return cache
+
+
+# Bit for bit
+
+
+def lengths(seed, count):
+    """Lengths of chunks that end near multiples of 4, 128 and 2,048."""
+    rng = np.random.default_rng(seed)
+    near = [4 * n + d for n in range(1, 25) for d in (-1, 0, 1)]
+    near += [128 * n + d for n in range(1, 17) for d in (-3, -1, 0, 1, 4)]
+    near += [2048 + d for d in (-4, -1, 0, 1, 2, 3, 5, 128)]
+    ends = sorted(rng.choice(sorted(set(near)), count, replace=False).tolist())
+    return np.diff([0, *ends]).tolist()
+
+
+@pytest.mark.parametrize("rounding", ["official", "none"])
+def test_a_restored_state_continues_in_every_bit_as_the_run_it_was_saved_from(
+    request, rounding, tmp_path
+):
+    """200 prefixes with their continuations: the next chunk of the same run."""
+    model = request.getfixturevalue("small_model" if rounding == "official" else "plain_model")
+    store, cache, end, pairs = KVStore(tmp_path / "kv", model=model), model.make_cache(), 0, 0
+    for length in lengths(1, 102):
+        if end:
+            store.save(IDS[:end], cache)
+            restored, count = store.restore(IDS[: end + length])
+            assert count == end == restored.offset
+            assert same_state(restored, cache)
+            assert restored.nbytes <= cache.nbytes
+        want = run(model, IDS[end : end + length], cache)
+        if end:
+            assert np.array_equal(run(model, IDS[end : end + length], restored), want)
+            pairs += 1
+        end += length
+    assert pairs == 101 and end > 2048
+
+
+def test_bfloat16_states_too(small_dir, tmp_path):
+    for rounding in ("official", "none"):
+        model = load(small_dir, rounding=rounding)[0]
+        store, cache = KVStore(tmp_path / "kv", model=model), fed(model, IDS[:133])
+        store.save(IDS[:133], cache)
+        restored, count = store.restore(IDS)
+        assert count == 133 and same_state(restored, cache)
+        assert np.array_equal(run(model, IDS[133:137], restored), run(model, IDS[133:137], cache))
+
+
+def test_branches_share_what_they_have_in_common(small_model, store):
+    """And each is restored with its own rows."""
+    cache = fed(small_model, IDS[:900])
+    store.save(IDS[:896], cache)
+    before = store.nbytes
+    ends = {}
+    for branch in range(3):
+        ids = np.concatenate([IDS[:896], np.random.default_rng(branch).integers(0, 288, 50)])
+        state, count = store.restore(ids)
+        assert count == 896
+        ends[branch] = (ids, fed(small_model, ids[896:], state))
+        store.save(ids, state)
+    assert store.nbytes < before + 3 * (50 * 1100 + 130_000)  # rows of 50 tokens, and a record
+    for ids, state in ends.values():
+        restored, count = store.restore(ids)
+        assert count == 946 and same_state(restored, state)
+    assert store.restore(np.concatenate([IDS[:900], [1, 2]]))[1] == 896
+
+
+def test_a_state_that_was_rewound_and_went_elsewhere(small_model, store):
+    cache = fed(small_model, IDS[:300])
+    store.save(IDS[:300], cache)
+    cache.rewind(250)
+    other = np.concatenate([IDS[:250], IDS[1000:1100]])
+    fed(small_model, other[250:], cache)
+    store.save(other, cache)
+    for ids, length in ((IDS, 300), (other, 350)):
+        restored, count = store.restore(ids)
+        assert count == length
+        if ids is other:
+            assert same_state(restored, cache)
+            want = run(small_model, IDS[:9], cache)
+            assert np.array_equal(run(small_model, IDS[:9], restored), want)
+
+
+def test_a_state_saved_under_other_tokens_than_before_harms_nothing(bare_model, tmp_path):
+    """A caller's mistake: what was saved rightly is still there."""
+    store = KVStore(tmp_path, 1 << 30, bare_model, min_free_bytes=0)
+    ids, other = (np.random.default_rng(n).integers(0, 512, 700) for n in (0, 1))
+    state = synthetic_state(bare_model, ids)
+    store.save(ids, state)
+    for wrong in (other, np.concatenate([ids[:300], other[:400]])):
+        store.save(wrong, state)
+        assert store.restore(wrong)[1] == 700
+    restored, count = store.restore(ids)
+    assert count == 700 and same_state(restored, state)
+    assert not list((tmp_path / "damaged").iterdir())
+
+
+def test_two_runs_with_other_chunks_are_not_mixed(small_model, store):
+    """Their rows may differ in the last bits: each is restored as it was, the later one first."""
+    one, other = fed(small_model, IDS[:200]), small_model.make_cache()
+    for at in range(0, 200, 50):
+        fed(small_model, IDS[at : at + 50], other)
+    for cache in (one, other, one):
+        store.save(IDS[:200], cache)
+        if cache is other:
+            assert same_state(store.restore(IDS)[0], cache)
+    assert same_state(store.restore(IDS[:200])[0], other) or same_state(one, other)
+
+
+def test_equal_runs_are_stored_once(small_model, store):
+    for _ in range(2):
+        store.save(IDS[:700], fed(small_model, IDS[:700]))
+        files = sorted(path.name for path in store.directory.rglob("*.kv"))
+    assert len(files) == 2
+
+
+def test_states_that_did_not_come_from_the_store_share_rows_too(bare_model, tmp_path):
+    """If the rows are the same: with stored segments, whole or to the middle."""
+    store = KVStore(tmp_path, 1 << 30, bare_model, min_free_bytes=0)
+    base, rng = np.random.default_rng(0).integers(0, 512, 3000), np.random.default_rng(1)
+    for cut, length in ((1000, 1000), (1000, 2000), (3000, 3000), (1501, 1900), (1501, 2500)):
+        ids = np.concatenate([base[:cut], rng.integers(0, 512, length - cut)])
+        state = synthetic_state(bare_model, ids)
+        store.save(ids, state)
+        restored, count = store.restore(ids)
+        assert count == length and same_state(restored, state)
+    catalogue = store._catalogue
+    spans = sorted((s.start, s.end) for s in catalogue.segments.values())
+    assert spans == [(0, 1000), (1000, 2000), (1000, 3000), (1501, 1900), (1501, 2500)]
+
+
+def test_another_process_restores_the_same(small_dir, small_model, store):
+    cache = fed(small_model, IDS[:331])
+    store.save(IDS[:331], cache)
+    want = run(small_model, IDS[331:340], cache)
+    script = """
+import sys
+import mlx.core as mx, numpy as np
+from ds4mlx import KVStore, load
+model = load(sys.argv[1], dtype=mx.float32)[0]
+ids = np.random.default_rng(0).integers(0, 288, 4000)
+cache, count = KVStore(sys.argv[2], model=model).restore(ids)
+assert count == 331
+np.save(sys.argv[3], np.array(model(mx.array(ids[None, 331:340]), cache=cache))[0])
+"""
+    out = store.directory / "logits.npy"
+    command = [sys.executable, "-c", script, str(small_dir), str(store.directory), str(out)]
+    subprocess.run(command, check=True, timeout=60)
+    assert np.array_equal(np.load(out), want)
+
+
+# What is found
+
+
+def test_one_save_stores_the_boundaries_that_were_set_aside(small_model, store):
+    cache = small_model.make_cache()
+    cache.marks.spacing = Spacing(256, 2048, 1024)
+    fed(small_model, IDS[:1000], cache)
+    store.save(IDS[:1000], cache)
+    for shared, want in ((999, 768), (1000, 1000), (600, 512), (256, 256), (255, 0)):
+        edited = np.concatenate([IDS[:shared], (IDS[shared : shared + 9] + 1) % 288])
+        restored, count = store.restore(edited)
+        assert count == want
+        if count:
+            probe = cache if count == 1000 else None
+            assert probe is None or same_state(restored, probe)
+    cache.rewind(512)
+    assert same_state(store.restore(IDS[:600])[0], cache)
+
+
+def test_a_shorter_prefix_is_saved_from_a_longer_state(small_model, store):
+    cache, shorter = fed(small_model, IDS[:512]), fed(small_model, IDS[:512])
+    key = store.save(IDS[:384], cache)
+    shorter.rewind(384)
+    restored, count = store.restore(IDS)
+    assert (count, cache.offset) == (384, 512) and same_state(restored, shorter)
+    assert key == hashlib.sha1(IDS[:384].astype("<i4").tobytes()).hexdigest()
+
+
+def test_any_length_from_one_on(small_model, store):
+    cache = small_model.make_cache()
+    for length in range(1, 10):
+        fed(small_model, IDS[length - 1 : length], cache)
+        store.save(IDS[:length], cache)
+    for length in range(1, 10):
+        assert store.restore(IDS[:length])[1] == length
+    assert store.restore(IDS[5:])[1] == 0 and store.restore([])[1] == 0
+
+
+@pytest.mark.parametrize("wrong", [[], list(range(301))])
+def test_lengths_that_cannot_be_saved(small_model, store, wrong):
+    cache = fed(small_model, IDS[:300])
+    with pytest.raises(DataError, match=f"cannot save {len(wrong)} tokens"):
+        store.save(wrong, cache)
+    with pytest.raises(RewindError):
+        store.save(IDS[:20], cache)
+    with pytest.raises(DataError, match="reason"):
+        store.save(IDS[:300], cache, reason="whim")
+    assert not list(store.directory.rglob("*.kv"))
+
+
+def test_a_batch_is_refused(small_model, store):
+    cache = small_model.make_cache()
+    mx.eval(small_model(mx.zeros((2, 9), mx.int32), cache=cache))
+    with pytest.raises(DataError, match="several sequences"):
+        store.save([0] * 9, cache)
+
+
+def test_another_model_rounding_or_type_finds_nothing(small_dir, tiny_dir, small_model, store):
+    store.save(IDS[:200], fed(small_model, IDS[:200]))
+    others = [
+        load(small_dir, dtype=mx.float32, rounding="none")[0],
+        load(small_dir, dtype=mx.bfloat16)[0],
+        load(tiny_dir, dtype=mx.float32)[0],
+    ]
+    changed = load(small_dir, dtype=mx.float32)[0]
+    changed.identity = None  # not loaded from a directory, so its parameters speak for it
+    changed.norm.weight = changed.norm.weight + 1
+    for model in [*others, changed]:
+        assert KVStore(store.directory, model=model).restore(IDS)[1] == 0
+    with pytest.raises(DataError, match="not one of the store's model"):
+        store.save(IDS[:9], fed(others[0], IDS[:9]))
+    same = load(small_dir, dtype=mx.float32)[0]
+    assert KVStore(store.directory, model=same).restore(IDS)[1] == 200
+
+
+# The directory
+
+
+def test_files_are_private(small_model, store):
+    os.umask(os.umask(0o022))
+    store.save(IDS[:200], fed(small_model, IDS[:200]))
+    for path in [store.directory, *store.directory.rglob("*")]:
+        assert stat.S_IMODE(path.stat().st_mode) == (0o700 if path.is_dir() else 0o600)
+
+
+def test_text_is_kept_only_if_wanted(embedded, tmp_path):
+    model, tokenizer = embedded
+    ids = tokenizer.encode("A secret that nobody reads.")
+    for keep in (True, False):
+        store = KVStore(tmp_path / str(keep), model=model, tokenizer=tokenizer, keep_text=keep)
+        store.save(ids, fed(model, np.array(ids)))
+        raw = b"".join(path.read_bytes() for path in store.directory.rglob("*.kv"))
+        assert (b"A secret" in raw) == keep
+        assert store.restore(ids)[1] == len(ids)
+
+
+def test_an_index_that_is_lost_or_nonsense_is_made_again(small_model, store):
+    cache = fed(small_model, IDS[:300])
+    store.save(IDS[:300], cache)
+    index = store.directory / "index.jsonl"
+    for content in (b"", b"nonsense\n", index.read_bytes()[:-30], os.urandom(500)):
+        index.write_bytes(content)
+        restored, count = KVStore(store.directory, model=small_model).restore(IDS)
+        assert count == 300 and same_state(restored, cache)
+
+
+def test_several_open_stores_see_each_others_saves(small_model, store):
+    other = KVStore(store.directory, model=small_model)
+    for end in (100, 200):
+        store.save(IDS[:end], fed(small_model, IDS[:end]))
+        assert other.restore(IDS)[1] == end
+    other.save(IDS[:250], fed(small_model, IDS[:250]))
+    assert store.restore(IDS)[1] == 250
+
+
+def test_saving_goes_on_beside_the_state(small_model, store):
+    """`save_soon` has taken what it needs when it returns."""
+    cache = fed(small_model, IDS[:300])
+    futures = []
+    for end in range(300, 330):
+        futures.append(store.save_soon(IDS[:end], cache, "continue"))
+        fed(small_model, IDS[end : end + 1], cache)
+    cache.rewind(310)
+    fed(small_model, IDS[:50], cache)
+    assert len({future.result(timeout=60) for future in futures}) == 30
+    straight = fed(small_model, IDS[:300])
+    for end in range(300, 329):
+        assert same_state(store.restore(IDS[:end])[0], straight)
+        fed(small_model, IDS[end : end + 1], straight)
+
+
+# Budget, on synthetic states
+
+
+@pytest.fixture(scope="module")
+def bare_model():
+    model = Model(
+        ModelConfig(
+            num_hidden_layers=3,
+            num_nextn_predict_layers=0,
+            compress_ratios=(0, 4, 128),
+            vocab_size=512,
+            hidden_size=64,
+            num_hash_layers=0,
+            head_dim=96,
+            num_attention_heads=2,
+            qk_rope_head_dim=32,
+            q_lora_rank=32,
+            o_groups=1,
+            o_lora_rank=32,
+            index_n_heads=2,
+            index_head_dim=32,
+            n_routed_experts=2,
+            num_experts_per_tok=1,
+            moe_intermediate_size=32,
+        )
+    )
+    model.identity = "bare"
+    return model
+
+
+def saved(store, seed, length=600):
+    """Save a conversation of its own; its tokens."""
+    ids = np.random.default_rng(seed).integers(0, 512, length)
+    store.save(ids, synthetic_state(store.model, ids))
+    return ids
+
+
+def test_the_budget_is_never_exceeded_and_the_newest_stays(bare_model, tmp_path):
+    store = KVStore(tmp_path, 1_000_000, bare_model, min_free_bytes=0)
+    for seed in range(20):
+        ids = saved(store, seed, 200 + 37 * seed)
+        assert store.restore(ids)[1] == len(ids)
+        assert sum(path.stat().st_size for path in tmp_path.rglob("*.kv")) <= 1_000_000
+    assert store.restore(np.random.default_rng(0).integers(0, 512, 200))[1] == 0
+
+
+def test_what_is_too_large_is_refused_and_evicts_nothing(bare_model, tmp_path):
+    store = KVStore(tmp_path, 400_000, bare_model, min_free_bytes=0)
+    ids = saved(store, 1)
+    with pytest.raises(StoreFull, match="exceed the budget"):
+        saved(store, 2, 6000)
+    assert store.restore(ids)[1] == 600
+
+
+def test_hits_save_a_prefix_from_eviction(bare_model, tmp_path):
+    store = KVStore(tmp_path, 1_000_000, bare_model, min_free_bytes=0)
+    first, second = saved(store, 1), saved(store, 2)
+    for _ in range(3):
+        store.restore(first)
+    for seed in range(3, 9):
+        saved(store, seed)
+        store.restore(first)
+    assert store.restore(second)[1] == 0 and store.restore(first)[1] == 600
+
+
+def test_what_is_in_use_is_not_evicted(bare_model, tmp_path):
+    """In any process: here another store object, with locks of its own."""
+    store = KVStore(tmp_path, 1_000_000, bare_model, min_free_bytes=0)
+    other = KVStore(tmp_path, 1_000_000, bare_model, min_free_bytes=0)
+    ids = np.random.default_rng(1).integers(0, 512, 600)
+    state = synthetic_state(bare_model, ids)
+    other.save(ids, state)
+    for seed in range(2, 12):
+        saved(store, seed)
+    assert store.longest(ids) == 600
+    del state
+    for seed in range(12, 22):
+        saved(store, seed)
+    assert store.longest(ids) == 0
+
+
+def test_leaves_go_before_what_they_follow(bare_model, tmp_path):
+    store = KVStore(tmp_path, 1 << 30, bare_model, min_free_bytes=0)
+    base = np.random.default_rng(0).integers(0, 512, 9000)
+    state = synthetic_state(bare_model, base[:8400])
+    store.save(base[:8400], state)
+    catalogue = store._catalogue
+    catalogue.refresh()
+    del state
+    order = [segment.start for segment, _ in eviction.plan(catalogue, catalogue.nbytes)]
+    assert order == [8192, 0]
+
+
+def test_free_disk_space_is_left(bare_model, tmp_path):
+    store = KVStore(tmp_path, 1 << 40, bare_model, min_free_bytes=1 << 60)
+    with pytest.raises(StoreFull, match="made free"):
+        saved(store, 1)
+    assert not list(tmp_path.rglob("*.kv")) and not list(tmp_path.rglob("*.tmp"))
+
+
+def test_boundaries_are_thinned_when_they_take_much(bare_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(eviction.superfluous, "__defaults__", (400_000,))
+    spacing = Spacing(256, 1024, 512)
+    store = KVStore(tmp_path, 1 << 30, bare_model, min_free_bytes=0, spacing=spacing)
+    ids = np.random.default_rng(0).integers(0, 512, 4096)
+    for end in range(128, 4097, 128):
+        store.save(ids[:end], synthetic_state(bare_model, ids[:end]))
+    catalogue = store._catalogue
+    catalogue.refresh()
+    positions = sorted(record.tokens for record in catalogue.records.values())
+    assert sum(r.nbytes for r in catalogue.records.values()) < 500_000 or len(positions) <= 12
+    for point in (4096, 4000, 3500, 2000, 1200):
+        reach = spacing.dense if point > 4096 - spacing.near else spacing.sparse
+        assert point - store.restore(ids[:point])[1] < reach + 128
