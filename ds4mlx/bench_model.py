@@ -15,6 +15,7 @@ import mlx.core as mx
 from ds4mlx.cache import DecodeState, LayerState
 from ds4mlx.generation import prefill
 from ds4mlx.model import Model
+from ds4mlx.row_forms import RowForm
 
 Fill = Literal["real", "synthetic"]
 # Operations of MLX's graph that only look at memory another way.
@@ -121,18 +122,20 @@ def synthetic_state(model: Model, tokens: int) -> DecodeState:
 
 
 def _fill(state: LayerState, model: Model, tokens: int) -> None:
-    config, dtype = model.args, model.dtype
+    forms, dtype = (state.form.kv, state.form.index), model.dtype
     state.offset = tokens
     kept = min(tokens, state.before)
     state.window.end = tokens - kept
-    state.window.extend(mx.random.normal((1, kept, config.head_dim)).astype(dtype), 0)
-    widths = (config.head_dim, config.index_head_dim)
-    for part, width in zip(state.compressors, widths, strict=False):
-        recent, lanes = tokens - part.needed(tokens), 2 if part.overlap else 1
+    state.window.extend(_random_rows(forms[0], kept, dtype), 0)
+    for part, form in zip(state.compressors, forms, strict=False):
+        recent = tokens - part.needed(tokens)
         part.recent.end = tokens - recent
-        part.recent.extend(mx.random.normal((1, recent, 2, lanes * width)), 0)
-        rows = mx.random.normal((1, tokens // part.ratio, width)).astype(dtype)
-        part.rows.extend(rows)
+        part.recent.extend(mx.random.normal((1, recent, 2, part.channels)), 0)
+        part.rows.extend(_random_rows(form, tokens // part.ratio, dtype))
+
+
+def _random_rows(form: RowForm, count: int, dtype: mx.Dtype) -> mx.array:
+    return form.pack(mx.random.normal((1, count, form.width)).astype(dtype))
 
 
 def table(rows: list[Row]) -> str:

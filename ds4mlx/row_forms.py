@@ -27,6 +27,11 @@ class RowForm(Protocol):
     """A way to hold rows of `width` channels."""
 
     @property
+    def width(self) -> int:
+        """Channels of a row."""
+        ...
+
+    @property
     def dtype(self) -> mx.Dtype:
         """Type of the elements held."""
         ...

@@ -105,9 +105,9 @@ def test_a_store_that_cannot_be_written_is_told_once(small_model, tokenizer, tmp
 # By text
 
 
-def test_a_history_that_is_tokenised_otherwise_is_found_by_its_text(embedded, tmp_path):
+def test_a_history_that_is_tokenised_otherwise_is_found_by_its_text(talker, tmp_path):
     """As after an answer whose tokens are not those the tokenizer would choose."""
-    model, tokenizer = embedded
+    model, tokenizer = talker
     store = KVStore(tmp_path, model=model, tokenizer=tokenizer)
     text = "The history of a conversation, " * 3
     spelled = [tokenizer.encode(char)[0] for char in text]  # a token for every letter
@@ -122,8 +122,8 @@ def test_a_history_that_is_tokenised_otherwise_is_found_by_its_text(embedded, tm
         assert store.encode(other) == tokenizer.encode(other)
 
 
-def test_no_text_is_cut_inside_a_character(embedded, tmp_path):
-    model, tokenizer = embedded
+def test_no_text_is_cut_inside_a_character(talker, tmp_path):
+    model, tokenizer = talker
     store = KVStore(tmp_path, model=model, tokenizer=tokenizer)
     ids = tokenizer.encode("one 🦊")
     assert len(tokenizer.token_bytes(ids[-1])) < 4
@@ -167,9 +167,9 @@ def test_what_cannot_be_replayed(text):
 # A chat
 
 
-def test_a_chat_goes_on_in_another_process(embedded, tmp_path):
+def test_a_chat_goes_on_in_another_process(talker, tmp_path):
     """What a conversation held when it was left is taken up by the next."""
-    model, tokenizer = embedded
+    model, tokenizer = talker
     talks = []
     for _ in range(2):
         store = KVStore(tmp_path, model=model, tokenizer=tokenizer)
@@ -186,15 +186,15 @@ def test_a_chat_goes_on_in_another_process(embedded, tmp_path):
     assert talk.held == [] and talk.cache.offset == 0
 
 
-def test_the_commands(embedded_dir, tmp_path, capfd):
+def test_the_commands(talker_dir, tmp_path, capfd):
     prompt, kv = tmp_path / "prompt", ["--kv-dir", str(tmp_path / "kv")]
-    prompt.write_text("All work and no play makes a dull text. " * 40)
+    prompt.write_text("All work and no play makes a dull text. " * 60)
 
     def run(*arguments):
         code = cli.run([*arguments, *kv])
         return code, *capfd.readouterr()
 
-    generate = ("generate", "-m", str(embedded_dir), "--temp", "0", "--max-tokens", "4")
+    generate = ("generate", "-m", str(talker_dir), "--temp", "0", "--max-tokens", "4")
     first, second = (run(*generate, "--prompt-file", str(prompt)) for _ in range(2))
     assert first[:2] == second[:2] and first[0] == 0
     assert " kept" not in first[2] and " kept" in second[2]

@@ -270,8 +270,8 @@ def test_files_are_private(small_model, store):
         assert stat.S_IMODE(path.stat().st_mode) == (0o700 if path.is_dir() else 0o600)
 
 
-def test_text_is_kept_only_if_wanted(embedded, tmp_path):
-    model, tokenizer = embedded
+def test_text_is_kept_only_if_wanted(talker, tmp_path):
+    model, tokenizer = talker
     ids = tokenizer.encode("A secret that nobody reads.")
     for keep in (True, False):
         store = KVStore(tmp_path / str(keep), model=model, tokenizer=tokenizer, keep_text=keep)
