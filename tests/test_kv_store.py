@@ -391,9 +391,11 @@ def test_what_is_in_use_is_not_evicted(bare_model, tmp_path):
     for seed in range(2, 12):
         saved(store, seed)
     assert store.longest(ids) == 600
+    catalogue = store._catalogue
+    with pytest.raises(StoreFull):
+        eviction.plan(catalogue, catalogue.nbytes)
     del state
-    for seed in range(12, 22):
-        saved(store, seed)
+    eviction.evict(catalogue, eviction.plan(catalogue, catalogue.nbytes))
     assert store.longest(ids) == 0
 
 
