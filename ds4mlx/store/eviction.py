@@ -64,7 +64,8 @@ def worth(catalogue: Catalogue, segment: Segment, records: list[Record], now: fl
     age = 0.5 ** (max(0.0, now - newest) / HALF_LIFE)
     tokens = segment.end - segment.start
     saved = tokens * (1 + (segment.start + segment.end) / 2 / COST_DEPTH)
-    return (age + hits) * saved / (segment.nbytes + sum(r.nbytes for r in records))
+    found = (age + hits) * saved / (segment.nbytes + sum(r.nbytes for r in records))
+    return float(f"{found:.2e}")  # equals must not differ by the length of a header
 
 
 def evict(catalogue: Catalogue, chosen: Iterable[tuple[Segment, list[Record]]]) -> int:
