@@ -4,7 +4,7 @@ Converts a source with every recipe, then measures each model: KL divergence and
 the `f32` recipe, perplexity of held-out text, recall, tool calls. Rows are kept as they come, so
 that an interrupted run goes on; --work keeps the converted models.
 
-    python benchmarks/quality.py [--source DIR] [--work DIR] [--scale F] [--ctx N] [--results FILE]
+    DS4MLX_OPENBLAS=1 python benchmarks/quality.py [--source DIR] [--work DIR] [--scale F] [--ctx N] [--results FILE]
 """
 
 import argparse

@@ -14,9 +14,9 @@ os.environ.setdefault("MLX_ENABLE_TF32", "0")
 
 __version__ = "0.1.0"
 
-from ds4mlx.blas import prefer_openblas
+from ds4mlx.blas import choose_blas
 
-prefer_openblas()
+choose_blas()
 
 from ds4mlx.cache import DecodeState, RewindError
 from ds4mlx.config import ModelConfig

@@ -401,7 +401,7 @@ def test_output_that_cannot_be_written():
 
 
 def test_a_terminal_that_cannot_show_every_character(talker_dir):
-    options = ["-p", "x", "--seed", "1", "--max-tokens", "400"]
+    options = ["-p", "x", "--seed", "1", "--max-tokens", "200"]
     done = processes.run("generate", "-m", talker_dir, *options, PYTHONIOENCODING="ascii")
     assert done.returncode == 0 and b"?" in done.stdout
 

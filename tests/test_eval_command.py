@@ -86,7 +86,7 @@ def test_logits_of_another_program(evaluate, tmp_path):
 
 def test_everything_without_options(evaluate, monkeypatch):
     """With small samples: three parts, in both outputs."""
-    monkeypatch.setattr(suite, "PLANS", (Plan(1, 250, 2, 1, 1),))
+    monkeypatch.setattr(suite, "PLANS", (Plan(1, 250, 2, 1),))
     monkeypatch.setattr(suite, "CASES", 0)
     code, out, err = evaluate("--ctx", 100, "--scale", "0.1")
     assert code == 0 and err == ""

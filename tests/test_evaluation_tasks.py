@@ -27,7 +27,7 @@ def fast(talker_dir):
 
 
 # Tokens of four characters; facts begin at 0 and 20, answers at 40 (to 52) and at 60 (to 70).
-HAND_MADE = RecallDocument("x" * 80, (0, 20), ((40, 52), (60, 70)))
+HAND_MADE = RecallDocument("x" * 80, 30, (0, 20), ((40, 52), (60, 70)))
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_questions_are_gathered_by_distance(official_model):
 
 def test_documents_have_the_planned_length(talker):
     tokenizer = talker[1]
-    plan = recall.Plan(3, 700, 5, 4, 0)
+    plan = recall.Plan(3, 700, 5, 4)
     lengths = [len(tokenizer.encode(d.text)) for d in recall.documents(plan, tokenizer, 1)]
     assert len(lengths) == 3 and all(500 < length < 950 for length in lengths)
     assert recall.documents(plan, tokenizer, 1) == recall.documents(plan, tokenizer, 1)
@@ -78,9 +78,9 @@ def test_documents_have_the_planned_length(talker):
 
 def test_recall_of_a_whole_run(talker):
     model, tokenizer = talker
-    found = recall.recall_accuracy(model, tokenizer, [recall.Plan(2, 300, 2, 2, 1)])
+    found = recall.recall_accuracy(model, tokenizer, [recall.Plan(2, 300, 2, 2)])
     assert [r.hidden for r in found.results] == [None, "CSA", "HCA"]
-    assert [r.all.count for r in found.results] == [4, 2, 2]
+    assert [r.all.count for r in found.results] == [4, 4, 4]
     assert found.reach == 4 * 32 and found.rows == 1000
     assert all(r.all.value == 0 for r in found.results)  # a random model knows nothing
 
@@ -93,10 +93,11 @@ def test_a_right_answer_is_what_greedy_generation_gives(talker):
     text = prompt + answer
     if tokenizer.encode(text)[: len(tokenizer.encode(prompt))] != tokenizer.encode(prompt):
         pytest.skip("the answer's tokens do not stand alone")
-    found = RecallDocument(text, (0,), ((len(prompt), len(text)),))
+    found = RecallDocument(text, 5, (0,), ((len(prompt), len(text)),))
     ids = [r.token for r in stream_generate(model, tokenizer, prompt, 12)]
     same = tokenizer.encode(text)[len(tokenizer.encode(prompt)) :] == ids
-    assert recall.questions(model, tokenizer, found)[0].right == same
+    ((_, (question,)),) = recall.readings(model, tokenizer, found)
+    assert question.right == same
 
 
 def test_drafts_do_not_change_greedy_decoding(fast, monkeypatch):

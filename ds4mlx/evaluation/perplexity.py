@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ds4mlx.errors import DataError
-from ds4mlx.evaluation.scoring import Mean, bar, target_scores
+from ds4mlx.evaluation.scoring import Mean, bar, read, target_scores
 from ds4mlx.model import Model
 
 BUCKETS = 4
@@ -107,8 +107,10 @@ def _losses(model: Model, text: Sequence[int], bos: int, plan: list[Window]) -> 
     with bar("perplexity", sum(w.end - w.start + 1 for w in plan)) as progress:
         for window in plan:
             ids = [bos, *(int(i) for i in text[window.start : window.end])]
-            scores, _ = target_scores(model, ids, progress)
-            found.append(-scores[window.scored - window.start :])
+            before = window.scored - window.start
+            cache = read(model, ids[:before], progress)
+            scores, _ = target_scores(model, ids[before:], progress, cache=cache)
+            found.append(-scores)
     return found
 
 

@@ -42,6 +42,7 @@ class RecallDocument:
     """A conversation's full text, and where in it (in characters) facts stand and are asked for."""
 
     text: str
+    asked: int  # where the first question begins, behind all facts
     planted: tuple[int, ...]  # of each asked fact: where its sentence begins in the first message
     answers: tuple[tuple[int, int], ...]  # of each: where its answer begins, and the value ends
 
@@ -78,8 +79,10 @@ def document(
     for fact in all_facts:
         pieces += [fact.sentence + "\n", filler(rng)]
     chosen = rng.sample(all_facts, asked)
-    text, answers = _conversation(rng, "".join(pieces), chosen, thinking)
-    return RecallDocument(text, tuple(text.index(fact.sentence) for fact in chosen), answers)
+    body = "".join(pieces)
+    text, answers = _conversation(rng, body, chosen, thinking)
+    planted_at = tuple(text.index(fact.sentence) for fact in chosen)
+    return RecallDocument(text, text.index(body) + len(body), planted_at, answers)
 
 
 def _conversation(

@@ -2,11 +2,13 @@
 
 An answer is right if every token of it, up to the end of the value, is the likeliest one after
 those before: then greedy generation gives the same answer, and one reading of a document judges
-all of its questions. Distance: tokens from the end of the planted fact to the answer's beginning.
+all of its questions. Questions and answers are read again with each kind of compressed rows hidden,
+after the same document. Distance: tokens from the end of the planted fact to the answer's beginning.
 """
 
+import contextlib
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +17,7 @@ from ds4mlx.errors import DataError
 from ds4mlx.evaluation.held_out import filler_of, held_out_texts
 from ds4mlx.evaluation.masking import RATIOS, hidden_rows
 from ds4mlx.evaluation.recall import RecallDocument, document
-from ds4mlx.evaluation.scoring import Mean, bar, target_scores
+from ds4mlx.evaluation.scoring import Mean, bar, read, target_scores
 from ds4mlx.model import Model
 from ds4mlx.tokenizer import Tokenizer
 
@@ -28,16 +30,15 @@ MANY_ROWS, MANY_CHOICES = 1000, 8
 
 @dataclass(frozen=True)
 class Plan:
-    """Documents of one length. `masked`: of them, how many are read with rows hidden, too."""
+    """Documents of one length."""
 
     documents: int
     tokens: int  # about so many each
     planted: int
     asked: int
-    masked: int
 
 
-PLANS = (Plan(20, 700, 5, 4, 8), Plan(5, 7900, 20, 16, 2))
+PLANS = (Plan(20, 700, 5, 4), Plan(5, 7900, 20, 16))
 
 
 @dataclass(frozen=True)
@@ -86,14 +87,18 @@ def recall_accuracy(
 ) -> Recall:
     """Accuracy on documents with held-out keys and filler; then with each kind of row hidden.
 
-    Raises DataError if a document is longer than the model's context.
+    Raises DataError if a document is longer than the model's context, or nothing is asked.
     """
-    made = [(plan, documents(plan, tokenizer, seed)) for plan in plans]
-    results = [_accuracy(model, tokenizer, [d for _, each in made for d in each], None)]
-    masked = [d for plan, each in made for d in each[: plan.masked]]
-    for kind in hide if masked else ():
-        with hidden_rows(model, kind):
-            results.append(_accuracy(model, tokenizer, masked, kind))
+    found = [each for plan in plans for each in documents(plan, tokenizer, seed)]
+    answered: dict[str | None, list[Question]] = {kind: [] for kind in (None, *hide)}
+    with bar("recall", len(found), "documents") as progress:
+        for each in found:
+            for kind, questions in readings(model, tokenizer, each, hide):
+                answered[kind] += questions
+            progress.update()
+    if not answered[None]:
+        raise DataError("recall: no document asks for anything")
+    results = [by_distance(model, questions, kind) for kind, questions in answered.items()]
     return Recall(_many_rows(model), _reach(model), results)
 
 
@@ -112,12 +117,19 @@ def documents(plan: Plan, tokenizer: Tokenizer, seed: int) -> list[RecallDocumen
     ]
 
 
-def questions(model: Model, tokenizer: Tokenizer, found: RecallDocument) -> list[Question]:
-    """Each answer of a document, judged."""
+def readings(
+    model: Model, tokenizer: Tokenizer, found: RecallDocument, hide: Sequence[str] = ()
+) -> Iterator[tuple[str | None, list[Question]]]:
+    """A document's answers, judged: with no rows hidden (None), then with each kind of `hide`."""
     encoded = tokenizer.encoder.encode(found.text, add_special_tokens=False)
     starts = np.array([start for start, _ in encoded.offsets])
-    _, leads = target_scores(model, encoded.ids)
-    return judged(found, starts, leads)
+    known = int(np.searchsorted(starts, found.asked))
+    cache = read(model, encoded.ids[:known])
+    for kind in (None, *hide):
+        with hidden_rows(model, kind) if kind else contextlib.nullcontext():
+            _, leads = target_scores(model, encoded.ids[known:], cache=cache)
+        yield kind, judged(found, starts, np.concatenate([np.zeros(known, bool), leads]))
+        cache.rewind(known)
 
 
 def judged(found: RecallDocument, starts: np.ndarray, leads: np.ndarray) -> list[Question]:
@@ -132,20 +144,6 @@ def judged(found: RecallDocument, starts: np.ndarray, leads: np.ndarray) -> list
         right = bool(leads[first - 1 : last - 1].all())
         judged.append(Question(int(first - fact_end), int(first), right))
     return judged
-
-
-def _accuracy(
-    model: Model, tokenizer: Tokenizer, found: list[RecallDocument], hidden: str | None
-) -> Accuracy:
-    answered: list[Question] = []
-    what = f"recall without {hidden} rows" if hidden else "recall"
-    with bar(what, len(found), "documents") as progress:
-        for each in found:
-            answered += questions(model, tokenizer, each)
-            progress.update()
-    if not answered:
-        raise DataError("recall: no document asks for anything")
-    return by_distance(model, answered, hidden)
 
 
 def by_distance(model: Model, answered: list[Question], hidden: str | None = None) -> Accuracy:

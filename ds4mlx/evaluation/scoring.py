@@ -13,8 +13,9 @@ import mlx.core as mx
 import numpy as np
 from tqdm import tqdm
 
+from ds4mlx.cache import DecodeState
 from ds4mlx.errors import DataError
-from ds4mlx.generation import PREFILL_STEP
+from ds4mlx.generation import PREFILL_STEP, prefill
 from ds4mlx.model import Model
 
 # Elements of logits that exist at a time.
@@ -45,15 +46,20 @@ def bar(what: str, total: int, unit: str = "tok") -> tqdm:
 
 
 def logit_blocks(
-    model: Model, ids: Sequence[int], progress: tqdm | None = None, step: int = PREFILL_STEP
+    model: Model,
+    ids: Sequence[int],
+    progress: tqdm | None = None,
+    step: int = PREFILL_STEP,
+    cache: DecodeState | None = None,
 ) -> Iterator[tuple[int, mx.array]]:
-    """Logits of a sequence that stands alone: (first position, float32 (n, vocab)) by blocks.
+    """Logits of a sequence: (first index in ids, float32 (n, vocab)) by blocks.
 
-    progress: told of the tokens as they are done. step: tokens fed at a time.
+    progress: told of the tokens as they are done. step: tokens fed at a time. cache: the state
+    after what precedes `ids`; default: nothing does.
     Raises DataError for ids outside the vocabulary or a sequence beyond the context.
     """
-    check_ids(model, ids)
-    cache = model.make_cache()
+    cache = model.make_cache() if cache is None else cache
+    check_ids(model, ids, cache.offset)
     rows = max(1, LOGITS // model.args.vocab_size)
     for start in range(0, len(ids), step):
         chunk = mx.array([list(ids[start : start + step])])
@@ -68,26 +74,46 @@ def logit_blocks(
             progress.update(chunk.shape[1])
 
 
-def check_ids(model: Model, ids: Sequence[int]) -> None:
-    """Raises DataError unless the model can read the ids."""
+def read(model: Model, ids: Sequence[int], progress: tqdm | None = None) -> DecodeState:
+    """The state after a sequence of which no logits are wanted.
+
+    Raises DataError as `logit_blocks` does.
+    """
+    check_ids(model, ids)
+    cache = model.make_cache()
+    cache.mark(len(ids))
+    if ids:
+        prefill(model, ids, cache)
+    if progress is not None:
+        progress.update(len(ids))
+    return cache
+
+
+def check_ids(model: Model, ids: Sequence[int], before: int = 0) -> None:
+    """Raises DataError unless the model can read the ids, `before` tokens being read already."""
     size, limit = model.args.vocab_size, model.args.max_position_embeddings
     wrong = next((int(i) for i in ids if not 0 <= i < size), None)
     if wrong is not None:
         raise DataError(f"token id {wrong} is outside the vocabulary of {size}")
-    if len(ids) > limit:
-        raise DataError(f"a sequence of {len(ids)} tokens exceeds the context of {limit}")
+    if before + len(ids) > limit:
+        raise DataError(f"a sequence of {before + len(ids)} tokens exceeds the context of {limit}")
 
 
 def target_scores(
-    model: Model, ids: Sequence[int], progress: tqdm | None = None, step: int = PREFILL_STEP
+    model: Model,
+    ids: Sequence[int],
+    progress: tqdm | None = None,
+    step: int = PREFILL_STEP,
+    cache: DecodeState | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Of each token but the first: its log-probability given those before, and whether it leads.
 
-    Returns float64 (T - 1,) and bool (T - 1,): entry i is about token i + 1.
+    Returns float64 (T - 1,) and bool (T - 1,): entry i is about token i + 1. cache: as for
+    `logit_blocks`.
     """
     log_probs: list[np.ndarray] = []
     leads: list[np.ndarray] = []
-    for first, logits in logit_blocks(model, ids, progress, step):
+    for first, logits in logit_blocks(model, ids, progress, step, cache):
         following = mx.array(list(ids[first + 1 : first + 1 + len(logits)]), mx.int32)
         logits = logits[: len(following)]
         if not len(following):

@@ -84,10 +84,7 @@ def measure_tasks(report: Report, subject: Subject, parts: Sequence[str]) -> Non
     model, tokenizer, sizes = subject.model, subject.tokenizer, subject.sizes
     if "recall" in parts:
         with timed(report, "recall"):
-            plans = [
-                replace(plan, documents=sizes.of(plan.documents), masked=sizes.of(plan.masked))
-                for plan in PLANS
-            ]
+            plans = [replace(plan, documents=sizes.of(plan.documents)) for plan in PLANS]
             report.recall = recall_accuracy(model, tokenizer, plans)
     if "tools" in parts:
         with timed(report, "tools"):
