@@ -16,7 +16,7 @@ __version__ = "0.1.0"
 
 from ds4mlx.blas import choose_blas
 
-choose_blas()
+FAST_BLAS = choose_blas()
 
 from ds4mlx.cache import DecodeState, RewindError
 from ds4mlx.config import ModelConfig

@@ -15,10 +15,18 @@ import sys
 OPENBLAS = "libopenblas.so.0"
 
 
-def choose_blas() -> None:
-    """Load OpenBLAS if it is wanted and installed; too late once MLX is imported."""
-    evaluates = "".join(sys.argv[:1]).endswith("ds4mlx") and "eval" in sys.argv[1:3]
+def choose_blas() -> bool:
+    """Load OpenBLAS if it is wanted and installed; too late once MLX is imported.
+
+    Returns whether products are fast on this machine's CPU, as far as depends on that.
+    """
+    if sys.platform != "linux":
+        return True
+    program = "".join(sys.argv[:1])  # "-m" while `python -m ds4mlx` imports the package
+    evaluates = (program == "-m" or program.endswith("ds4mlx")) and "eval" in sys.argv[1:3]
     wanted = os.environ.get("DS4MLX_OPENBLAS", "1" if evaluates else "0") != "0"
-    if wanted and sys.platform == "linux" and "mlx.core" not in sys.modules:
+    if wanted and "mlx.core" not in sys.modules:
         with contextlib.suppress(OSError):
             ctypes.CDLL(OPENBLAS, mode=ctypes.RTLD_GLOBAL)
+            return True
+    return False

@@ -1,6 +1,7 @@
 """The command that measures a model: perplexity, agreement, recall, tool calls, official vectors."""
 
 import json
+import sys
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Annotated, Literal
 import mlx.core as mx
 import typer
 
+from ds4mlx import FAST_BLAS
 from ds4mlx import arguments as arg
 from ds4mlx.default_model import default_model
 from ds4mlx.directory import ModelDirectory
@@ -65,6 +67,8 @@ def evaluate(
     """
     from ds4mlx.evaluation import suite
 
+    if mx.default_device() == mx.cpu and not FAST_BLAS and sys.stderr.isatty():
+        print("note: several times slower without OpenBLAS (package libopenblas0)", file=sys.stderr)
     path = locate(model or default_model())
     directory = ModelDirectory.open(path)
     opened = partial(open_to_measure, dtype=dtype, rounding=rounding)
