@@ -11,6 +11,7 @@ from hypothesis import settings
 from ds4mlx import ModelConfig, load
 from ds4mlx.convert import convert
 from ds4mlx.default_model import EMBEDDED
+from ds4mlx.evaluation.weights import decode_weights
 
 # The first example may compile kernels.
 settings.register_profile("patient", deadline=None)
@@ -62,6 +63,14 @@ def tiny_dir(tiny_source):
 def exact_model(tiny_dir):
     """float32 without rounding."""
     return load(tiny_dir, dtype=mx.float32, rounding="none")[0]
+
+
+@pytest.fixture(scope="session")
+def decoded_model(tiny_dir):
+    """The exact model's weights as plain values: the same, at a third of the time on a CPU."""
+    model = load(tiny_dir, dtype=mx.float32, rounding="none")[0]
+    decode_weights(model)
+    return model
 
 
 @pytest.fixture(scope="session")

@@ -10,12 +10,19 @@ from ds4mlx.compressor import Compressor
 from ds4mlx.rope import Rotary, rotate
 
 FAULTS = []
+STORAGE_FAULTS = []  # those of them that need the weights in their stored form
 
 
 def fault(function):
     """Put a function on the list."""
     FAULTS.append(function)
     return function
+
+
+def storage_fault(function):
+    """Put a function on both lists."""
+    STORAGE_FAULTS.append(function)
+    return fault(function)
 
 
 def with_ratio(model, *ratios):
@@ -503,7 +510,7 @@ def gate_and_up_swapped(patch, model):
 
 
 # ----------------------------------------------------------------- stored weights
-@fault
+@storage_fault
 def nibbles_swapped(patch, model):
     def swap(codes):
         return ((codes & 0x0F0F0F0F) << 4) | ((codes >> 4) & 0x0F0F0F0F)
@@ -511,18 +518,18 @@ def nibbles_swapped(patch, model):
     change(patch, [m.w1 for m in experts(model)], "weight", swap)
 
 
-@fault
+@storage_fault
 def fp4_scales_off_by_one_group(patch, model):
     change(patch, [m.w1 for m in experts(model)], "scales", lambda s: mx.roll(s, 1, axis=-1))
 
 
-@fault
+@storage_fault
 def fp8_scales_off_by_one_tile(patch, model):
     modules = [b.attn.wo_b for b in model.layers]
     change(patch, modules, "scales", lambda s: mx.roll(s, 4, axis=-1))
 
 
-@fault
+@storage_fault
 def fp8_scale_tiles_transposed(patch, model):
     def transpose(scales):
         tiles = scales[::128, ::4]
@@ -531,6 +538,6 @@ def fp8_scale_tiles_transposed(patch, model):
     change(patch, [b.attn.wo_b for b in model.layers], "scales", transpose)
 
 
-@fault
+@storage_fault
 def fp4_scales_one_power_low(patch, model):
     change(patch, [m.w2 for m in experts(model)[:1]], "scales", lambda s: s - 1)

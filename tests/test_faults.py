@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from faults import FAULTS
+from faults import FAULTS, STORAGE_FAULTS
 from reference import run
 
 TOLERANCE = 1e-4
@@ -14,12 +14,14 @@ def test_the_list_is_long():
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
-def test_fault_is_caught(exact_model, stored, monkeypatch, fault):
+def test_fault_is_caught(request, stored, monkeypatch, fault):
+    model = request.getfixturevalue("exact_model" if fault in STORAGE_FAULTS else "decoded_model")
     ids, want = stored["s700/ids"][:LENGTH], stored["s700/exact/logits"][:LENGTH]
-    fault(monkeypatch, exact_model)
-    assert np.abs(run(exact_model, ids) - want).max() > TOLERANCE
+    fault(monkeypatch, model)
+    assert np.abs(run(model, ids) - want).max() > TOLERANCE
 
 
-def test_undone_faults_leave_no_trace(exact_model, stored):
+def test_undone_faults_leave_no_trace(exact_model, decoded_model, stored):
     ids, want = stored["s700/ids"][:LENGTH], stored["s700/exact/logits"][:LENGTH]
-    assert np.abs(run(exact_model, ids) - want).max() <= TOLERANCE
+    for model in (exact_model, decoded_model):
+        assert np.abs(run(model, ids) - want).max() <= TOLERANCE

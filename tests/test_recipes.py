@@ -264,7 +264,7 @@ def test_killed_and_resumed(converted, three, tmp_path):
     changes, rng = int(die(three, tmp_path / "whole", 0).stdout), np.random.default_rng(0)
     want = official.digests(converted["q2"][1])
     assert official.digests(tmp_path / "whole") == want
-    for point in rng.integers(1, changes, 6):
+    for point in rng.integers(1, changes, 4):
         target = tmp_path / f"at{point}"
         assert die(three, target, point).returncode == -signal.SIGKILL
         convert(three, target, "q2", progress=False)
