@@ -1,6 +1,7 @@
 """Checkpoints and models that many tests read; made once a session."""
 
 import shutil
+import signal
 
 import make_checkpoint
 import mlx.core as mx
@@ -12,6 +13,10 @@ from ds4mlx import ModelConfig, load
 from ds4mlx.convert import convert
 from ds4mlx.default_model import EMBEDDED
 from ds4mlx.evaluation.weights import decode_weights
+
+# Started in the background of a script the tests would have Ctrl-C ignored, and so would all commands
+# that they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The first example may compile kernels.
 settings.register_profile("patient", deadline=None)

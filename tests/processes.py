@@ -77,6 +77,7 @@ def interrupt(process):
         process.send_signal(signal.SIGINT)
         with contextlib.suppress(subprocess.TimeoutExpired):
             return process.communicate(timeout=1)
+    process.kill()
     raise AssertionError("Ctrl-C is not seen")
 
 
