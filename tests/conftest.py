@@ -18,9 +18,10 @@ from ds4mlx.evaluation.weights import decode_weights
 # that they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# The first example may compile kernels.
-settings.register_profile("patient", deadline=None)
-settings.load_profile("patient")
+# The first example may compile kernels; --hypothesis-profile=search tries other examples every time.
+settings.register_profile("repeatable", deadline=None, derandomize=True)
+settings.register_profile("search", deadline=None, max_examples=1000)
+settings.load_profile("repeatable")
 
 # The smallest model with all three kinds of attention: for tests that take many steps.
 SMALL = {
