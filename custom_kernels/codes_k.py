@@ -22,6 +22,11 @@ inline half2 codes(uint w, int i) {
   return mad2(as_half2((w & (0x00030003u << (2 * i))) | 0x64006400u), fill2(unit),
               fill2(-1024.0f * unit));
 }
+// Codes, and scale with offset, of half s of group h.
+inline uint word(Pack p, uint h, int s) {
+  return h ? (s ? p.w.w : p.w.z) : (s ? p.w.y : p.w.x);
+}
+inline uint scale_byte(Pack p, uint h, int s) { return (p.scales >> (16 * h + 8 * s)) & 255u; }
 """
 
 Q2_K_DOT = """
@@ -29,8 +34,7 @@ inline float dot_group(Pack p, uint h, const thread pair* x, float scale, float 
                        const threadgroup uint4*) {
   float result = 0;
   for (int s = 0; s < 2; s++) {
-    uint w = h ? (s ? p.w.w : p.w.z) : (s ? p.w.y : p.w.x);
-    uint byte = (p.scales >> (16 * h + 8 * s)) & 255u;
+    uint w = word(p, h, s), byte = scale_byte(p, h, s);
     pair sum = make_pair(0, 0);
     for (int i = 0; i < 8; i++) sum = mad(codes(w, i), x[8 * s + i], sum);
     result = fma(low(as_half2(p.d)) * float(byte & 15u) * scale, total(sum), result);
@@ -43,8 +47,7 @@ inline float dot_group(Pack p, uint h, const thread pair* x, float scale, float 
 Q2_K_VALUES = """
 inline void values(Pack p, uint h, thread float* v, const threadgroup uint4*) {
   for (int s = 0; s < 2; s++) {
-    uint w = h ? (s ? p.w.w : p.w.z) : (s ? p.w.y : p.w.x);
-    uint byte = (p.scales >> (16 * h + 8 * s)) & 255u;
+    uint w = word(p, h, s), byte = scale_byte(p, h, s);
     float d = low(as_half2(p.d)) * float(byte & 15u);
     float least = -high(as_half2(p.d)) * float(byte >> 4);
     for (int i = 0; i < 8; i++) put(codes(w, i), d, least, v + 16 * s + i, 8);
@@ -57,8 +60,7 @@ inline float dot_group(Pack p, uint h, const thread pair* x, float scale, float 
                        const threadgroup uint4*) {
   float result = 0;
   for (int s = 0; s < 2; s++) {
-    uint w = h ? (s ? p.w.w : p.w.z) : (s ? p.w.y : p.w.x);
-    uint byte = (p.scales >> (16 * h + 8 * s)) & 255u;
+    uint w = word(p, h, s), byte = scale_byte(p, h, s);
     int sum = 0;
     for (int i = 0; i < 4; i++) sum = dot4((w >> (2 * i)) & 0x03030303u, x[4 * s + i], sum);
     result = fma(low(as_half2(p.d)) * float(byte & 15u) * scale, float(sum), result);

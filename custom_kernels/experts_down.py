@@ -88,10 +88,7 @@ def kernel(storage: str, dtype: mx.Dtype, eight: bool) -> Kernel:
     """The kernel for experts in a format and hidden values of a type."""
     packing = PACKINGS[storage]
     names = f"#define DOWN {', '.join(packing.names('down'))}\n"
-    text = packing.loading + packing.dot
-    text = staging.header(dtype, packing.pairing, packing.largest) + text
-    if eight:
-        text = staging.byte_header(packing.apart) + packing.loading + packing.byte_dot
+    text = staging.products(packing, dtype, eight)
     name = f"experts_down_{storage}_{staging.arithmetic(dtype, eight)}"
     inputs = ["hidden", "experts", "table", *packing.names("down")]
     return Kernel(name, inputs, ["out"], BODY, names + text)

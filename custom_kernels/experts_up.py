@@ -95,10 +95,7 @@ def kernel(storage: str, dtype: mx.Dtype, eight: bool) -> Kernel:
     packing = PACKINGS[storage]
     gate, up = packing.names("gate"), packing.names("up")
     names = f"#define GATE {', '.join(gate)}\n#define UP {', '.join(up)}\n"
-    text = packing.loading + packing.dot
-    text = staging.header(dtype, packing.pairing, packing.largest) + text
-    if eight:
-        text = staging.byte_header(packing.apart) + packing.loading + packing.byte_dot
+    text = staging.products(packing, dtype, eight)
     name = f"experts_up_{storage}_{staging.arithmetic(dtype, eight)}"
     inputs = ["x", "experts", "weights", "table", *gate, *up]
     return Kernel(name, inputs, ["hidden"], BODY, names + text)

@@ -33,11 +33,6 @@ class Packing:
     byte_dot: str = ""
 
     @property
-    def products(self) -> str:
-        """Text for kernels that multiply a chunk with staged activations."""
-        return self.loading + self.dot
-
-    @property
     def decoding(self) -> str:
         """Text for kernels that decode into tiles."""
         return self.loading + _PUT + self.values
@@ -55,9 +50,9 @@ PACKINGS = {
         codes_iq2.IQ2,
         codes_iq2.IQ2_DOT,
         codes_iq2.IQ2_VALUES,
-        True,
-        1,
-        codes_iq2.IQ2_BYTES,
+        lut=True,
+        apart=1,
+        byte_dot=codes_iq2.IQ2_BYTES,
     ),
     "q2_k": Packing(
         ("weight", "scales", "d"),
@@ -66,9 +61,8 @@ PACKINGS = {
         codes_k.Q2_K,
         codes_k.Q2_K_DOT,
         codes_k.Q2_K_VALUES,
-        False,
-        4,
-        codes_k.Q2_K_BYTES,
+        apart=4,
+        byte_dot=codes_k.Q2_K_BYTES,
     ),
     "q4_k": Packing(
         ("weight", "scales", "d"),
@@ -77,9 +71,8 @@ PACKINGS = {
         codes_k.Q4_K,
         codes_k.Q4_K_DOT,
         codes_k.Q4_K_VALUES,
-        False,
-        2,
-        codes_k.Q4_K_BYTES,
+        apart=2,
+        byte_dot=codes_k.Q4_K_BYTES,
     ),
     "mxfp4": Packing(
         ("weight", "scales"),

@@ -83,8 +83,8 @@ def kernel(dtype: mx.Dtype) -> Kernel:
     """The kernel for activations of a type."""
     packing = PACKINGS["q8_0"]
     names = f"#define W {', '.join(packing.names('w'))}\n"
-    text = staging.header(dtype, packing.pairing, packing.largest) + packing.products
-    name = f"q8_matvec_{'f32' if dtype == mx.float32 else 'half'}"
+    text = staging.products(packing, dtype)
+    name = f"q8_matvec_{staging.arithmetic(dtype)}"
     return Kernel(name, ["x", *packing.names("w")], ["out"], BODY, names + text)
 
 

@@ -11,6 +11,7 @@ exact, and off unless asked for.
 import mlx.core as mx
 
 from ds4mlx.custom_kernels.dialect import LOAD8
+from ds4mlx.custom_kernels.packs import Packing
 
 CHUNK = 64  # columns a lane takes at a time
 STEP = 32 * CHUNK  # columns a SIMD-group takes at a time
@@ -53,6 +54,23 @@ inline void pairs(uint4 v, thread pair* p) {
 }
 """
 
+# What both ways of staging begin with.
+_GROUP = """
+// 32 columns, and the largest magnitude among them.
+template <typename T>
+inline float load_group(const device T* x, thread float* v) {
+  for (int i = 0; i < 4; i++) load8(x + 8 * i, v + 8 * i);
+  float most = 0;
+  for (int i = 0; i < 32; i++) most = max(most, fabs(v[i]));
+  return most;
+}
+inline float sum16(const thread float* v) {
+  float sum = 0;
+  for (int i = 0; i < 16; i++) sum += v[i];
+  return sum;
+}
+"""
+
 # FIRST and SECOND (i) give the columns of pair i; LARGEST is what a group is scaled to.
 _STAGE = """
 #define QUADS (16 / WORDS)
@@ -61,18 +79,12 @@ inline void stage(const device T* x, uint columns, threadgroup uint4* xs, thread
                   threadgroup float* sums, uint chunks, uint at, uint threads) {
   for (uint g = at; g < columns / 32; g += threads) {
     float v[32];
-    for (int i = 0; i < 4; i++) load8(x + 32 * g + 8 * i, v + 8 * i);
-    float most = 0;
-    for (int i = 0; i < 32; i++) most = max(most, fabs(v[i]));
+    float most = load_group(x + 32 * g, v);
     uint e = min(max(as_type<uint>(most) >> 23, 30u), 250u);
     float down = as_type<float>((254u - e) << 23) * (0.5f * LARGEST);
     uint c = g / 2, h = g % 2;
     scales[h * chunks + c] = as_type<float>(e << 23) * (2.0f / LARGEST);
-    for (int s = 0; s < 2; s++) {
-      float sum = 0;
-      for (int i = 0; i < 16; i++) sum += v[16 * s + i];
-      sums[(2 * h + s) * chunks + c] = sum;
-    }
+    for (int s = 0; s < 2; s++) sums[(2 * h + s) * chunks + c] = sum16(v + 16 * s);
     for (int q = 0; q < WORDS; q++) {
       pair p[QUADS];
       for (int i = 0; i < QUADS; i++)
@@ -85,7 +97,6 @@ inline void fetch(const threadgroup uint4* xs, uint chunks, uint c, uint h, thre
   for (int q = 0; q < WORDS; q++) pairs(xs[(WORDS * h + q) * chunks + c], x + QUADS * q);
 }
 """
-
 
 _BYTES = """
 typedef uint pair;
@@ -101,16 +112,13 @@ inline void stage(const device T* x, uint columns, threadgroup uint4* xs, thread
                   threadgroup float* sums, uint chunks, uint at, uint threads) {
   for (uint g = at; g < columns / 32; g += threads) {
     float v[32];
-    for (int i = 0; i < 4; i++) load8(x + 32 * g + 8 * i, v + 8 * i);
-    float most = 0;
-    for (int i = 0; i < 32; i++) most = max(most, fabs(v[i]));
+    float most = load_group(x + 32 * g, v);
     float down = most > 1e-30f ? 127.0f / most : 0.0f, scale = most / 127.0f;
     for (int i = 0; i < 32; i++) v[i] = rint(v[i] * down);
     uint c = g / 2, h = g % 2;
     scales[h * chunks + c] = scale;
     for (int s = 0; s < 2; s++) {
-      float sum = 0;
-      for (int i = 0; i < 16; i++) sum += v[16 * s + i];
+      float sum = sum16(v + 16 * s);
       sums[(2 * h + s) * chunks + c] = sum * scale;
     }
     for (int q = 0; q < 2; q++) {
@@ -132,10 +140,17 @@ inline void fetch(const threadgroup uint4* xs, uint chunks, uint c, uint h, thre
 """
 
 
-def byte_header(apart: int) -> str:
+def products(packing: Packing, dtype: mx.Dtype, eight: bool = False) -> str:
+    """Text that stages activations of a type, or as bytes, and multiplies a format's codes with them."""
+    if eight:
+        return _byte_staging(packing.apart) + packing.loading + packing.byte_dot
+    return _staging(dtype, packing.pairing, packing.largest) + packing.loading + packing.dot
+
+
+def _byte_staging(apart: int) -> str:
     """Text that stages activations as bytes, four columns `apart` of each other to a word."""
     at = f"((i) / {apart} * {4 * apart} + (i) % {apart})"
-    return f"#define APART {apart}\n#define AT(i) {at}\n" + LOAD8 + _BYTES
+    return f"#define APART {apart}\n#define AT(i) {at}\n" + LOAD8 + _GROUP + _BYTES
 
 
 def as_bytes(x: mx.array) -> mx.array:
@@ -146,7 +161,7 @@ def as_bytes(x: mx.array) -> mx.array:
     return (mx.round(groups * down) * (most / 127)).reshape(x.shape)
 
 
-def header(dtype: mx.Dtype, pairing: str, largest: int) -> str:
+def _staging(dtype: mx.Dtype, pairing: str, largest: int) -> str:
     """Text that stages activations of a type for codes that come in pairs `pairing` apart.
 
     pairing: "4", "8" or "16": columns i and i + half of it, within each so many, are a pair.
@@ -156,10 +171,10 @@ def header(dtype: mx.Dtype, pairing: str, largest: int) -> str:
         f"#define FIRST(i) ((i) / {half} * {2 * half} + (i) % {half})\n"
         f"#define SECOND(i) (FIRST(i) + {half})\n#define LARGEST {largest}.0f\n"
     )
-    return (_FLOAT if dtype == mx.float32 else _HALF) + definitions + LOAD8 + _STAGE
+    return (_FLOAT if dtype == mx.float32 else _HALF) + definitions + LOAD8 + _GROUP + _STAGE
 
 
-def arithmetic(dtype: mx.Dtype, eight: bool) -> str:
+def arithmetic(dtype: mx.Dtype, eight: bool = False) -> str:
     """What a kernel computes in, as part of its name."""
     return "bytes" if eight else "f32" if dtype == mx.float32 else "half"
 
