@@ -15,6 +15,7 @@ from typing import Any
 from ds4mlx.convert.encoder import Encoder, Rows, row_chunks
 from ds4mlx.convert.journal import Journal
 from ds4mlx.convert.plan import OutEntry, OutFile, plane_bytes
+from ds4mlx.durable import sync_directory
 from ds4mlx.inventory import experts
 
 PARTIAL = ".partial"
@@ -161,15 +162,6 @@ def digest(fd: int, position: int, nbytes: int) -> "hashlib._Hash":
         running.update(block)
         position, nbytes = position + len(block), nbytes - len(block)
     return running
-
-
-def sync_directory(path: Path) -> None:
-    """Make renames in a directory durable."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 @contextlib.contextmanager

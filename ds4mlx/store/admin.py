@@ -1,6 +1,5 @@
 """What `ds4mlx cache` does to a store's directory; needs no model."""
 
-import os
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -9,7 +8,6 @@ from typing import Any
 
 from ds4mlx.errors import DataError
 from ds4mlx.store import block_file, eviction, restoring
-from ds4mlx.store.block_file import DamagedFile
 from ds4mlx.store.catalogue import Catalogue, Record, Segment, Use
 from ds4mlx.store.locks import is_pinned, writing
 
@@ -168,14 +166,8 @@ def _delete(paths: list[Path]) -> int:
 
 
 def _check_file(path: Path, item: Segment | Record) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        header = block_file.read_header(fd, path)
-        if {**header.meta, "nbytes": header.nbytes} != vars(item):
-            raise DamagedFile(path, "its header and the index disagree")
-        block_file.check_blocks(fd, path, header)
-    finally:
-        os.close(fd)
+    with block_file.opened(path) as fd:
+        block_file.check_blocks(fd, path, restoring.checked_header(fd, path, item))
 
 
 def _broken(catalogue: Catalogue) -> list[Segment | Record]:

@@ -6,17 +6,17 @@ name only when all of it is on the disk: temporary file, fsync, rename, and then
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
+from ds4mlx.durable import sync
 from ds4mlx.errors import DataError
 
 MAGIC = b"DS4MLXK1"
@@ -91,21 +91,12 @@ def write(path: Path, meta: dict[str, Any], blocks: Sequence[Buffer]) -> int:
     return total
 
 
-def sync(fd: int) -> None:
-    """Wait until the file's bytes are on the medium; on macOS fsync alone does not."""
-    full = getattr(fcntl, "F_FULLFSYNC", None)
-    if full is not None:
-        with contextlib.suppress(OSError):
-            fcntl.fcntl(fd, full)
-            return
-    os.fsync(fd)
-
-
-def sync_directory(path: Path) -> None:
-    """Wait until the names in a directory are on the medium."""
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[int]:
+    """A file open for reading. Raises OSError."""
     fd = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(fd)
+        yield fd
     finally:
         os.close(fd)
 

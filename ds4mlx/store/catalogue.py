@@ -208,11 +208,8 @@ class Catalogue:
 
 def _read(path: Path, kind: type[Segment] | type[Record]) -> Segment | Record:
     """What a file's header says. Raises DamagedFile, FileNotFoundError, or TypeError."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
+    with block_file.opened(path) as fd:
         header = block_file.read_header(fd, path)
-    finally:
-        os.close(fd)
     if header.meta.get("key") != path.stem:
         raise DamagedFile(path, "holds what belongs under another name")
     return kind(**header.meta, nbytes=header.nbytes)

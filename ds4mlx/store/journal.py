@@ -11,7 +11,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ds4mlx.store.block_file import TEMPORARY, sync
+from ds4mlx.durable import sync
+from ds4mlx.store.block_file import TEMPORARY, opened
 
 MOST_BYTES = 1 << 27  # a larger one is not ours
 
@@ -27,17 +28,14 @@ class Journal:
     def news(self) -> tuple[list[dict[str, Any]], bool]:
         """The whole lines since the last call, and whether they replace what was read before."""
         try:
-            fd = os.open(self.path, os.O_RDONLY)
+            with opened(self.path) as fd:
+                found = os.fstat(fd)
+                anew = found.st_ino != self._inode or found.st_size < self._at
+                if anew:
+                    self._inode, self._at = found.st_ino, 0
+                raw = os.pread(fd, min(found.st_size - self._at, MOST_BYTES), self._at)
         except FileNotFoundError:
             return [], False
-        try:
-            found = os.fstat(fd)
-            anew = found.st_ino != self._inode or found.st_size < self._at
-            if anew:
-                self._inode, self._at = found.st_ino, 0
-            raw = os.pread(fd, min(found.st_size - self._at, MOST_BYTES), self._at)
-        finally:
-            os.close(fd)
         whole = raw[: raw.rfind(b"\n") + 1]
         self._at += len(whole)
         return [entry for line in whole.split(b"\n") if (entry := _parse(line))], anew

@@ -114,31 +114,25 @@ def read_rows(catalogue: Catalogue, segment: Segment, held: list[Part]) -> list[
     """The rows of a segment, bytes for every part; None if it has gone or is damaged."""
     path = catalogue.path(segment)
     try:
-        fd = os.open(path, os.O_RDONLY)
+        with block_file.opened(path) as fd:
+            header = checked_header(fd, path, segment)
+            blocks = [np.empty(size, np.uint8) for size in header.sizes[: len(held) + 1]]
+            block_file.read_blocks(fd, path, header, (block.data for block in blocks))
     except FileNotFoundError:
         return None
-    try:
-        header = _checked_header(fd, path, segment)
-        blocks = [np.empty(size, np.uint8) for size in header.sizes[: len(held) + 1]]
-        block_file.read_blocks(fd, path, header, (block.data for block in blocks))
     except DamagedFile as error:
         catalogue.set_apart(path, error)
         return None
-    finally:
-        os.close(fd)
     return blocks[1:]
 
 
 def read_text(catalogue: Catalogue, segment: Segment) -> str:
     """The text that was kept with a segment, if it was."""
     path = catalogue.path(segment)
-    fd = os.open(path, os.O_RDONLY)
-    try:
+    with block_file.opened(path) as fd:
         header = block_file.read_header(fd, path)
         size = segment.text_bytes
         return os.pread(fd, size, header.nbytes - size).decode(errors="replace")
-    finally:
-        os.close(fd)
 
 
 def _read_segment(
@@ -146,16 +140,13 @@ def _read_segment(
 ) -> np.ndarray:
     """Read the rows of tokens start..end-1 to their places, if any; returns the token ids."""
     path = catalogue.path(segment)
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        header = _checked_header(fd, path, segment)
+    with block_file.opened(path) as fd:
+        header = checked_header(fd, path, segment)
         ids = np.empty(header.sizes[0], np.uint8)
         if len(header.sizes) <= len(into):
             raise DamagedFile(path, "has fewer blocks than the model")
         buffers = _buffers(ids, header.sizes, start, end, into)
         block_file.read_blocks(fd, path, header, buffers)
-    finally:
-        os.close(fd)
     return ids.view("<i4")[: end - start]
 
 
@@ -176,17 +167,14 @@ def _buffers(
 
 def _record_bytes(catalogue: Catalogue, record: Record) -> np.ndarray:
     path = catalogue.path(record)
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        header = _checked_header(fd, path, record)
+    with block_file.opened(path) as fd:
+        header = checked_header(fd, path, record)
         boundary = np.empty(header.sizes[0], np.uint8)
         block_file.read_blocks(fd, path, header, (boundary.data,))
-    finally:
-        os.close(fd)
     return boundary
 
 
-def _checked_header(fd: int, path: Path, item: Segment | Record) -> Header:
+def checked_header(fd: int, path: Path, item: Segment | Record) -> Header:
     """The header, which must say what the catalogue says; an index may be wrong."""
     header = block_file.read_header(fd, path)
     if {**header.meta, "nbytes": header.nbytes} != vars(item):

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from ds4mlx.boundaries import Spacing
+from ds4mlx.durable import sync_directory
 from ds4mlx.errors import DataError
 from ds4mlx.store import block_file, eviction
 from ds4mlx.store.catalogue import Catalogue
@@ -79,7 +80,7 @@ class Writer:
             nbytes = block_file.write(path, meta, piece.blocks)
             piece.item = replace(piece.item, nbytes=nbytes)
         if pieces:
-            block_file.sync_directory(self.catalogue.directory / folder)
+            sync_directory(self.catalogue.directory / folder)
             self.catalogue.add(*(piece.item for piece in pieces))
 
     def _make_room(self, pieces: Sequence[Piece], kept: set[str]) -> None:
