@@ -103,6 +103,28 @@ def test_a_damaged_file_is_reported_and_a_shorter_prefix_taken(model, sound, tmp
     assert (path / "damaged" / file.name).exists() and not file.exists()
 
 
+@pytest.mark.parametrize("killed", [False, True])
+def test_what_was_deleted_and_saved_anew_is_found(model, tmp_path, killed):
+    """By a process that has seen the older files; and by one whose index knows only those, as its
+    writer was killed before it could say more.
+    """
+    path, ids = tmp_path / "kv", IDS[:1280]
+    KVStore(path, model=model).save(ids, synthetic_state(model, ids), "cold")
+    reader, index = KVStore(path, model=model), (path / "index.jsonl").read_bytes()
+    assert reader.restore(ids)[1] == 1280
+    names = sorted(path.rglob("*.kv"))
+    for file in names:
+        file.unlink()
+    KVStore(path, model=model).save(ids, synthetic_state(model, ids), "evict")
+    assert sorted(path.rglob("*.kv")) == names
+    if killed:
+        (path / "index.jsonl").write_bytes(index)
+        reader = KVStore(path, model=model)
+    state, count = reader.restore(IDS)
+    assert count == 1280 and same_state(state, synthetic_state(model, ids))
+    assert admin.check(admin.open_directory(path)) == []
+
+
 def test_nothing_is_built_on_a_segment_that_has_gone(model, tmp_path):
     store = KVStore(tmp_path, model=model)
     state = synthetic_state(model, IDS[:1000])

@@ -1,7 +1,8 @@
 """What is in a store's directory: segments, boundary records, and how often they were of use.
 
 The files are the truth. The index beside them saves reading their headers and keeps the hits; it is
-made again from the files where it is lost.
+made again from the files where it is lost. A file that was deleted and saved anew has the same name
+and content, but another time and reason; until the index says so too, the older ones may be seen.
 """
 
 import contextlib
@@ -9,13 +10,12 @@ import logging
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ds4mlx.errors import DataError
 from ds4mlx.store import block_file
-from ds4mlx.store.block_file import TEMPORARY, DamagedFile
+from ds4mlx.store.block_file import TEMPORARY, DamagedFile, Header
 from ds4mlx.store.journal import Journal
 
 HALF_LIFE = 6 * 3600.0  # seconds after which a hit counts half
@@ -25,7 +25,10 @@ LOG = logging.getLogger("ds4mlx")
 
 @dataclass(frozen=True)
 class Segment:
-    """Rows and token ids of tokens start..end-1, behind the first `start` tokens of `parent`."""
+    """Rows and token ids of tokens start..end-1, behind the first `start` tokens of `parent`.
+
+    Equal if they hold the same, whenever and however they were saved.
+    """
 
     key: str
     model: str
@@ -33,26 +36,29 @@ class Segment:
     start: int
     end: int
     prefix: str  # public key of the first `end` tokens
-    created: float
-    label: str
-    text_bytes: int  # of the text, in the last block; 0 if it is not kept
-    nbytes: int
+    created: float = field(compare=False)
+    label: str = field(compare=False)
+    text_bytes: int = field(compare=False)  # of the text, in the last block; 0 if it is not kept
+    nbytes: int = field(compare=False)
 
 
 @dataclass(frozen=True)
 class Record:
-    """The boundary record after `tokens` tokens, which lie on the chain that ends with `segment`."""
+    """The boundary record after `tokens` tokens, which lie on the chain that ends with `segment`.
+
+    Equal as segments are.
+    """
 
     key: str
     model: str
     segment: str
     tokens: int
     prefix: str  # public key of these tokens
-    text: str  # SHA1 of their text, empty if not known
-    text_bytes: int
-    reason: str
-    created: float
-    nbytes: int
+    text: str = field(compare=False)  # SHA1 of their text, empty if not known
+    text_bytes: int = field(compare=False)
+    reason: str = field(compare=False)
+    created: float = field(compare=False)
+    nbytes: int = field(compare=False)
 
 
 @dataclass
@@ -197,7 +203,7 @@ class Catalogue:
                 continue
             try:
                 item = kind(**known) if known else _read(path, kind)
-            except (DataError, TypeError) as error:
+            except (DamagedFile, TypeError) as error:
                 self.set_apart(path, error)
                 continue
             except OSError:
@@ -207,9 +213,17 @@ class Catalogue:
 
 
 def _read(path: Path, kind: type[Segment] | type[Record]) -> Segment | Record:
-    """What a file's header says. Raises DamagedFile, FileNotFoundError, or TypeError."""
+    """What a file's header says. Raises DamagedFile or FileNotFoundError."""
     with block_file.opened(path) as fd:
-        header = block_file.read_header(fd, path)
-    if header.meta.get("key") != path.stem:
+        item = described(block_file.read_header(fd, path), path, kind)
+    if item.key != path.stem:
         raise DamagedFile(path, "holds what belongs under another name")
-    return kind(**header.meta, nbytes=header.nbytes)
+    return item
+
+
+def described(header: Header, path: Path, kind: type[Segment] | type[Record]) -> Segment | Record:
+    """The segment or record that a header describes. Raises DamagedFile."""
+    try:
+        return kind(**header.meta, nbytes=header.nbytes)
+    except TypeError:
+        raise DamagedFile(path, "its header describes something else") from None

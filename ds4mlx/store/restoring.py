@@ -13,7 +13,7 @@ from ds4mlx.cache import DecodeState, Stored
 from ds4mlx.model import Model
 from ds4mlx.store import block_file, keys
 from ds4mlx.store.block_file import DamagedFile, Header
-from ds4mlx.store.catalogue import Catalogue, Record, Segment
+from ds4mlx.store.catalogue import Catalogue, Record, Segment, described
 from ds4mlx.store.state_bytes import Part, complete, empty_rows, parts
 
 # Segments read at a time.
@@ -131,7 +131,7 @@ def read_text(catalogue: Catalogue, segment: Segment) -> str:
     path = catalogue.path(segment)
     with block_file.opened(path) as fd:
         header = block_file.read_header(fd, path)
-        size = segment.text_bytes
+        size = header.meta["text_bytes"]
         return os.pread(fd, size, header.nbytes - size).decode(errors="replace")
 
 
@@ -175,8 +175,8 @@ def _record_bytes(catalogue: Catalogue, record: Record) -> np.ndarray:
 
 
 def checked_header(fd: int, path: Path, item: Segment | Record) -> Header:
-    """The header, which must say what the catalogue says; an index may be wrong."""
+    """The header, which must describe what the catalogue says is there; an index may be wrong."""
     header = block_file.read_header(fd, path)
-    if {**header.meta, "nbytes": header.nbytes} != vars(item):
+    if described(header, path, type(item)) != item:
         raise DamagedFile(path, "its header and the index disagree")
     return header
