@@ -174,6 +174,8 @@ class DecodeState:
 
     def set_aside(self) -> None:
         """Make records of what the layers have cut out at marks; the model calls it every chunk."""
+        if not self.layers[0].window.cuts:
+            return
         for position in sorted(self.layers[0].window.cuts):
             self.records[position] = cut_record(self.layers, position)
             self.marks.extra.discard(position)

@@ -142,14 +142,19 @@ class Model(nn.Module):
         streams = block(block.joined(streams, self.embedded(tokens)), tokens, state)
         return self.unembedded(block.norm(block.hc_head(streams))), streams
 
+    @property
+    def state_form(self) -> StateForm:
+        """How this model's decode states hold their rows."""
+        return StateForm.of(self.args, self.dtype, self.rounding)
+
     def make_cache(self) -> DecodeState:
         """An empty decode state."""
         return DecodeState(self.args, self.dtype, self.rounding)
 
     def make_draft_state(self, depth: int = 0) -> LayerState:
         """An empty state for MTP block `depth`."""
-        form = StateForm.of(self.args, self.dtype, self.rounding)
-        return LayerState(self.args, self.args.num_hidden_layers + depth, form)
+        block = self.args.num_hidden_layers + depth
+        return LayerState(self.args, block, self.state_form)
 
     def sanitize(self, weights: dict[str, Any]) -> dict[str, Any]:
         """The weights of a converted directory as they are: names and shapes are the model's own."""

@@ -3,13 +3,14 @@
 import shutil
 import signal
 
+import kill_store
 import make_checkpoint
 import mlx.core as mx
 import pytest
 import reference
 from hypothesis import settings
 
-from ds4mlx import ModelConfig, load
+from ds4mlx import Model, ModelConfig, load
 from ds4mlx.convert import convert
 from ds4mlx.default_model import EMBEDDED
 from ds4mlx.evaluation.weights import decode_weights
@@ -50,6 +51,12 @@ TALKER = {
 }
 
 
+def converted(source):
+    """An official checkpoint converted beside it with the lossless recipe."""
+    convert(source, source.parent / "converted", progress=False)
+    return source.parent / "converted"
+
+
 @pytest.fixture(scope="session")
 def tiny_source(tmp_path_factory):
     """The tiny checkpoint in the official layout, byte for byte the one of the references."""
@@ -61,8 +68,7 @@ def tiny_source(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny_dir(tiny_source):
     """The tiny checkpoint converted with the lossless recipe."""
-    convert(tiny_source, tiny_source.parent / "converted", progress=False)
-    return tiny_source.parent / "converted"
+    return converted(tiny_source)
 
 
 @pytest.fixture(scope="session")
@@ -96,8 +102,7 @@ def small_source(tmp_path_factory):
 @pytest.fixture(scope="session")
 def small_dir(small_source):
     """The small checkpoint converted with the lossless recipe."""
-    convert(small_source, small_source.parent / "converted", progress=False)
-    return small_source.parent / "converted"
+    return converted(small_source)
 
 
 @pytest.fixture(scope="session")
@@ -127,14 +132,21 @@ def talker_source(tmp_path_factory):
 @pytest.fixture(scope="session")
 def talker_dir(talker_source):
     """The random checkpoint converted with the lossless recipe."""
-    convert(talker_source, talker_source.parent / "converted", progress=False)
-    return talker_source.parent / "converted"
+    return converted(talker_source)
 
 
 @pytest.fixture(scope="session")
 def talker(talker_dir):
     """The random model and its tokenizer as the command line loads them without a GPU."""
     return load(talker_dir, dtype=mx.float32)
+
+
+@pytest.fixture(scope="session")
+def bare_model():
+    """A small model of every kind of attention without weights, for synthetic states."""
+    model = Model(kill_store.CONFIG)
+    model.identity = "bare"
+    return model
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from synthetic_state import same_state, synthetic_state
 
-from ds4mlx import DataError, KVStore, Model
+from ds4mlx import DataError, KVStore
 from ds4mlx.store import admin
 
 IDS = np.random.default_rng(0).integers(0, 512, 3000)
@@ -21,10 +21,8 @@ ENDS = (300, 1280, 2100, 3000)
 
 
 @pytest.fixture(scope="module")
-def model():
-    made = Model(kill_store.CONFIG)
-    made.identity = "bare"
-    return made
+def model(bare_model):
+    return bare_model
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
 """Batches of training sequences, made on the spot by worker processes.
 
-A sequence is a stretch of the library, conversations one after the other, or documents with
+A sequence is a stretch of Python modules, conversations one after the other, or documents with
 planted facts and questions. Each token has a weight in the loss; the asked-for values, few and
 decisive, weigh more.
 """
@@ -22,7 +22,7 @@ from train.dialogues import chat, tool_call
 
 VALUE_WEIGHT = 10.0
 # Kinds of sequences and how often each comes.
-MIXTURE = {"library": 0.38, "dialogues": 0.22, "recall": 0.4}
+MIXTURE = {"modules": 0.38, "dialogues": 0.22, "recall": 0.4}
 FACT_TOKENS, TURN_TOKENS = 13, 25  # of a fact's sentence, and of a question with its answer
 CHARACTERS_PER_TOKEN = 3.2
 
@@ -40,9 +40,9 @@ class Sequences(IterableDataset):
         worker = get_worker_info()
         self.rng = random.Random(f"{self.seed} {worker.id if worker else 0}")
         self.tokenizer = Tokenizer.from_file(str(self.corpus / "tokenizer.json"))
-        self.library = np.load(self.corpus / "library.npy", mmap_mode="r")
-        begin = self.rng.randrange(len(self.library) - 200_000)
-        self.texts = (self.tokenizer.decode(self.library[begin : begin + 200_000].tolist()),)
+        self.modules = np.load(self.corpus / "modules.npy", mmap_mode="r")
+        begin = self.rng.randrange(len(self.modules) - 200_000)
+        self.texts = (self.tokenizer.decode(self.modules[begin : begin + 200_000].tolist()),)
         while True:
             rows = [self.sequence() for _ in range(self.batch)]
             yield torch.tensor([r[0] for r in rows]), torch.tensor([r[1] for r in rows])
@@ -50,9 +50,9 @@ class Sequences(IterableDataset):
     def sequence(self) -> Piece:
         """One sequence of `length` tokens."""
         kind = self.rng.choices(list(MIXTURE), list(MIXTURE.values()))[0]
-        if kind == "library":
-            begin = self.rng.randrange(len(self.library) - self.length)
-            return self.library[begin : begin + self.length].tolist(), [1.0] * self.length
+        if kind == "modules":
+            begin = self.rng.randrange(len(self.modules) - self.length)
+            return self.modules[begin : begin + self.length].tolist(), [1.0] * self.length
         make = self.dialogue if kind == "dialogues" else self.recall
         ids: list[int] = []
         weights: list[float] = []

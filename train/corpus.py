@@ -2,8 +2,8 @@
 
     python -m train.corpus OUT
 
-writes `OUT/tokenizer.json` (trained on a sample of both kinds) and `OUT/library.npy`, the library
-as token ids. The modules of `ds4mlx.evaluation.held_out` are left out. Another Python version's
+writes `OUT/tokenizer.json` (trained on a sample of both kinds) and `OUT/modules.npy`, the library's
+modules as token ids. Those of `ds4mlx.evaluation.held_out` are left out. Another Python version's
 library gives another tokenizer and another model.
 """
 
@@ -41,10 +41,10 @@ SPLITS = [
     r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 ]
 LEFT_OUT = {"site-packages", "lib2to3", "idlelib", "turtledemo", "encodings", "__pycache__"}
-LIBRARY_SAMPLE, DIALOGUES = 400, 6000
+MODULE_SAMPLE, DIALOGUES = 400, 6000
 
 
-def library() -> list[str]:
+def modules() -> list[str]:
     """The sources of the running Python's library, held-out modules and data-like ones left out."""
     root = Path(sysconfig.get_paths()["stdlib"])
     files = [f for f in sorted(root.rglob("*.py")) if not LEFT_OUT & set(f.parts)]
@@ -83,7 +83,7 @@ def train_tokenizer(texts: list[str]) -> Tokenizer:
 def _sample(texts: list[str]) -> Iterator[str]:
     """A share of the library, and conversations with the words of every task."""
     rng = random.Random(0)
-    yield from rng.sample(texts, LIBRARY_SAMPLE)
+    yield from rng.sample(texts, MODULE_SAMPLE)
     nothing = filler_of(("\n",), 0)
     for _ in range(DIALOGUES):
         yield chat(rng)
@@ -94,13 +94,13 @@ def _sample(texts: list[str]) -> Iterator[str]:
 def main(out: Path) -> None:
     """Write the tokenizer and the encoded library."""
     out.mkdir(parents=True, exist_ok=True)
-    texts = library()
+    texts = modules()
     tokenizer = train_tokenizer(texts)
     tokenizer.save(str(out / "tokenizer.json"), pretty=False)
     ids = [
         t.ids for t in tokenizer.encode_batch([BOS + t for t in texts], add_special_tokens=False)
     ]
-    np.save(out / "library.npy", np.concatenate(ids).astype(np.uint16))
+    np.save(out / "modules.npy", np.concatenate(ids).astype(np.uint16))
     print(f"{len(texts)} files, {sum(map(len, texts)):,} characters, {sum(map(len, ids)):,} tokens")
 
 

@@ -75,17 +75,20 @@ def logit_blocks(
 
 
 def read(model: Model, ids: Sequence[int], progress: tqdm | None = None) -> DecodeState:
-    """The state after a sequence of which no logits are wanted.
+    """The state after a sequence of which no logits are wanted; it can be rewound to there.
 
     Raises DataError as `logit_blocks` does.
     """
     check_ids(model, ids)
-    cache = model.make_cache()
+    cache, told = model.make_cache(), 0 if progress is None else progress.n
     cache.mark(len(ids))
+
+    def on_chunk(done: int, total: int) -> None:
+        if progress is not None:
+            progress.update(told + done - progress.n)
+
     if ids:
-        prefill(model, ids, cache)
-    if progress is not None:
-        progress.update(len(ids))
+        prefill(model, ids, cache, on_chunk=on_chunk)
     return cache
 
 

@@ -47,7 +47,7 @@ def parts(state: DecodeState) -> list[Part]:
 
 def check_storable(model: Model, state: DecodeState, tokens: int) -> None:
     """DataError unless the state is one sequence of this model with at least `tokens` tokens."""
-    if state.form != model.make_cache().form or len(state) != len(model.layers):
+    if state.form != model.state_form or len(state) != len(model.layers):
         raise DataError("the state is not one of the store's model: it holds its rows otherwise")
     if not 1 <= tokens <= state.offset:
         raise DataError(f"cannot save {tokens} tokens of a state that holds {state.offset}")

@@ -1,0 +1,104 @@
+"""Mistakes in the mixture of experts."""
+
+import mlx.core as mx
+
+from ds4mlx import moe
+from faults.listing import experts, fault
+
+
+def rescore(patch, function):
+    patch.setattr(moe.Router, "scores", function)
+
+
+@fault
+def no_square_root(patch, model):
+    scores = moe.Router.scores
+    rescore(patch, lambda self, x: scores(self, x) ** 2)
+
+
+@fault
+def softmax_scores(patch, model):
+    rescore(patch, lambda self, x: mx.softmax(x @ self.weight.astype(mx.float32).T, axis=-1))
+
+
+@fault
+def bias_also_in_the_weights(patch, model):
+    scores = moe.Router.scores
+    rescore(patch, lambda self, x: scores(self, x) + (0 if self.hashed else self.bias))
+    choose = moe.Router.choose
+    patch.setattr(moe.Router, "choose", lambda self, s: choose(self, s - self.bias))
+
+
+@fault
+def bias_not_used_in_the_choice(patch, model):
+    choose = moe.Router.choose
+    patch.setattr(moe.Router, "choose", lambda self, s: choose(self, s - self.bias))
+
+
+def reroute(patch, function):
+    call = moe.Router.__call__
+    patch.setattr(moe.Router, "__call__", lambda self, x, ids: function(self, x, ids, call))
+
+
+@fault
+def weights_not_normalised(patch, model):
+    def raw(self, x, ids, call):
+        experts, _ = call(self, x, ids)
+        return experts, mx.take_along_axis(self.scores(x), experts, axis=-1) * self.scale
+
+    reroute(patch, raw)
+
+
+@fault
+def routed_scaling_ignored(patch, model):
+    for block in model.layers:
+        patch.setattr(block.ffn.gate, "scale", 1.0)
+
+
+@fault
+def equal_weights_in_hash_layers(patch, model):
+    def equal(self, x, ids, call):
+        experts, weights = call(self, x, ids)
+        mean = mx.broadcast_to(weights.mean(-1, keepdims=True), weights.shape)
+        return experts, mean if self.hashed else weights
+
+    reroute(patch, equal)
+
+
+@fault
+def hash_of_the_next_token(patch, model):
+    reroute(patch, lambda self, x, ids, call: call(self, x, mx.roll(ids, -1, axis=-1)))
+
+
+@fault
+def hash_by_position(patch, model):
+    reroute(
+        patch,
+        lambda self, x, ids, call: call(self, x, mx.arange(ids.shape[1])[None]),
+    )
+
+
+@fault
+def routed_clamp_missing(patch, model):
+    for module in experts(model):
+        patch.setattr(module, "limit", mx.inf)
+
+
+@fault
+def shared_clamp_missing(patch, model):
+    for block in model.layers:
+        patch.setattr(block.ffn.shared_experts, "limit", mx.inf)
+
+
+@fault
+def gate_clamped_from_below_too(patch, model):
+    swiglu = moe.swiglu
+    patch.setattr(moe, "swiglu", lambda g, u, limit: swiglu(mx.maximum(g, -limit), u, limit))
+
+
+@fault
+def gate_and_up_swapped(patch, model):
+    for module in experts(model):
+        w1, w3 = module.w1, module.w3
+        patch.setitem(module, "w1", w3)
+        patch.setitem(module, "w3", w1)

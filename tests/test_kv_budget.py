@@ -1,0 +1,98 @@
+"""The KV store's budget: what goes when it is full, on synthetic states."""
+
+import numpy as np
+import pytest
+from synthetic_state import synthetic_state
+
+from ds4mlx import KVStore
+from ds4mlx.boundaries import Spacing
+from ds4mlx.store import eviction
+from ds4mlx.store.eviction import StoreFull
+
+
+def saved(store, seed, length=600):
+    """Save a conversation of its own; its tokens."""
+    ids = np.random.default_rng(seed).integers(0, 512, length)
+    store.save(ids, synthetic_state(store.model, ids))
+    return ids
+
+
+def test_the_budget_is_never_exceeded_and_the_newest_stays(bare_model, tmp_path):
+    store = KVStore(tmp_path, 1_000_000, bare_model, min_free_bytes=0)
+    for seed in range(20):
+        ids = saved(store, seed, 200 + 37 * seed)
+        assert store.restore(ids)[1] == len(ids)
+        assert sum(path.stat().st_size for path in tmp_path.rglob("*.kv")) <= 1_000_000
+    assert store.restore(np.random.default_rng(0).integers(0, 512, 200))[1] == 0
+
+
+def test_what_is_too_large_is_refused_and_evicts_nothing(bare_model, tmp_path):
+    store = KVStore(tmp_path, 400_000, bare_model, min_free_bytes=0)
+    ids = saved(store, 1)
+    with pytest.raises(StoreFull, match="exceed the budget"):
+        saved(store, 2, 6000)
+    assert store.restore(ids)[1] == 600
+
+
+def test_hits_save_a_prefix_from_eviction(bare_model, tmp_path):
+    store = KVStore(tmp_path, 1_000_000, bare_model, min_free_bytes=0)
+    first, second = saved(store, 1), saved(store, 2)
+    for _ in range(3):
+        store.restore(first)
+    for seed in range(3, 9):
+        saved(store, seed)
+        store.restore(first)
+    assert store.restore(second)[1] == 0 and store.restore(first)[1] == 600
+
+
+def test_what_is_in_use_is_not_evicted(bare_model, tmp_path):
+    """In any process: here another store object, with locks of its own."""
+    store = KVStore(tmp_path, 1_000_000, bare_model, min_free_bytes=0)
+    other = KVStore(tmp_path, 1_000_000, bare_model, min_free_bytes=0)
+    ids = np.random.default_rng(1).integers(0, 512, 600)
+    state = synthetic_state(bare_model, ids)
+    other.save(ids, state)
+    for seed in range(2, 12):
+        saved(store, seed)
+    assert store.longest(ids) == 600
+    catalogue = store._catalogue
+    with pytest.raises(StoreFull):
+        eviction.plan(catalogue, catalogue.nbytes)
+    del state
+    eviction.evict(catalogue, eviction.plan(catalogue, catalogue.nbytes))
+    assert store.longest(ids) == 0
+
+
+def test_leaves_go_before_what_they_follow(bare_model, tmp_path):
+    store = KVStore(tmp_path, 1 << 30, bare_model, min_free_bytes=0)
+    base = np.random.default_rng(0).integers(0, 512, 9000)
+    state = synthetic_state(bare_model, base[:8400])
+    store.save(base[:8400], state)
+    catalogue = store._catalogue
+    catalogue.refresh()
+    del state
+    order = [segment.start for segment, _ in eviction.plan(catalogue, catalogue.nbytes)]
+    assert order == [8192, 0]
+
+
+def test_free_disk_space_is_left(bare_model, tmp_path):
+    store = KVStore(tmp_path, 1 << 40, bare_model, min_free_bytes=1 << 60)
+    with pytest.raises(StoreFull, match="made free"):
+        saved(store, 1)
+    assert not list(tmp_path.rglob("*.kv")) and not list(tmp_path.rglob("*.tmp"))
+
+
+def test_boundaries_are_thinned_when_they_take_much(bare_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(eviction.superfluous, "__defaults__", (400_000,))
+    spacing = Spacing(256, 1024, 512)
+    store = KVStore(tmp_path, 1 << 30, bare_model, min_free_bytes=0, spacing=spacing)
+    ids = np.random.default_rng(0).integers(0, 512, 4096)
+    for end in range(128, 4097, 128):
+        store.save(ids[:end], synthetic_state(bare_model, ids[:end]))
+    catalogue = store._catalogue
+    catalogue.refresh()
+    positions = sorted(record.tokens for record in catalogue.records.values())
+    assert sum(r.nbytes for r in catalogue.records.values()) < 500_000 or len(positions) <= 12
+    for point in (4096, 4000, 3500, 2000, 1200):
+        reach = spacing.dense if point > 4096 - spacing.near else spacing.sparse
+        assert point - store.restore(ids[:point])[1] < reach + 128
