@@ -18,8 +18,9 @@ from ds4mlx.convert.journal import Journal, check_unlocked
 from ds4mlx.convert.manifest import manifest, quality_report
 from ds4mlx.convert.plan import Plan
 from ds4mlx.convert.sources import open_source
-from ds4mlx.convert.writer import PARTIAL, FileWriter, write_whole
+from ds4mlx.convert.writer import FileWriter
 from ds4mlx.directory import CONFIG, JOURNAL, MANIFEST, canonical, read_manifest
+from ds4mlx.durable import PARTIAL, write_whole
 from ds4mlx.errors import DataError
 
 JOURNAL_SECONDS = 5.0

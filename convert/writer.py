@@ -4,21 +4,19 @@ The file is `NAME.partial` until its last byte is on the disk. Every few seconds
 far it is; going on re-reads what is there and compares its checksums before trusting it.
 """
 
-import contextlib
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ds4mlx.convert.encoder import Encoder, Rows, row_chunks
 from ds4mlx.convert.journal import Journal
 from ds4mlx.convert.plan import OutEntry, OutFile, plane_bytes
-from ds4mlx.durable import sync_directory
+from ds4mlx.durable import PARTIAL, sync_directory
 from ds4mlx.inventory import experts
 
-PARTIAL = ".partial"
 BLOCK = 8 << 20
 
 
@@ -162,19 +160,3 @@ def digest(fd: int, position: int, nbytes: int) -> "hashlib._Hash":
         running.update(block)
         position, nbytes = position + len(block), nbytes - len(block)
     return running
-
-
-@contextlib.contextmanager
-def replacing(path: Path, temporary: Path) -> Iterator[Path]:
-    """Gives `temporary` to be written; what is there in the end becomes `path`, durably, in one step."""
-    yield temporary
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    sync_directory(path.parent)
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a small file so that it is there whole or not at all."""
-    with replacing(path, path.with_name(path.name + PARTIAL)) as temporary:
-        temporary.write_bytes(data)

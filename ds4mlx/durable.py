@@ -1,9 +1,12 @@
-"""Waiting until what was written is on the medium."""
+"""Files that are there whole or not at all, and last once that is said."""
 
 import contextlib
 import fcntl
 import os
+from collections.abc import Iterator
 from pathlib import Path
+
+PARTIAL = ".partial"  # behind the name of a file that is not whole yet
 
 
 def sync(fd: int) -> None:
@@ -23,3 +26,19 @@ def sync_directory(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+@contextlib.contextmanager
+def replacing(path: Path, temporary: Path) -> Iterator[Path]:
+    """Gives `temporary` to be written; what is there in the end becomes `path`, durably, in one step."""
+    yield temporary
+    with temporary.open("rb") as file:
+        sync(file.fileno())
+    temporary.replace(path)
+    sync_directory(path.parent)
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a small file so that it is there whole or not at all."""
+    with replacing(path, path.with_name(path.name + PARTIAL)) as temporary:
+        temporary.write_bytes(data)

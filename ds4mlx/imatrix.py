@@ -19,8 +19,8 @@ import numpy as np
 from tqdm import tqdm
 
 from ds4mlx.convert.importance import run_of, write_gguf
-from ds4mlx.convert.writer import replacing
 from ds4mlx.directory import ModelDirectory
+from ds4mlx.durable import replacing
 from ds4mlx.errors import DataError
 from ds4mlx.generation import PREFILL_STEP, prefill
 from ds4mlx.interrupts import undivided

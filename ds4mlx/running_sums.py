@@ -8,7 +8,7 @@ import numpy as np
 
 from ds4mlx.config import ModelConfig
 from ds4mlx.convert.importance import COUNTS, SUMS, imatrix_name
-from ds4mlx.convert.writer import replacing
+from ds4mlx.durable import replacing
 from ds4mlx.errors import DataError
 
 Place = tuple[int, str]  # layer, and "w1" or "w2"

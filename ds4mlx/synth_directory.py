@@ -11,8 +11,8 @@ import numpy as np
 
 from ds4mlx import tensor_file
 from ds4mlx.config import ModelConfig
-from ds4mlx.convert.writer import PARTIAL, replacing, write_whole
 from ds4mlx.directory import CONFIG, FORMAT_VERSION, MANIFEST, canonical, planes
+from ds4mlx.durable import PARTIAL, replacing, write_whole
 from ds4mlx.errors import DataError
 from ds4mlx.inventory import Entry, inventory
 from ds4mlx.synth import check_recipe, random_entry, storage

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from train.rounding import fp4_groups, fp8_tiles
+from train.rounding import fp4_groups, fp8_tiles, straight_through
 
 Weights = dict[str, Tensor]
 
@@ -104,5 +104,5 @@ def stored(weight: Tensor, kind: str) -> Tensor:
     if kind == "I8":
         return fp4_groups(weight)
     if kind == "BF16":
-        return weight + (weight.bfloat16().float() - weight).detach()
+        return straight_through(weight, weight.bfloat16().float())
     return weight

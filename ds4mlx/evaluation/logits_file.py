@@ -11,7 +11,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from ds4mlx.convert.writer import PARTIAL, replacing
+from ds4mlx.durable import PARTIAL, replacing
 from ds4mlx.errors import DataError
 from ds4mlx.tensor_file import TensorFile, header
 

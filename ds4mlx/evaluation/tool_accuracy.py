@@ -72,8 +72,8 @@ def greedy(
 ) -> list[int]:
     """Token ids of greedy decoding, up to the end of the answer or `longest`.
 
-    As far as they are those of `draft`, which is no longer than that, they are checked a block at a time; at the first other one
-    the state steps back, and decoding goes on from there.
+    As far as they are those of `draft`, which is no longer than that, they are checked a block at a
+    time; at the first other one the state steps back, and decoding goes on from there.
     """
     cache = model.make_cache()
     logits, agreed = prefill(model, prompt, cache), 0
