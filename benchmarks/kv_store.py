@@ -25,6 +25,7 @@ from synthetic_state import same_state, synthetic_state
 
 from ds4mlx import KVStore, Model, ModelConfig
 from ds4mlx.cache import DecodeState
+from ds4mlx.row_forms import StateForm
 
 TARGET = 1.5
 BLOCK = 8 << 20
@@ -41,6 +42,11 @@ class FlashShapes:
     def make_cache(self) -> DecodeState:
         """An empty decode state."""
         return DecodeState(self.args)
+
+    @property
+    def state_form(self) -> StateForm:
+        """How its decode states hold their rows."""
+        return self.make_cache().form
 
     dtype = "bfloat16"
 
