@@ -1,8 +1,8 @@
 """Where kernels are used: the one place that formats and model code ask.
 
 A kernel takes over where MLX computes on a GPU, the activations are bfloat16 or float32, and the
-sizes suit it; everywhere else the plain operations do, which the kernels are checked against. No
-kernel has run on a GPU yet, only on the CPU executor of the tests: so $DS4MLX_KERNELS=1 asks for them.
+sizes suit it; everywhere else the plain operations do, which the kernels are checked against. Not
+all of them have been seen right on a GPU yet: so $DS4MLX_KERNELS=1 asks for them.
 """
 
 import contextlib

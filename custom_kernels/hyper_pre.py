@@ -13,7 +13,7 @@ from ds4mlx.custom_kernels.tables import bits
 
 STREAMS = 4  # the kernel's lanes are laid out for so many
 MIXES = (2 + STREAMS) * STREAMS
-GROUPS = 32  # SIMD-groups of a threadgroup
+GROUPS = 16  # SIMD-groups of a threadgroup; of 32, an NVIDIA GPU's registers are too few
 
 BODY = """
     threadgroup float parts[GROUPS * 25];
@@ -40,9 +40,9 @@ BODY = """
         if (lane == 0) parts[m * GROUPS + sg] = v;
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    if (sg < 25) {
-        float v = simd_sum(lane < GROUPS ? parts[sg * GROUPS + lane] : 0.0f);
-        if (lane == 0) mix[sg] = v;
+    for (uint m = sg; m < 25; m += GROUPS) {
+        float v = simd_sum(lane < GROUPS ? parts[m * GROUPS + lane] : 0.0f);
+        if (lane == 0) mix[m] = v;
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
 

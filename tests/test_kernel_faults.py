@@ -136,7 +136,7 @@ FAULTS = [
     ("hyper_pre", pre, "2.0f * sigmoid", "sigmoid"),
     ("hyper_pre", pre, "simd_shuffle_xor(v, 4)", "simd_shuffle_xor(v, 1)"),
     ("hyper_pre", pre, "norm * scale[2]", "norm * scale[1]"),
-    ("hyper_pre", pre, f"mix[sg] = v;\n    }}\n    {BARRIER}", "mix[sg] = v;\n    }"),
+    ("hyper_pre", pre, f"mix[m] = v;\n    }}\n    {BARRIER}", "mix[m] = v;\n    }"),
     ("hyper_post", post, "16 + 4 * j + k", "16 + 4 * k + j"),
     ("hyper_post", post, "post[token * 4 + k]", "post[k]"),
 ]
