@@ -132,6 +132,8 @@ def _fill(state: LayerState, model: Model, tokens: int) -> None:
         part.recent.end = tokens - recent
         part.recent.extend(mx.random.normal((1, recent, 2, part.channels)), 0)
         part.rows.extend(_random_rows(form, tokens // part.ratio, dtype))
+    for recent in state.recents:
+        recent.cuts = {}  # nothing to set aside: random rows are no prompt's
 
 
 def _random_rows(form: RowForm, count: int, dtype: mx.Dtype) -> mx.array:
