@@ -1,0 +1,166 @@
+"""GPU time of the decode kernels alone, by NVIDIA's Nsight Compute: cold caches, no cost of launching.
+
+    python benchmarks/kernel_gpu_time.py [--rows 1,2,4] [--groups 4,8,16] [--results FILE]
+
+Needs `ncu` on the PATH (or in $NCU). `--rows` and `--groups` try other values of the constants ROWS and
+GROUPS at the top of each kernel's file; without them the set ones are used. `--details FILE` writes what
+Nsight Compute says of each launch.
+"""
+
+import argparse
+import csv
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+LAUNCHES = 3
+METRICS = ("gpu__time_duration.sum", "dram__bytes_read.sum")
+UNITS = {
+    "ns": 1e-9,
+    "us": 1e-6,
+    "ms": 1e-3,
+    "s": 1.0,
+    "nsecond": 1e-9,
+    "usecond": 1e-6,
+    "byte": 1.0,
+    "Kbyte": 1e3,
+    "Mbyte": 1e6,
+    "Gbyte": 1e9,
+}
+
+
+def main() -> None:
+    """Profile this file's launches, and print what each kernel took."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", default="")
+    parser.add_argument("--groups", default="")
+    parser.add_argument("--results", type=Path)
+    parser.add_argument("--details", type=Path)
+    parser.add_argument("--launch", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    combinations = [(r, g) for r in numbers(arguments.rows) for g in numbers(arguments.groups)]
+    if arguments.launch:
+        launch(combinations)
+        return
+    options = ["--rows", arguments.rows, "--groups", arguments.groups]
+    if arguments.details:
+        arguments.details.write_text(profile(["--set", "full"], []))
+    text = profile(["--csv", "--page", "raw", "--metrics", ",".join(METRICS)], options)
+    found = summary(text)
+    for row in found:
+        print(
+            f"{row['us']:8.1f} us {row['mb_read']:7.1f} MB {row['gb_per_s']:7.0f} GB/s {row['kernel']}"
+        )
+    if arguments.results:
+        arguments.results.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def numbers(text: str) -> list[int]:
+    """Numbers with commas between them; one 0 if there are none."""
+    return [int(n) for n in text.split(",") if n] or [0]
+
+
+def profile(wanted: list[str], options: list[str]) -> str:
+    """What Nsight Compute prints of the launches, caches flushed before each."""
+    command = [os.environ.get("NCU", "ncu"), *wanted, "--cache-control", "all"]
+    command += [
+        "--clock-control",
+        "none",
+        "-k",
+        "regex:custom_kernel_(experts|q8)",
+        "--target-processes",
+    ]
+    command += ["all", sys.executable, __file__, "--launch", *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
+    return done.stdout
+
+
+def summary(text: str) -> list[dict]:
+    """A row for each kernel: median microseconds, and the bytes that came from memory."""
+    lines = text.splitlines()
+    begin = next(i for i, line in enumerate(lines) if line.startswith('"ID"'))
+    table = list(csv.DictReader(lines[begin:]))
+    units, launches = table[0], table[1:]
+    by_name: dict[str, list[dict]] = {}
+    for row in launches:
+        by_name.setdefault(row["Kernel Name"], []).append(row)
+
+    def median(rows: list[dict], metric: str) -> float:
+        values = [float(row[metric].replace(",", "")) for row in rows]
+        return statistics.median(values) * UNITS[units[metric]]
+
+    found = []
+    for name, rows in by_name.items():
+        seconds, nbytes = (median(rows, metric) for metric in METRICS)
+        found.append(
+            {
+                "kernel": name,
+                "us": seconds * 1e6,
+                "mb_read": nbytes / 1e6,
+                "gb_per_s": nbytes / seconds / 1e9,
+            }
+        )
+    return found
+
+
+def launch(combinations: list[tuple[int, int]]) -> None:
+    """Each decode kernel a few times, one launch at a time."""
+    import mlx.core as mx
+
+    for module, call in launches():
+        kept = module.ROWS, module.GROUPS
+        for rows, groups in combinations:
+            module.ROWS, module.GROUPS = rows or kept[0], groups or kept[1]
+            for i in range(LAUNCHES):
+                mx.eval(call(i))
+        module.ROWS, module.GROUPS = kept
+
+
+def launches() -> Iterator[tuple]:
+    """(module, call) of every decode kernel at Flash's shapes."""
+    import mlx.core as mx
+
+    from ds4mlx.bench_kernels import DENSE, PAIRS, Experts
+    from ds4mlx.custom_kernels import q8_matvec
+    from ds4mlx.random_weights import random_planes
+
+    for storage in PAIRS:
+        yield from expert_launches(Experts(storage, 1))
+    for shape in DENSE.values():
+        planes = random_planes("q8_0", shape, 1)
+        x = mx.random.normal((1, shape[1])).astype(mx.bfloat16)
+        mx.eval(planes, x)
+        yield q8_matvec, lambda i, planes=planes, x=x: q8_matvec.q8_matvec(planes, x)
+
+
+def expert_launches(layer) -> Iterator[tuple]:
+    """Both launches of one token's experts, with the default body and with 8-bit activations."""
+    import mlx.core as mx
+
+    from ds4mlx.custom_kernels import experts_down, experts_up
+
+    up, down = layer.storage
+    w, k = layer.module, layer.config.num_experts_per_tok
+    hidden = mx.random.normal((k, layer.config.moe_intermediate_size)).astype(mx.bfloat16)
+    mx.eval(hidden)
+    planes, inputs = (w.w1.planes, w.w3.planes), (layer.weights, 10.0)
+    for eight in (False, True) if up != "mxfp4" else (False,):
+
+        def rise(i, eight=eight):
+            return experts_up.experts_up(up, *planes, layer.x, layer.chosen[i], *inputs, eight)
+
+        def fall(i, eight=eight):
+            return experts_down.experts_down(down, w.w2.planes, hidden, layer.chosen[i], eight)
+
+        yield experts_up, rise
+        yield experts_down, fall
+
+
+if __name__ == "__main__":
+    main()
