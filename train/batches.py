@@ -1,13 +1,13 @@
 """Batches of training sequences, made on the spot by worker processes.
 
-A sequence is a stretch of Python modules, conversations one after the other, or documents with
-planted facts and questions. Each token has a weight in the loss; the asked-for values, few and
-decisive, weigh more.
+A sequence is a stretch of Python modules, conversations one after the other, documents with planted
+facts and questions, or drills. Each token has a weight in the loss; the values that can be looked
+up, few and decisive, weigh more.
 """
 
 import random
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,23 +17,26 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ds4mlx.evaluation.held_out import filler_of
-from ds4mlx.evaluation.recall import RecallDocument, document
+from ds4mlx.evaluation.recall import document
 from train.dialogues import chat, tool_call
+from train.drills import drill
 
-VALUE_WEIGHT = 10.0
-# Kinds of sequences and how often each comes.
-MIXTURE = {"modules": 0.38, "dialogues": 0.22, "recall": 0.4}
-FACT_TOKENS, TURN_TOKENS = 13, 25  # of a fact's sentence, and of a question with its answer
+VALUE_WEIGHT = 6.0
+FACT_TOKENS, TURN_TOKENS = 7, 18  # of a fact's sentence, and of a question with its answer
 CHARACTERS_PER_TOKEN = 3.2
+MOST_DRILLED = 64  # facts
+LEAST_FILLER = 60  # characters, about two lines
 
+Mixture = dict[str, float]  # kinds of sequences and how often each comes
 Piece = tuple[list[int], list[float]]
 
 
 class Sequences(IterableDataset):
     """Endless batches (ids int64 (B, T), weights float32 (B, T)); each worker has its own seed."""
 
-    def __init__(self, corpus: Path, length: int, batch: int, seed: int):
-        self.corpus, self.length, self.batch, self.seed = corpus, length, batch, seed
+    def __init__(self, corpus: Path, mixture: Mixture, length: int, batch: int, seed: int):
+        self.corpus, self.mixture, self.seed = corpus, mixture, seed
+        self.length, self.batch = length, batch
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         torch.set_num_threads(1)
@@ -49,11 +52,11 @@ class Sequences(IterableDataset):
 
     def sequence(self) -> Piece:
         """One sequence of `length` tokens."""
-        kind = self.rng.choices(list(MIXTURE), list(MIXTURE.values()))[0]
+        kind = self.rng.choices(list(self.mixture), list(self.mixture.values()))[0]
         if kind == "modules":
             begin = self.rng.randrange(len(self.modules) - self.length)
             return self.modules[begin : begin + self.length].tolist(), [1.0] * self.length
-        make = self.dialogue if kind == "dialogues" else self.recall
+        make = {"dialogues": self.dialogue, "recall": self.recall, "drills": self.drill}[kind]
         ids: list[int] = []
         weights: list[float] = []
         while len(ids) < self.length:
@@ -63,9 +66,7 @@ class Sequences(IterableDataset):
 
     def dialogue(self) -> Piece:
         """A conversation."""
-        text = self.rng.choice((chat, tool_call))(self.rng)
-        ids = self.tokenizer.encode(text, add_special_tokens=False).ids
-        return ids, [1.0] * len(ids)
+        return self.weighted(self.rng.choice((chat, tool_call))(self.rng), ())
 
     def recall(self) -> Piece:
         """A document that fills a sequence, or half of one or less, with as many questions as fit."""
@@ -74,16 +75,28 @@ class Sequences(IterableDataset):
         planted = asked + rng.randrange(1 + asked // 3)
         rest = room - TURN_TOKENS * asked - FACT_TOKENS * planted
         characters = max(0, int(rest / (planted + 1) * CHARACTERS_PER_TOKEN))
-        filler = filler_of(self.texts, characters) if characters > 20 else filler_of(("\n",), 0)
+        filler = filler_of(*((self.texts, characters) if characters > 20 else (("\n",), 0)))
         found = document(rng, planted, asked, filler, thinking=rng.choice(("none", "none", "high")))
-        return self.weighted(found)
+        values = [(found.text.rindex(" ", begin, end), end) for begin, end in found.answers]
+        return self.weighted(found.text, values)
 
-    def weighted(self, found: RecallDocument) -> Piece:
-        """The document's tokens, its answers' values weighing more."""
-        encoding = self.tokenizer.encode(found.text, add_special_tokens=False)
+    def drill(self) -> Piece:
+        """A drill that fills a sequence, or with few facts less of one."""
+        rng, rounds = self.rng, self.rng.choice((2, 3, 4, 8))
+        most = int(self.length * rng.uniform(0.3, 1.0) / rounds / FACT_TOKENS)
+        count = max(2, min(MOST_DRILLED, most))
+        rest = self.length / count / rounds - FACT_TOKENS
+        characters = max(0, int(rest * CHARACTERS_PER_TOKEN))
+        longer = max(LEAST_FILLER, characters)
+        found = drill(rng, count, rounds, filler_of(self.texts, longer), characters / longer)
+        return self.weighted(found.text, found.values)
+
+    def weighted(self, text: str, values: Sequence[tuple[int, int]]) -> Piece:
+        """A text's tokens; those in the characters of `values` (each begins a token) weigh more."""
+        encoding = self.tokenizer.encode(text, add_special_tokens=False)
         weights = [1.0] * len(encoding.ids)
-        for begin, end in found.answers:
-            token = encoding.char_to_token(found.text.rindex(" ", begin, end))
+        for begin, end in values:
+            token = encoding.char_to_token(begin)
             while token is not None and encoding.offsets[token][0] < end:
                 weights[token] = VALUE_WEIGHT
                 token += 1
@@ -97,9 +110,9 @@ def outlive_signals(worker: int) -> None:
 
 
 def batches(
-    corpus: Path, length: int, tokens: int, workers: int, seed: int
+    corpus: Path, mixture: Mixture, length: int, tokens: int, workers: int, seed: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches of about `tokens` tokens in sequences of `length`, made ahead by `workers`."""
-    data = Sequences(corpus, length, max(1, tokens // length), seed)
+    data = Sequences(corpus, mixture, length, max(1, tokens // length), seed)
     ahead = {"prefetch_factor": 4, "worker_init_fn": outlive_signals} if workers else {}
     return iter(DataLoader(data, batch_size=None, num_workers=workers, pin_memory=False, **ahead))

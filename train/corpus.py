@@ -40,7 +40,8 @@ SPLITS = [
     r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
     r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 ]
-LEFT_OUT = {"site-packages", "lib2to3", "idlelib", "turtledemo", "encodings", "__pycache__"}
+LEFT_OUT = {"site-packages", "encodings", "__pycache__"}
+FOREIGN_SHARE = 0.01  # of a module's characters at most
 MODULE_SAMPLE, DIALOGUES = 400, 6000
 
 
@@ -53,13 +54,14 @@ def modules() -> list[str]:
 
 def _source(file: Path) -> str | None:
     name = file.stem.removeprefix("test_")
-    if name in MODULES or file.stat().st_size > 300_000:
+    if name in MODULES or file.stat().st_size > 1_000_000:
         return None
     try:
         text = file.read_text(encoding="utf-8")
     except UnicodeDecodeError:
         return None
-    return text if text.isascii() and text.strip() else None
+    foreign = len(text) - len(text.encode("ascii", "ignore"))
+    return text if text.strip() and foreign <= FOREIGN_SHARE * len(text) else None
 
 
 def train_tokenizer(texts: list[str]) -> Tokenizer:

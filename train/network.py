@@ -307,7 +307,8 @@ class Network:
         On every eighth query, from a random one on; a query counts by its mass on rows.
         """
         q, rows, weights = indexed
-        at = torch.arange(int(torch.randint(8, ())), length, 8, device=q.device)
+        first = torch.randint(8, (), device=q.device)
+        at = torch.arange(0, length, 8, device=q.device) + first
         hidden = torch.arange(rows.shape[1], device=q.device) >= (at[:, None] + 1) // 4
         scores = self.row_scores(q[:, at], rows, weights[:, at]).float()
         logs = torch.log_softmax(scores.masked_fill(hidden, -1e9), -1)

@@ -1,7 +1,8 @@
 """Muon for the matrices inside the blocks, Adam for everything else; one learning-rate factor.
 
 Muon replaces a matrix's momentum by the nearest semi-orthogonal matrix (five Newton-Schulz steps in
-bfloat16), scaled so that an update's root mean square is like Adam's.
+bfloat16), scaled so that an update's root mean square is like Adam's. The factor is a tensor, so that
+a recorded step can be repeated with another.
 """
 
 import torch
@@ -38,7 +39,7 @@ class Optimiser:
     """Steps `weights` in place by their `.grad`, then clears it."""
 
     def __init__(self, weights: Weights, groups: int):
-        self.weights, self.groups, self.steps = weights, groups, 0
+        self.weights, self.groups = weights, groups
         self.muon = {n: w for n, w in weights.items() if uses_muon(n, w)}
         self.momentum = {n: torch.zeros_like(w) for n, w in self.muon.items()}
         tables = [w for n, w in weights.items() if n in ("embed.weight", "head.weight")]
@@ -47,21 +48,34 @@ class Optimiser:
             for n, w in weights.items()
             if n not in self.muon and n not in ("embed.weight", "head.weight")
         ]
+        self.factor = torch.zeros((), device=rest[0].device)
+        self.rates = [torch.zeros_like(self.factor) for _ in (tables, rest)]
+        groups_of = zip((tables, rest), self.rates, strict=True)
         self.adam = torch.optim.Adam(
-            [{"params": tables}, {"params": rest}], betas=(0.9, 0.97), eps=1e-10, fused=True
+            [{"params": params, "lr": rate} for params, rate in groups_of],
+            betas=(0.9, 0.97),
+            eps=1e-10,
+            fused=True,
+            capturable=rest[0].is_cuda,
         )
 
+    def set_factor(self, factor: float) -> None:
+        """Let the steps to come be at `factor` times the full rates."""
+        self.factor.fill_(factor)
+
     @torch.no_grad()
-    def step(self, factor: float) -> None:
-        """One update at `factor` times the full rates."""
-        for group, rate in zip(self.adam.param_groups, (TABLE_RATE, ADAM_RATE), strict=True):
-            group["lr"] = rate * factor
+    def step(self) -> None:
+        """One update."""
+        for group, lr, rate in zip(
+            self.adam.param_groups, self.rates, (TABLE_RATE, ADAM_RATE), strict=True
+        ):
+            group["lr"] = lr.copy_(self.factor * rate)
         self.adam.step()
-        self._muon_step(MUON_RATE * factor)
+        self._muon_step(self.factor * MUON_RATE)
         for weight in self.weights.values():
             weight.grad = None
 
-    def _muon_step(self, rate: float) -> None:
+    def _muon_step(self, rate: Tensor) -> None:
         by_shape: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
         for name, weight in self.muon.items():
             if weight.grad is None:
@@ -72,7 +86,7 @@ class Optimiser:
                 by_shape.setdefault((*matrix.shape,), []).append((matrix, change))
         for shape, pairs in by_shape.items():
             changes = orthogonalised(torch.stack([change for _, change in pairs]))
-            changes = (changes * (0.2 * max(shape) ** 0.5 * -rate)).unbind()
+            changes = (changes * (rate * (-0.2 * max(shape) ** 0.5))).unbind()
             matrices = [matrix for matrix, _ in pairs]
             torch._foreach_mul_(matrices, 1 - rate * DECAY)
             torch._foreach_add_(matrices, list(changes))

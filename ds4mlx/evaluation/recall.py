@@ -1,8 +1,8 @@
 """Long-range recall: facts planted in a long text, asked for at its end.
 
 A document is a conversation. Its first message is filler text with facts between the lines
-("The code of the red fox is tango."); every turn after it asks for one of them. Keys and values
-are drawn at random, so nothing but the text can answer. One key in eight is held out: training
+("Call the red fox tango."); every turn after it asks for one of them. Keys and values are drawn at
+random, so nothing but the text can answer. One key in eight is held out: training
 never sees it.
 """
 
@@ -15,9 +15,9 @@ from ds4mlx.chat import encode_messages
 from ds4mlx.evaluation.words import ADJECTIVES, NOUNS, VALUES
 
 QUESTIONS = (
-    "What is the code of the {key}?",
-    "Tell me the code of the {key}.",
-    "Which code does the {key} have?",
+    "What do you call the {key}?",
+    "What is the {key} called?",
+    "Tell me what to call the {key}.",
 )
 HELD_OUT_SHARE = 8
 
@@ -34,7 +34,7 @@ class Fact:
     @property
     def sentence(self) -> str:
         """The fact as the document states it, and as an answer repeats it."""
-        return f"The code of the {self.key} is {self.value}."
+        return f"Call the {self.key} {self.value}."
 
 
 @dataclass(frozen=True)
