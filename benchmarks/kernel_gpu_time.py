@@ -14,8 +14,15 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
+
+import mlx.core as mx
+
+from ds4mlx.bench_kernels import DENSE, PAIRS, Experts
+from ds4mlx.custom_kernels import experts_down, experts_up, q8_matvec
+from ds4mlx.random_weights import random_planes
 
 LAUNCHES = 3
 METRICS = ("gpu__time_duration.sum", "dram__bytes_read.sum")
@@ -66,15 +73,10 @@ def numbers(text: str) -> list[int]:
 
 def profile(wanted: list[str], options: list[str]) -> str:
     """What Nsight Compute prints of the launches, caches flushed before each."""
-    command = [os.environ.get("NCU", "ncu"), *wanted, "--cache-control", "all"]
-    command += [
-        "--clock-control",
-        "none",
-        "-k",
-        "regex:custom_kernel_(experts|q8)",
-        "--target-processes",
-    ]
-    command += ["all", sys.executable, __file__, "--launch", *options]
+    ncu = os.environ.get("NCU", "ncu")
+    options_of_ncu = ["--cache-control", "all", "--clock-control", "none"]
+    options_of_ncu += ["--target-processes", "all", "-k", "regex:custom_kernel_(experts|q8)"]
+    command = [ncu, *wanted, *options_of_ncu, sys.executable, __file__, "--launch", *options]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(f"{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
@@ -111,8 +113,6 @@ def summary(text: str) -> list[dict]:
 
 def launch(combinations: list[tuple[int, int]]) -> None:
     """Each decode kernel a few times, one launch at a time."""
-    import mlx.core as mx
-
     for module, call in launches():
         kept = module.ROWS, module.GROUPS
         for rows, groups in combinations:
@@ -122,44 +122,19 @@ def launch(combinations: list[tuple[int, int]]) -> None:
         module.ROWS, module.GROUPS = kept
 
 
-def launches() -> Iterator[tuple]:
+def launches() -> Iterator[tuple[ModuleType, Callable[[int], mx.array]]]:
     """(module, call) of every decode kernel at Flash's shapes."""
-    import mlx.core as mx
-
-    from ds4mlx.bench_kernels import DENSE, PAIRS, Experts
-    from ds4mlx.custom_kernels import q8_matvec
-    from ds4mlx.random_weights import random_planes
-
     for storage in PAIRS:
-        yield from expert_launches(Experts(storage, 1))
+        layer = Experts(storage, 1)
+        mx.eval(layer.hidden)
+        for eight in (False, True) if storage[0] != "mxfp4" else (False,):
+            yield experts_up, lambda i, one=layer, e=eight: one.up(i, one.x, e)
+            yield experts_down, lambda i, one=layer, e=eight: one.down(i, one.hidden, e)
     for shape in DENSE.values():
         planes = random_planes("q8_0", shape, 1)
         x = mx.random.normal((1, shape[1])).astype(mx.bfloat16)
         mx.eval(planes, x)
         yield q8_matvec, lambda i, planes=planes, x=x: q8_matvec.q8_matvec(planes, x)
-
-
-def expert_launches(layer) -> Iterator[tuple]:
-    """Both launches of one token's experts, with the default body and with 8-bit activations."""
-    import mlx.core as mx
-
-    from ds4mlx.custom_kernels import experts_down, experts_up
-
-    up, down = layer.storage
-    w, k = layer.module, layer.config.num_experts_per_tok
-    hidden = mx.random.normal((k, layer.config.moe_intermediate_size)).astype(mx.bfloat16)
-    mx.eval(hidden)
-    planes, inputs = (w.w1.planes, w.w3.planes), (layer.weights, 10.0)
-    for eight in (False, True) if up != "mxfp4" else (False,):
-
-        def rise(i, eight=eight):
-            return experts_up.experts_up(up, *planes, layer.x, layer.chosen[i], *inputs, eight)
-
-        def fall(i, eight=eight):
-            return experts_down.experts_down(down, w.w2.planes, hidden, layer.chosen[i], eight)
-
-        yield experts_up, rise
-        yield experts_down, fall
 
 
 if __name__ == "__main__":

@@ -50,20 +50,11 @@ def experts(kind: str, combinations: list[tuple[int, int]], read: float) -> list
     """Both launches of one token's experts."""
     storage = (kind, "q2_k" if kind == "iq2_xxs" else kind)
     layer = Experts(storage, 1)
-    k, w = layer.config.num_experts_per_tok, layer.module
-    hidden = mx.random.normal((k, layer.config.moe_intermediate_size)).astype(mx.bfloat16)
-
-    def rise(i: int, x: mx.array) -> mx.array:
-        planes = w.w1.planes, w.w3.planes
-        return experts_up.experts_up(kind, *planes, x, layer.chosen[i], layer.weights, 10.0)
-
-    def fall(i: int, x: mx.array) -> mx.array:
-        return experts_down.experts_down(storage[1], w.w2.planes, x, layer.chosen[i])
-
+    k = layer.config.num_experts_per_tok
     up, down = 2 * k * layer.pieces("w1"), k * layer.pieces("w2")
-    rows = each(f"experts_up {kind}", experts_up, rise, layer.x, up, combinations, read)
+    rows = each(f"experts_up {kind}", experts_up, layer.up, layer.x, up, combinations, read)
     name = f"experts_down {storage[1]}"
-    return rows + each(name, experts_down, fall, hidden, down, combinations, read)
+    return rows + each(name, experts_down, layer.down, layer.hidden, down, combinations, read)
 
 
 def dense(combinations: list[tuple[int, int]], read: float) -> list[dict]:

@@ -8,6 +8,7 @@ decode what is chosen and multiply (what runs without kernels), and MLX's own `g
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import version
 
 import mlx.core as mx
@@ -31,6 +32,7 @@ DENSE = {
 }
 CHAIN, REPEATS = 32, 3
 MANY = (512, 4096)  # tokens of a prefill
+LIMIT = FLASH.swiglu_limit
 ROTATED = 4e8  # bytes of copies that take turns
 
 
@@ -113,6 +115,24 @@ class Experts:
         _, rows, columns = self.module[name]._shape
         return FORMATS[self.module[name].storage].bits / 8 * rows * columns
 
+    @cached_property
+    def hidden(self) -> mx.array:
+        """Random values as the first launch gives to the second, bfloat16 (tokens * k, H)."""
+        rows = self.chosen[0].size
+        return mx.random.normal((rows, self.config.moe_intermediate_size)).astype(mx.bfloat16)
+
+    def up(self, i: int, x: mx.array, eight: bool = False) -> mx.array:
+        """The first launch of a few tokens: gate and up."""
+        planes = self.module.w1.planes, self.module.w3.planes
+        return experts_up.experts_up(
+            self.storage[0], *planes, x, self.chosen[i], self.weights, LIMIT, eight
+        )
+
+    def down(self, i: int, hidden: mx.array, eight: bool = False) -> mx.array:
+        """The second launch: down, summed over the experts."""
+        planes = self.module.w2.planes
+        return experts_down.experts_down(self.storage[1], planes, hidden, self.chosen[i], eight)
+
     def whole(self, i: int, x: mx.array) -> mx.array:
         """The experts of a layer as the model runs them."""
         return self.module(x, self.chosen[i], self.weights)
@@ -122,22 +142,10 @@ def experts_few() -> Iterator[Row]:
     """Decode: one token, six experts."""
     for storage in PAIRS:
         layer = Experts(storage, 1)
-        w1, w2, w3 = layer.module.w1, layer.module.w2, layer.module.w3
         k, (up, down) = FLASH.num_experts_per_tok, (layer.pieces("w1"), layer.pieces("w2"))
-        hidden = mx.random.normal((k, FLASH.moe_intermediate_size)).astype(mx.bfloat16)
-        gate, rise, fall = w1.planes, w3.planes, w2.planes
-        ids, weights = layer.chosen, layer.weights
-        seconds = measure(
-            lambda i, x, s=storage[0], g=gate, u=rise, c=ids, w=weights: experts_up.experts_up(
-                s, g, u, x, c[i], w, 10.0
-            ),
-            layer.x,
-        )
+        seconds = measure(layer.up, layer.x)
         yield Row("experts up", f"{storage[0]}, 1 token", seconds, 2 * k * up)
-        seconds = measure(
-            lambda i, x, s=storage[1], d=fall, c=ids: experts_down.experts_down(s, d, x, c[i]),
-            hidden,
-        )
+        seconds = measure(layer.down, layer.hidden)
         yield Row("experts down", f"{storage[1]}, 1 token", seconds, k * down)
         name, total = f"{'/'.join(storage)}, 1 token", k * (2 * up + down)
         yield Row("experts, both launches", name, measure(layer.whole, layer.x), total)
