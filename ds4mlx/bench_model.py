@@ -125,15 +125,11 @@ def _fill(state: LayerState, model: Model, tokens: int) -> None:
     forms, dtype = (state.form.kv, state.form.index), model.dtype
     state.offset = tokens
     kept = min(tokens, state.before)
-    state.window.end = tokens - kept
-    state.window.extend(_random_rows(forms[0], kept, dtype), 0)
+    state.window.load(_random_rows(forms[0], kept, dtype), tokens)
     for part, form in zip(state.compressors, forms, strict=False):
         recent = tokens - part.needed(tokens)
-        part.recent.end = tokens - recent
-        part.recent.extend(mx.random.normal((1, recent, 2, part.channels)), 0)
+        part.recent.load(mx.random.normal((1, recent, 2, part.channels)), tokens)
         part.rows.extend(_random_rows(form, tokens // part.ratio, dtype))
-    for recent in state.recents:
-        recent.cuts = {}  # nothing to set aside: random rows are no prompt's
 
 
 def _random_rows(form: RowForm, count: int, dtype: mx.Dtype) -> mx.array:

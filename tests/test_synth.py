@@ -109,6 +109,14 @@ def test_a_synthetic_state_is_shaped_like_a_real_one():
     assert counts[0] == counts[1]
 
 
+def test_decoding_goes_on_from_a_synthetic_state_at_a_mark():
+    """2,048 tokens are where a read-in prompt sets a boundary record aside."""
+    model = synth_model(SMALL, "q2", mx.float32)
+    made = bench_model.synthetic_state(model, 2048)
+    mx.eval(model.last_logits(mx.array([[1]]), made))
+    assert made.offset == 2049 and not made.records
+
+
 def parts(layer):
     return [layer.window, *(c.recent for c in layer.compressors)]
 
