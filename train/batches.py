@@ -74,8 +74,8 @@ class Sequences(IterableDataset):
         asked = max(2, int(room * rng.uniform(0.3, 0.6)) // TURN_TOKENS)
         planted = asked + rng.randrange(1 + asked // 3)
         rest = room - TURN_TOKENS * asked - FACT_TOKENS * planted
-        characters = max(0, int(rest / (planted + 1) * CHARACTERS_PER_TOKEN))
-        filler = filler_of(*((self.texts, characters) if characters > 20 else (("\n",), 0)))
+        characters = characters_of(rest / (planted + 1))
+        filler = filler_of(self.texts if characters > 20 else ("\n",), characters)
         found = document(rng, planted, asked, filler, thinking=rng.choice(("none", "none", "high")))
         values = [(found.text.rindex(" ", begin, end), end) for begin, end in found.answers]
         return self.weighted(found.text, values)
@@ -85,8 +85,7 @@ class Sequences(IterableDataset):
         rng, rounds = self.rng, self.rng.choice((2, 3, 4, 8))
         most = int(self.length * rng.uniform(0.3, 1.0) / rounds / FACT_TOKENS)
         count = max(2, min(MOST_DRILLED, most))
-        rest = self.length / count / rounds - FACT_TOKENS
-        characters = max(0, int(rest * CHARACTERS_PER_TOKEN))
+        characters = characters_of(self.length / count / rounds - FACT_TOKENS)
         longer = max(LEAST_FILLER, characters)
         found = drill(rng, count, rounds, filler_of(self.texts, longer), characters / longer)
         return self.weighted(found.text, found.values)
@@ -101,6 +100,11 @@ class Sequences(IterableDataset):
                 weights[token] = VALUE_WEIGHT
                 token += 1
         return encoding.ids, weights
+
+
+def characters_of(tokens: float) -> int:
+    """How many characters so many tokens of text take, about; 0 for less than none."""
+    return max(0, int(tokens * CHARACTERS_PER_TOKEN))
 
 
 def outlive_signals(worker: int) -> None:

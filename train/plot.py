@@ -12,6 +12,8 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
+from train.batches import VALUE_WEIGHT
+
 
 def main(log: Path, out: Path) -> None:
     """Draw the text's and the drafts' loss against tokens; a line where the length changes."""
@@ -30,7 +32,9 @@ def main(log: Path, out: Path) -> None:
         axes.axvline(at, color="grey", linewidth=0.8)
         axes.text(at, 4.2, f" {int(length)} tokens", fontsize=8)
     axes.set(
-        xlabel="million tokens", ylabel="loss, nats (values asked for weigh 10)", ylim=(0.8, 4.5)
+        xlabel="million tokens",
+        ylabel=f"loss, nats (values to look up weigh {VALUE_WEIGHT:g})",
+        ylim=(0.8, 4.5),
     )
     axes.legend()
     figure.tight_layout()
