@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What one NVIDIA GPU is asked about the kernels, in about ten minutes: are they right, how fast is
+# What one NVIDIA GPU is asked about the kernels, in about a quarter of an hour: are they right, how fast is
 # each, and how fast are a few layers of Flash with and without them.
 #
 #   benchmarks/gpu.sh [DIR]      writes DIR/*.json and *.txt (default benchmarks/results/gpu)
@@ -27,8 +27,8 @@ unset MLX_ENABLE_TF32
 step 240 kernels "${run[@]}" bench --kernels --json
 synth=(synth --like flash --layers "$layers" --in-memory --bench --gen 16 --json)
 for recipe in q2 keep; do
-    step 60 "synth_$recipe" "${run[@]}" "${synth[@]}" --recipe "$recipe" --prompt 512,2048
-    step 60 "synth_${recipe}_plain" "${run[@]}" "${synth[@]}" --recipe "$recipe" --prompt 512 --plain
+    step 150 "synth_$recipe" "${run[@]}" "${synth[@]}" --recipe "$recipe" --prompt 512,2048
+    step 150 "synth_${recipe}_plain" "${run[@]}" "${synth[@]}" --recipe "$recipe" --prompt 512 --plain
 done
-step 60 synth_deep "${run[@]}" "${synth[@]}" --recipe q2 --prompt 32768 --fill synthetic
+step 150 synth_deep "${run[@]}" "${synth[@]}" --recipe q2 --prompt 32768 --fill synthetic
 MLX_ENABLE_TF32=0 step 300 model "$python" benchmarks/kernel_model.py --text ds4mlx/evaluation/held_out.txt --results "$out/kernel_model.json"

@@ -2,8 +2,7 @@
 
 A document is a conversation. Its first message is filler text with facts between the lines
 ("Call the red fox tango."); every turn after it asks for one of them. Keys and values are drawn at
-random, so nothing but the text can answer. One key in eight is held out: training
-never sees it.
+random, so nothing but the text can answer. One key in eight is held out: training never sees it.
 """
 
 import random

@@ -1,4 +1,4 @@
-"""Recall accuracy by distance: how often the code of a fact planted far back comes out right.
+"""Recall accuracy by distance: how often the value of a fact planted far back comes out right.
 
 An answer is right if every token of it, up to the end of the value, is the likeliest one after
 those before: then greedy generation gives the same answer, and one reading of a document judges
