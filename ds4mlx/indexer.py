@@ -27,7 +27,8 @@ class Indexer(nn.Module):
         self.weights_proj = Linear(self.heads, config.hidden_size)
         self.compressor = Compressor(config, self.width, ratio)
         self.rounding: Rounding = rounding
-        self.heap_ties = config.index_ties == "heap"
+        # The choice is the host's, so it is not made where that would keep a GPU waiting.
+        self.settles = config.index_ties == "heap" and mx.default_device() == mx.cpu
 
     def extend(self, x: mx.array, state: LayerState, rotary: Rotary) -> mx.array:
         """Take tokens x (B, L, D); return all index rows so far, as held, (B, R, .)."""
@@ -73,6 +74,4 @@ class Indexer(nn.Module):
         """
         masked = mx.where(visible, scores, -mx.inf)
         chosen = mx.argpartition(-masked, self.topk - 1, axis=-1)[..., : self.topk]
-        if self.heap_ties and mx.default_device() == mx.cpu:
-            return settle(masked, chosen)
-        return chosen
+        return settle(masked, chosen) if self.settles else chosen

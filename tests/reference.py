@@ -38,6 +38,13 @@ def run_chunks(model, ids, lengths, cache=None) -> np.ndarray:
     return np.concatenate(rows)
 
 
+def settle_ties(model) -> None:
+    """Where a file asks for llama.cpp's choice among equal index scores, make it on a GPU too."""
+    for layer in model.layers:
+        if layer.attn.ratio == 4:
+            layer.attn.indexer.settles = model.args.index_ties == "heap"
+
+
 def kl(reference: np.ndarray, other: np.ndarray) -> np.ndarray:
     """KL divergence of every row, (T,)."""
     p, q = log_softmax(reference), log_softmax(other)
