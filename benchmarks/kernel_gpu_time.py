@@ -1,10 +1,12 @@
 """GPU time of the decode kernels alone, by NVIDIA's Nsight Compute: cold caches, no cost of launching.
 
-    python benchmarks/kernel_gpu_time.py [--rows 1,2,4] [--groups 4,8,16] [--results FILE]
+    python benchmarks/kernel_gpu_time.py [--formats iq2_xxs] [--rows 1,2,4] [--groups 4,8,16] \
+        [--results FILE]
 
 Needs `ncu` on the PATH (or in $NCU). `--rows` and `--groups` try other values of the constants ROWS and
-GROUPS at the top of each kernel's file; without them the set ones are used. `--details FILE` writes what
-Nsight Compute says of each launch.
+GROUPS at the top of each kernel's file; without them the set ones are used. `--formats` names gate's and
+up's formats of the experts to take, and leaves the dense matrices out. `--details FILE` writes what Nsight
+Compute says of each launch.
 """
 
 import argparse
@@ -15,6 +17,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 
@@ -43,6 +46,7 @@ UNITS = {
 def main() -> None:
     """Profile this file's launches, and print what each kernel took."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--formats", default="")
     parser.add_argument("--rows", default="")
     parser.add_argument("--groups", default="")
     parser.add_argument("--results", type=Path)
@@ -51,11 +55,12 @@ def main() -> None:
     arguments = parser.parse_args()
     combinations = [(r, g) for r in numbers(arguments.rows) for g in numbers(arguments.groups)]
     if arguments.launch:
-        launch(combinations)
+        launch(arguments.formats, combinations)
         return
-    options = ["--rows", arguments.rows, "--groups", arguments.groups]
+    only = ["--formats", arguments.formats]
+    options = [*only, "--rows", arguments.rows, "--groups", arguments.groups]
     if arguments.details:
-        arguments.details.write_text(profile(["--set", "full"], []))
+        arguments.details.write_text(profile(["--set", "full"], only))
     text = profile(["--csv", "--page", "raw", "--metrics", ",".join(METRICS)], options)
     found = summary(text)
     for row in found:
@@ -111,26 +116,28 @@ def summary(text: str) -> list[dict]:
     return found
 
 
-def launch(combinations: list[tuple[int, int]]) -> None:
+def launch(formats: str, combinations: list[tuple[int, int]]) -> None:
     """Each decode kernel a few times, one launch at a time."""
-    for module, call in launches():
+    for module, call in launches(formats.split(",") if formats else []):
         kept = module.ROWS, module.GROUPS
         for rows, groups in combinations:
             module.ROWS, module.GROUPS = rows or kept[0], groups or kept[1]
-            for i in range(LAUNCHES):
-                mx.eval(call(i))
+            # A combination may need more registers than there are: its launch is refused.
+            with suppress(RuntimeError):
+                for i in range(LAUNCHES):
+                    mx.eval(call(i))
         module.ROWS, module.GROUPS = kept
 
 
-def launches() -> Iterator[tuple[ModuleType, Callable[[int], mx.array]]]:
-    """(module, call) of every decode kernel at Flash's shapes."""
-    for storage in PAIRS:
+def launches(formats: list[str]) -> Iterator[tuple[ModuleType, Callable[[int], mx.array]]]:
+    """(module, call) of every decode kernel at Flash's shapes, or of experts in some formats."""
+    for storage in (pair for pair in PAIRS if not formats or pair[0] in formats):
         layer = Experts(storage, 1)
         mx.eval(layer.hidden)
         for eight in (False, True) if storage[0] != "mxfp4" else (False,):
             yield experts_up, lambda i, one=layer, e=eight: one.up(i, one.x, e)
             yield experts_down, lambda i, one=layer, e=eight: one.down(i, one.hidden, e)
-    for shape in DENSE.values():
+    for shape in () if formats else DENSE.values():
         planes = random_planes("q8_0", shape, 1)
         x = mx.random.normal((1, shape[1])).astype(mx.bfloat16)
         mx.eval(planes, x)

@@ -75,7 +75,11 @@ def each(name, module, call, x, nbytes: float, combinations, read: float) -> lis
     kept, found = (module.ROWS, module.GROUPS), []
     for rows, groups in combinations:
         module.ROWS, module.GROUPS = rows, groups
-        seconds = measure(call, x)
+        try:
+            seconds = measure(call, x)
+        except RuntimeError:
+            print(f"{name:<24} rows {rows} groups {groups:>2}: more registers than there are")
+            continue
         rate = nbytes / seconds
         print(
             f"{name:<24} rows {rows} groups {groups:>2} {seconds * 1e6:7.1f} us "
