@@ -60,18 +60,21 @@ class Sequences(IterableDataset):
         ids: list[int] = []
         weights: list[float] = []
         while len(ids) < self.length:
-            more, weight = make()
+            more, weight = make(self.length - len(ids))
             ids, weights = ids + more, weights + weight
         return ids[: self.length], weights[: self.length]
 
-    def dialogue(self) -> Piece:
-        """A conversation."""
+    def dialogue(self, left: int) -> Piece:
+        """A conversation, however long."""
         return self.weighted(self.rng.choice((chat, tool_call))(self.rng), ())
 
-    def recall(self) -> Piece:
-        """A document that fills a sequence, or half of one or less, with as many questions as fit."""
-        rng, room = self.rng, int(self.length * self.rng.choice((0.5, 0.95, 0.95, 0.95)))
-        asked = max(2, int(room * rng.uniform(0.3, 0.6)) // TURN_TOKENS)
+    def recall(self, left: int) -> Piece:
+        """A document that takes most of what is left of a sequence, half or a tenth, with questions.
+
+        Short ones and few questions are there for the first answer, which has no example before it.
+        """
+        rng, room = self.rng, int(left * self.rng.choice((0.1, 0.1, 0.5, 0.95)))
+        asked = max(1, int(room * rng.uniform(0.05, 0.6)) // TURN_TOKENS)
         planted = asked + rng.randrange(1 + asked // 3)
         rest = room - TURN_TOKENS * asked - FACT_TOKENS * planted
         characters = characters_of(rest / (planted + 1))
@@ -80,12 +83,12 @@ class Sequences(IterableDataset):
         values = [(found.text.rindex(" ", begin, end), end) for begin, end in found.answers]
         return self.weighted(found.text, values)
 
-    def drill(self) -> Piece:
-        """A drill that fills a sequence, or with few facts less of one."""
+    def drill(self, left: int) -> Piece:
+        """A drill that fills what is left of a sequence, or with few facts less of it."""
         rng, rounds = self.rng, self.rng.choice((2, 3, 4, 8))
-        most = int(self.length * rng.uniform(0.3, 1.0) / rounds / FACT_TOKENS)
+        most = int(left * rng.uniform(0.3, 1.0) / rounds / FACT_TOKENS)
         count = max(2, min(MOST_DRILLED, most))
-        characters = characters_of(self.length / count / rounds - FACT_TOKENS)
+        characters = characters_of(left / count / rounds - FACT_TOKENS)
         longer = max(LEAST_FILLER, characters)
         found = drill(rng, count, rounds, filler_of(self.texts, longer), characters / longer)
         return self.weighted(found.text, found.values)
