@@ -46,10 +46,11 @@ inline float dot_group(Pack p, uint h, const thread pair* x, float scale, float,
 """
 
 IQ2_VALUES = """
-inline void values(Pack p, uint h, thread float* v, const threadgroup uint4* lut) {
-  uint a = h ? p.w.z : p.w.x, s = sign_bytes(h ? p.w.w : p.w.y);
+inline void values(Pack p, uint h, uint half_group, thread float* v, const threadgroup uint4* lut) {
+  uint a = (h ? p.w.z : p.w.x) >> (16 * half_group);
+  uint s = sign_bytes((h ? p.w.w : p.w.y) >> (14 * half_group));
   float scale = scale_of(p, h);
-  for (int k = 0; k < 4; k++) {
+  for (int k = 0; k < 2; k++) {
     uint4 g = lut[(a >> (8 * k)) & 255u];
     uint b = (s >> (8 * k)) & 255u;
     put(signed_pair(g.x, b, 0x08008000u), scale, 0, v + 8 * k, 4);

@@ -45,13 +45,11 @@ inline float dot_group(Pack p, uint h, const thread pair* x, float scale, float 
 """
 
 Q2_K_VALUES = """
-inline void values(Pack p, uint h, thread float* v, const threadgroup uint4*) {
-  for (int s = 0; s < 2; s++) {
-    uint w = word(p, h, s), byte = scale_byte(p, h, s);
-    float d = low(as_half2(p.d)) * float(byte & 15u);
-    float least = -high(as_half2(p.d)) * float(byte >> 4);
-    for (int i = 0; i < 8; i++) put(codes(w, i), d, least, v + 16 * s + i, 8);
-  }
+inline void values(Pack p, uint h, uint half_group, thread float* v, const threadgroup uint4*) {
+  uint w = word(p, h, half_group), byte = scale_byte(p, h, half_group);
+  float d = low(as_half2(p.d)) * float(byte & 15u);
+  float least = -high(as_half2(p.d)) * float(byte >> 4);
+  for (int i = 0; i < 8; i++) put(codes(w, i), d, least, v + i, 8);
 }
 """
 
@@ -112,11 +110,11 @@ inline float dot_group(Pack p, uint h, const thread pair* x, float scale, float 
 """
 
 Q4_K_VALUES = """
-inline void values(Pack p, uint h, thread float* v, const threadgroup uint4*) {
+inline void values(Pack p, uint h, uint half_group, thread float* v, const threadgroup uint4*) {
   float s = low(as_half2(p.d)) * float((p.scales >> (8 * h)) & 255u);
   float least = -high(as_half2(p.d)) * float((p.mins >> (8 * h)) & 255u);
-  for (int i = 0; i < 16; i++)
-    put(codes(word(p, h, i / 4), i % 4), s, least, v + i / 4 * 8 + i % 4, 4);
+  for (int i = 0; i < 8; i++)
+    put(codes(word(p, h, 2 * half_group + i / 4), i % 4), s, least, v + i / 4 * 8 + i % 4, 4);
 }
 """
 

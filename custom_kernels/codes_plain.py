@@ -37,11 +37,11 @@ inline float dot_group(Pack p, uint h, const thread pair* x, float scale, float,
 """
 
 MXFP4_VALUES = """
-inline void values(Pack p, uint h, thread float* v, const threadgroup uint4*) {
+inline void values(Pack p, uint h, uint half_group, thread float* v, const threadgroup uint4*) {
   float scale = scale_of(p, h);
-  for (int i = 0; i < 16; i++) {
+  for (int i = 0; i < 8; i++) {
     thread float* at = v + i / 4 * 8 + i % 4;
-    put(codes(word(p, h, i / 4), i % 4), 16384.0f, 0, at, 4);
+    put(codes(word(p, h, 2 * half_group + i / 4), i % 4), 16384.0f, 0, at, 4);
     at[0] *= scale;
     at[4] *= scale;
   }
@@ -86,8 +86,8 @@ inline float dot_group(Pack p, uint h, const thread pair* x, float scale, float,
 """
 
 Q8_0_VALUES = """
-inline void values(Pack p, uint h, thread float* v, const threadgroup uint4*) {
-  for (int i = 0; i < 16; i++)
-    put(codes(word(p, h, i / 2), i % 2), scale_of(p, h), 0, v + i / 2 * 4 + i % 2, 2);
+inline void values(Pack p, uint h, uint half_group, thread float* v, const threadgroup uint4*) {
+  for (int i = 0; i < 8; i++)
+    put(codes(word(p, h, 4 * half_group + i / 2), i % 2), scale_of(p, h), 0, v + i / 2 * 4 + i % 2, 2);
 }
 """

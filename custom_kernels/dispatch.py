@@ -24,6 +24,7 @@ from ds4mlx.custom_kernels import (
     q8_matvec,
     router,
     staging,
+    tiles,
 )
 from ds4mlx.custom_kernels.packs import PACKINGS
 from ds4mlx.formats.base import Planes
@@ -108,7 +109,7 @@ def routed_experts(
         return experts_down.experts_down(falling, down, hidden, experts, eight=eight[1])
     flat = experts.flatten()
     order = mx.argsort(flat)
-    jobs = expert_tiles.expert_tiles(flat[order], gate["weight"].shape[0])
+    jobs = expert_tiles.expert_tiles(flat[order], gate["weight"].shape[0], tiles.rows(x.dtype))
     hidden = experts_up_sorted.experts_up_sorted(rising, gate, up, x, order, jobs, weights, limit)
     return experts_down_sorted.experts_down_sorted(
         falling, down, hidden, order, jobs, experts.shape[1]

@@ -1,6 +1,6 @@
 """Which rows of the sorted tokens each threadgroup of a grouped product takes: one launch.
 
-Pairs (token, expert) are sorted by expert; every expert's run of rows is cut into tiles of 64. How many
+Pairs (token, expert) are sorted by expert; every expert's run of rows is cut into tiles. How many
 tiles there are is known on the device only, so the grid holds the most there can be, and the tiles
 that are not needed have no rows.
 """
@@ -10,7 +10,6 @@ from functools import lru_cache
 import mlx.core as mx
 
 from ds4mlx.custom_kernels.dialect import Kernel
-from ds4mlx.custom_kernels.matmul import TALL
 
 THREADS = 1024  # also the most experts there may be
 
@@ -56,21 +55,21 @@ def kernel() -> Kernel:
     return Kernel("expert_tiles", ["experts"], ["tiles"], BODY)
 
 
-def most_tiles(count: int, experts: int) -> int:
-    """Tiles that `count` sorted rows of so many experts can have."""
-    return min(count, -(-count // TALL) + experts)
+def most_tiles(count: int, experts: int, tall: int) -> int:
+    """Tiles of at most `tall` rows that `count` sorted rows of so many experts can have."""
+    return min(count, -(-count // tall) + experts)
 
 
-def expert_tiles(chosen: mx.array, experts: int) -> mx.array:
+def expert_tiles(chosen: mx.array, experts: int, tall: int) -> mx.array:
     """chosen int (P,), ascending, below `experts` <= 1024 -> int32 (most_tiles, 4).
 
-    A row is expert, first row, rows (at most 64, 0 in tiles not needed), 0.
+    A row is expert, first row, rows (at most `tall`, 0 in tiles not needed), 0.
     """
-    most = most_tiles(chosen.size, experts)
+    most = most_tiles(chosen.size, experts, tall)
     return kernel()(
         [chosen],
         [((most, 4), mx.int32)],
         groups=(1, 1, 1),
         threads=THREADS,
-        template=[("EXPERTS", experts), ("TALL", TALL)],
+        template=[("EXPERTS", experts), ("TALL", tall)],
     )[0]

@@ -15,7 +15,7 @@ from ds4mlx.custom_kernels.tables import lut
 from ds4mlx.formats.base import Format, Planes
 
 ROWS = 2  # values of the result that a SIMD-group makes
-GROUPS = 8  # SIMD-groups of a threadgroup
+GROUPS = 16  # SIMD-groups of a threadgroup
 STAGED = 24576  # bytes of staged hidden values at a time
 
 BODY = """

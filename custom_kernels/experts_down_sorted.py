@@ -8,7 +8,7 @@ from functools import lru_cache
 
 import mlx.core as mx
 
-from ds4mlx.custom_kernels import matmul, tiles
+from ds4mlx.custom_kernels import matmul
 from ds4mlx.custom_kernels.dialect import Kernel
 from ds4mlx.custom_kernels.packs import PACKINGS
 from ds4mlx.custom_kernels.tables import lut
@@ -30,7 +30,7 @@ BODY = (
         for (uint j = 0; j < across; j++) {
             store(c[i][j], own, lane);
             simdgroup_barrier(mem_flags::mem_threadgroup);
-            uint r = down + 16 * i + lane / 2;
+            uint r = down + TALL / 2 * i + lane / 2;
             uint column = column0 + right + 16 * j + lane % 2 * 8;
             if (r < rows) {
                 uint place = order[row0 + r];
@@ -84,13 +84,13 @@ def experts_down_sorted(
     order uint32 (N * k,): pair t * k + slot of each sorted row; jobs: `expert_tiles`.
     """
     packing, (pairs, columns) = PACKINGS[storage], hidden.shape
-    width, wide = down["weight"].shape[-2], tiles.weight_rows(hidden.dtype)
+    width = down["weight"].shape[-2]
     (parts,) = kernel(storage, hidden.dtype)(
         [hidden, order, jobs, lut(storage), *(down[p] for p in packing.planes)],
         [((pairs, width), hidden.dtype)],
-        groups=(-(-width // wide), jobs.shape[0], 1),
+        groups=(-(-width // matmul.WIDE), jobs.shape[0], 1),
         threads=matmul.THREADS,
-        template=[("T", hidden.dtype), ("WIDTH", width), ("COLUMNS", columns), ("WIDE", wide)],
+        template=[("T", hidden.dtype), ("WIDTH", width), ("COLUMNS", columns)],
     )
     return sum_kernel()(
         [parts],

@@ -1,6 +1,6 @@
 """Gate and up of many tokens, sorted by expert: a grouped tiled product, one launch.
 
-A threadgroup takes up to 64 rows of one expert; of the weight rows that it decodes, each SIMD-group's
+A threadgroup takes up to TALL rows of one expert; of the weight rows that it decodes, each SIMD-group's
 share is half gate and half up, so that clamp, SwiGLU and weight are applied where both are.
 """
 
@@ -8,7 +8,7 @@ from functools import lru_cache
 
 import mlx.core as mx
 
-from ds4mlx.custom_kernels import matmul, tiles
+from ds4mlx.custom_kernels import matmul
 from ds4mlx.custom_kernels.dialect import Kernel
 from ds4mlx.custom_kernels.packs import PACKINGS
 from ds4mlx.custom_kernels.tables import bits, lut
@@ -32,7 +32,7 @@ BODY = (
             store(c[i][j], own, lane);
             store(c[i][j + across / 2], own + 256, lane);
             simdgroup_barrier(mem_flags::mem_threadgroup);
-            uint r = down + 16 * i + lane / 2, e = lane / 2 * 16 + lane % 2 * 8;
+            uint r = down + TALL / 2 * i + lane / 2, e = lane / 2 * 16 + lane % 2 * 8;
             if (r < rows) {
                 float weight = float(weights[order[row0 + r]]);
                 uint column = column0 + right / 2 + 16 * j + lane % 2 * 8;
@@ -48,11 +48,11 @@ BODY = (
 """
 )
 
-# Weight row b of a tile: of each SIMD-group's WIDE / 4 rows the first half are gate's.
+# Weight row b of a tile: of each SIMD-group's SPAN rows the first half are gate's.
 DEFINED = """
 #define A_ROW(i) (order[row0 + (i)] / TOPK)
-#define COLUMN_OF(b) min(column0 + (b) / (WIDE / 4) * (WIDE / 8) + (b) % (WIDE / 8), uint(HIDDEN - 1))
-#define IS_UP(b) ((b) % (WIDE / 4) >= WIDE / 8)
+#define COLUMN_OF(b) min(column0 + (b) / SPAN * (SPAN / 2) + (b) % (SPAN / 2), uint(HIDDEN - 1))
+#define IS_UP(b) ((b) % SPAN >= SPAN / 2)
 #define PACK(b, c) (IS_UP(b) ? load_pack(UP, expert * HIDDEN + COLUMN_OF(b), c, COLUMNS) \\
                              : load_pack(GATE, expert * HIDDEN + COLUMN_OF(b), c, COLUMNS))
 """
@@ -85,19 +85,18 @@ def experts_up_sorted(
     float32 (N, k) -> (N * k, H) in x's type.
     """
     packing, (count, columns) = PACKINGS[storage], x.shape
-    hidden, wide = gate["weight"].shape[-2], tiles.weight_rows(x.dtype)
+    hidden = gate["weight"].shape[-2]
     planes = [m[p] for m in (gate, up) for p in packing.planes]
     return kernel(storage, x.dtype)(
         [x, order, jobs, weights, lut(storage), *planes],
         [((order.size, hidden), x.dtype)],
-        groups=(-(-hidden // (wide // 2)), jobs.shape[0], 1),
+        groups=(-(-hidden // (matmul.WIDE // 2)), jobs.shape[0], 1),
         threads=matmul.THREADS,
         template=[
             ("T", x.dtype),
             ("HIDDEN", hidden),
             ("COLUMNS", columns),
             ("TOPK", order.size // count),
-            ("WIDE", wide),
             ("LIMIT", bits(limit)),
         ],
     )[0]

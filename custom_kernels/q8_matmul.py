@@ -14,8 +14,8 @@ BODY = (
     matmul.START
     + """
     uint group = threadgroup_position_in_grid.z, column0 = threadgroup_position_in_grid.x * WIDE;
-    uint count = uint(x_shape[STACKED]), row0 = threadgroup_position_in_grid.y * 64;
-    uint rows = min(64u, count - row0);
+    uint count = uint(x_shape[STACKED]), row0 = threadgroup_position_in_grid.y * TALL;
+    uint rows = min(uint(TALL), count - row0);
 """
     + matmul.LOOP
     + """
@@ -25,7 +25,7 @@ BODY = (
         for (uint j = 0; j < across; j++) {
             store(c[i][j], own, lane);
             simdgroup_barrier(mem_flags::mem_threadgroup);
-            uint r = down + 16 * i + lane / 2;
+            uint r = down + TALL / 2 * i + lane / 2;
             uint column = column0 + right + 16 * j + lane % 2 * 8;
             if (r < rows) {
                 for (uint n = 0; n < 8 && column + n < WIDTH; n++)
@@ -57,17 +57,15 @@ def q8_matmul(planes: Planes, x: mx.array) -> mx.array:
     """x . W^T in x's type: planes of (out, in) or (G, out, in); x (N, in) or (G, N, in)."""
     *stack, count, columns = x.shape
     groups, width = (stack or [1])[0], planes["weight"].shape[-2]
-    wide = tiles.weight_rows(x.dtype)
     return kernel(x.dtype)(
         [x, lut("q8_0"), *(planes[p] for p in PACKINGS["q8_0"].planes)],
         [((*stack, count, width), x.dtype)],
-        groups=(-(-width // wide), -(-count // matmul.TALL), groups),
+        groups=(-(-width // matmul.WIDE), -(-count // tiles.rows(x.dtype)), groups),
         threads=matmul.THREADS,
         template=[
             ("T", x.dtype),
             ("WIDTH", width),
             ("COLUMNS", columns),
             ("STACKED", len(stack)),
-            ("WIDE", wide),
         ],
     )[0]

@@ -74,8 +74,15 @@ inline uint two_bf16(float a, float b) {
 }
 """
 
-# Eight numbers of a row, as 16-byte words.
+# Eight numbers of a row: as activations have them, and as put8 lays them down.
 BF16 = """
+struct Eight { uint4 w; };
+inline Eight take8(const device bfloat16_t* p) {
+  Eight e;
+  e.w = *(const device uint4*)p;
+  return e;
+}
+inline void put8(threadgroup bfloat16_t* p, Eight e) { *(threadgroup uint4*)p = e.w; }
 inline void put8(threadgroup bfloat16_t* p, const thread float* v) {
   uint4 w;
   w.x = two_bf16(v[0], v[1]); w.y = two_bf16(v[2], v[3]);
@@ -103,9 +110,16 @@ inline void mma(thread TileC& c, thread TileA& a, thread TileB& b, uint lane) {
 inline void store(thread TileC& c, threadgroup float* p, uint lane) {
   for (uint i = 0; i < 8; i++) p[lane / 2 * 16 + lane % 2 * 8 + i] = c.v[i];
 }
+struct Eight { float v[8]; };
+inline Eight take8(const device float* p) {
+  Eight e;
+  load8(p, e.v);
+  return e;
+}
 inline void put8(threadgroup float* p, const thread float* v) {
   for (int i = 0; i < 8; i++) p[i] = v[i];
 }
+inline void put8(threadgroup float* p, Eight e) { put8(p, e.v); }
 """
 
 
@@ -116,6 +130,6 @@ def headers(dtype: mx.Dtype) -> tuple[str, str, str]:
     return METAL_BF16, CUDA_BF16, BF16
 
 
-def weight_rows(dtype: mx.Dtype) -> int:
-    """Rows of the weight that a threadgroup decodes at a time: what threadgroup memory holds."""
-    return 128 if dtype == mx.float32 else 256
+def rows(dtype: mx.Dtype) -> int:
+    """Rows of activations in a threadgroup's tile: what threadgroup memory holds."""
+    return 64 if dtype == mx.float32 else 128

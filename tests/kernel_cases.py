@@ -25,6 +25,7 @@ from ds4mlx.custom_kernels import (
     read_speed,
     router,
     staging,
+    tiles,
 )
 from ds4mlx.formats import FORMATS
 from ds4mlx.hyper import HyperConnection, collapse
@@ -117,10 +118,10 @@ def down(
     return [(got, experts_down.reference(FORMATS[storage], planes, hidden, experts))]
 
 
-def sorted_pairs(experts: mx.array, count: int) -> tuple[mx.array, mx.array]:
-    """Order of the pairs by expert, and the tiles they are cut into."""
-    order = mx.argsort(experts.flatten())
-    return order, expert_tiles.expert_tiles(experts.flatten()[order], count)
+def sorted_pairs(experts: mx.array, count: int, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
+    """Order of the pairs by expert, and the tiles they are cut into for activations of a type."""
+    order, tall = mx.argsort(experts.flatten()), tiles.rows(dtype)
+    return order, expert_tiles.expert_tiles(experts.flatten()[order], count, tall)
 
 
 def up_sorted(storage: str, dtype: mx.Dtype, shape: Shape) -> Pairs:
@@ -128,7 +129,7 @@ def up_sorted(storage: str, dtype: mx.Dtype, shape: Shape) -> Pairs:
     gate, rise = random_planes(storage, sizes, 1), random_planes(storage, sizes, 2)
     experts, weights = chosen(shape, 3)
     x = normal((shape.tokens, shape.width), dtype, 4)
-    order, jobs = sorted_pairs(experts, shape.experts)
+    order, jobs = sorted_pairs(experts, shape.experts, dtype)
     got = experts_up_sorted.experts_up_sorted(storage, gate, rise, x, order, jobs, weights, LIMIT)
     operands = gate, rise, x, experts, weights, LIMIT
     return [(got, experts_up.reference(FORMATS[storage], *operands)[order])]
@@ -138,14 +139,14 @@ def down_sorted(storage: str, dtype: mx.Dtype, shape: Shape) -> Pairs:
     planes = random_planes(storage, (shape.experts, shape.width, shape.hidden), 1)
     experts, _ = chosen(shape, 3)
     hidden = normal((experts.size, shape.hidden), dtype, 4)
-    order, jobs = sorted_pairs(experts, shape.experts)
+    order, jobs = sorted_pairs(experts, shape.experts, dtype)
     got = experts_down_sorted.experts_down_sorted(
         storage, planes, hidden[order], order, jobs, shape.topk
     )
     return [(got, experts_down.reference(FORMATS[storage], planes, hidden, experts))]
 
 
-def tiles(counts: list[int]) -> Pairs:
+def runs(counts: list[int]) -> Pairs:
     """The tiles of runs of so many rows, against the same in NumPy."""
     experts = np.repeat(np.arange(len(counts)), counts).astype(np.int32)
     starts = np.cumsum([0, *counts])
@@ -154,10 +155,10 @@ def tiles(counts: list[int]) -> Pairs:
         for e, count in enumerate(counts)
         for row in range(0, count, 64)
     ]
-    most = expert_tiles.most_tiles(experts.size, len(counts))
+    most = expert_tiles.most_tiles(experts.size, len(counts), 64)
     padded = np.zeros((most, 4), np.float32)
     padded[: len(want)] = want
-    return [(expert_tiles.expert_tiles(mx.array(experts), len(counts)), mx.array(padded))]
+    return [(expert_tiles.expert_tiles(mx.array(experts), len(counts), 64), mx.array(padded))]
 
 
 def q8(product, dtype: mx.Dtype, matrix: tuple[int, ...], tokens: int, scale=1.0) -> Pairs:
@@ -222,7 +223,7 @@ def small_cases() -> Iterator[Case]:
         yield from _others(dtype)
     yield Case("read_speed", mx.float32, lambda: reading(16 * 256 * 4096))
     for counts in ([3, 0, 64, 65, 0], [0, 0, 1], [130, 1, 0, 0]):
-        yield Case(f"expert_tiles {counts}", mx.float32, lambda c=counts: tiles(c))
+        yield Case(f"expert_tiles {counts}", mx.float32, lambda c=counts: runs(c))
 
 
 def _experts(dtype: mx.Dtype) -> Iterator[Case]:

@@ -47,7 +47,7 @@ def down_sorted(storage, dtype=F32):
 
 matvec = partial(cases.q8, q8_matvec.q8_matvec, F32, (37, 320), 3)
 matmul = partial(cases.q8, q8_matmul.q8_matmul, F32, (2, 70, 192), 67)
-tiles = partial(cases.tiles, [3, 0, 64, 65, 0])
+tiles = partial(cases.runs, [3, 0, 64, 65, 0])
 router = partial(cases.route, F32, 37, 264, 2, False)
 hashed = partial(cases.route, F32, 16, 264, 3, True)
 pre, post = partial(cases.pre, F32, 96, 2), partial(cases.post, F32, 288, 2)
@@ -96,8 +96,8 @@ FAULTS = [
         "weights[row0 + r]",
     ),
     ("experts_up_sorted_iq2_xxs", up_sorted("iq2_xxs"), "h ? p.w.z : p.w.x", "h ? p.w.x : p.w.z"),
-    ("experts_up_sorted_q4_k", up_sorted("q4_k"), ">= WIDE / 8)", ">= WIDE / 16)"),
-    ("experts_up_sorted_q4_k", up_sorted("q4_k", BF16), f"{BARRIER}\n            put8", "put8"),
+    ("experts_up_sorted_q4_k", up_sorted("q4_k"), ">= SPAN / 2)", ">= SPAN / 4)"),
+    ("experts_up_sorted_q4_k", up_sorted("q4_k", BF16), f"v[16];\n            {BARRIER}", "v[16];"),
     ("experts_up_sorted_mxfp4", up_sorted("mxfp4"), "at[4] *= scale;", ""),
     ("experts_up_sorted_mxfp4", up_sorted("mxfp4"), "own + 256, lane)", "own, lane)"),
     (
@@ -114,13 +114,14 @@ FAULTS = [
         "i / 4 * 8 + i % 4, 3)",
     ),
     ("experts_down_sorted_q4_k", down_sorted("q4_k"), "rows - 1)", "rows - 2)"),
-    ("experts_down_sorted_mxfp4", down_sorted("mxfp4"), "sg / 4 * 32", "sg / 4 * 16"),
+    ("experts_down_sorted_mxfp4", down_sorted("mxfp4"), "/ TALL) * 16", "/ TALL) * 8"),
     (
         "experts_down_sorted_mxfp4",
         down_sorted("mxfp4", BF16),
         "simdgroup_barrier(mem_flags::mem_threadgroup);\n            uint r",
         "uint r",
     ),
+    ("experts_down_sorted_mxfp4", down_sorted("mxfp4"), "2 * half_group + i / 4", "i / 4"),
     ("experts_sum", down_sorted("q2_k"), "k < TOPK", "k < TOPK - 1"),
     ("experts_sum", down_sorted("q2_k"), "token * TOPK + k", "token + k"),
     ("matmul_q8_0", matmul, "(group * count + row0 + r) * WIDTH", "(row0 + r) * WIDTH"),
