@@ -8,7 +8,7 @@ cd "$(dirname "$0")/.."
 out="${1:-benchmarks/results/gpu}"
 mkdir -p "$out"
 python="${PYTHON:-python3}"
-export DS4MLX_KERNELS=1 MLX_ENABLE_TF32=0 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+export MLX_ENABLE_TF32=0 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 layers="${LAYERS:-4}"
 
 step() { # seconds, name, command...
@@ -31,4 +31,4 @@ for recipe in q2 keep; do
     step 150 "synth_${recipe}_plain" "${run[@]}" "${synth[@]}" --recipe "$recipe" --prompt 512 --plain
 done
 step 150 synth_deep "${run[@]}" "${synth[@]}" --recipe q2 --prompt 32768 --fill synthetic
-MLX_ENABLE_TF32=0 step 300 model "$python" benchmarks/kernel_model.py --text ds4mlx/evaluation/held_out.txt --results "$out/kernel_model.json"
+MLX_ENABLE_TF32=0 step 300 model "$python" benchmarks/kernel_model.py --results "$out/kernel_model.json"

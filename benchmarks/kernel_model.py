@@ -1,11 +1,11 @@
 """Whole models through the kernels on this GPU, against the same through plain operations.
 
-    MLX_ENABLE_TF32=0 python benchmarks/kernel_model.py [-m DIR --text FILE] [--results FILE]
+    MLX_ENABLE_TF32=0 python benchmarks/kernel_model.py [--text FILE] [--tokens N] [--results FILE]
 
 First the logits in float32 without rounding: of a q2 file by ds4's own quantiser and of the reference
 checkpoint, against the logits of llama.cpp and of the official code, and against plain operations on
-the CPU. Then bfloat16 on a text: the mean KL divergence to float32 with kernels, without, and with 8-bit activations
-(which only decoding a q2 or q4 model has).
+the CPU. Then the embedded model in bfloat16 on a text, as it is and at 2 bits: the mean KL divergence to
+float32 with kernels, without, and with 8-bit activations (which only decoding at 2 bits has).
 """
 
 import argparse
@@ -29,24 +29,31 @@ from device import device
 from ds4mlx import load
 from ds4mlx.convert import convert
 from ds4mlx.custom_kernels import dialect, dispatch
-from ds4mlx.default_model import default_model
+from ds4mlx.default_model import EMBEDDED, default_model
+from ds4mlx.model import Model
 
-WINDOW = 256
+HELD_OUT = Path(__file__).parents[1] / "ds4mlx" / "evaluation" / "held_out.txt"
+PIECE, DECODED = 2048, 256  # tokens of a sequence; of them decoded one by one
 
 
 def main() -> None:
     """Print the figures, and write them as JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("-m", "--model", type=Path, help="model directory for the KL divergence")
-    parser.add_argument("--text", type=Path, help="held-out text; default: the README")
-    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--text", type=Path, default=HELD_OUT)
+    parser.add_argument("--tokens", type=int, default=32768)
     parser.add_argument("--results", type=Path)
     arguments = parser.parse_args()
     if dialect.target() is None:
         sys.exit("kernels run on a GPU, and MLX has none here")
-    found = {"device": device(), "logits": [], "kl": divergence(arguments)}
+    text = arguments.text.read_text(encoding="utf-8")
     with tempfile.TemporaryDirectory() as scratch:
-        found["logits"] = [*q2_file(Path(scratch)), *checkpoint(Path(scratch))]
+        convert(EMBEDDED, Path(scratch) / "2bit", recipe="q2", progress=False)
+        models = {"official": default_model(), "q2": Path(scratch) / "2bit"}
+        found = {
+            "device": device(),
+            "logits": [*q2_file(Path(scratch)), *checkpoint(Path(scratch))],
+            "kl": {n: divergence(path, text, arguments.tokens) for n, path in models.items()},
+        }
     print(json.dumps(found, indent=1))
     if arguments.results:
         arguments.results.write_text(json.dumps(found, indent=1) + "\n")
@@ -91,30 +98,40 @@ def compare(name: str, path: Path, ids: np.ndarray, want: np.ndarray) -> list[di
     return rows
 
 
-def divergence(arguments: argparse.Namespace) -> dict:
-    """Mean KL of bfloat16 to float32, with kernels and without, by prefill and by decoding."""
-    path = arguments.model or default_model()
+def divergence(path: Path, text: str, tokens: int) -> dict:
+    """Mean KL of bfloat16 to float32, nats a token: by prefill, and decoding the first tokens."""
     exact, tokenizer = load(path, mx.float32)
     half, _ = load(path, mx.bfloat16)
-    text = (arguments.text or Path(__file__).parents[1] / "README.md").read_text()
-    ids = np.array(tokenizer.encode(text)[: arguments.tokens])
-    found: dict = {"model": str(Path(path).name), "tokens": len(ids)}
-    for way, lengths in (("prefill", []), ("decode", [1] * WINDOW)):
-        pieces = [ids[i : i + WINDOW] for i in range(0, len(ids), WINDOW)]
-        pieces = pieces if way == "prefill" else pieces[:1]
-        sums = {"kernels": 0.0, "plain": 0.0, "eight_bits": 0.0}
-        for piece in pieces:
-            with dispatch.plain_operations():
-                want = reference.run_chunks(exact, piece, [])
-                plain = reference.run_chunks(half, piece, lengths[: len(piece)])
-            got = reference.run_chunks(half, piece, lengths[: len(piece)])
+    ids = np.array(tokenizer.encode(text)[:tokens])
+    pieces = [ids[i : i + PIECE] for i in range(0, len(ids), PIECE)]
+    return {
+        "tokens": len(ids),
+        "prefill": means(exact, half, pieces, []),
+        "decoded": DECODED,
+        "decode": means(exact, half, [ids[:DECODED]], [1] * DECODED),
+    }
+
+
+def means(exact: Model, half: Model, pieces: list[np.ndarray], lengths: list[int]) -> dict:
+    """Mean KL of each way over pieces fed in chunks of `lengths`; the standard error of the first two's
+    difference, from piece to piece."""
+    found: dict[str, list[float]] = {name: [] for name in ("kernels", "plain", "eight_bits")}
+    for piece in pieces:
+        with dispatch.plain_operations():
+            want = reference.run_chunks(exact, piece, [])
+            plain = reference.run_chunks(half, piece, lengths)
+        found["plain"].append(float(reference.kl(want, plain).mean()))
+        got = reference.run_chunks(half, piece, lengths)
+        found["kernels"].append(float(reference.kl(want, got).mean()))
+        if lengths:
             with dispatch.eight_bit_activations():
-                eight = reference.run_chunks(half, piece, lengths[: len(piece)])
-            sums["eight_bits"] += float(reference.kl(want, eight).mean()) / len(pieces)
-            sums["kernels"] += float(reference.kl(want, got).mean()) / len(pieces)
-            sums["plain"] += float(reference.kl(want, plain).mean()) / len(pieces)
-        found[way] = {**sums, "ratio": sums["kernels"] / max(sums["plain"], 1e-30)}
-    return found
+                got = reference.run_chunks(half, piece, lengths)
+            found["eight_bits"].append(float(reference.kl(want, got).mean()))
+    result = {name: float(np.mean(values)) for name, values in found.items() if values}
+    apart = np.subtract(found["kernels"], found["plain"])
+    if len(pieces) > 1:
+        result["error_of_difference"] = float(apart.std(ddof=1) / len(apart) ** 0.5)
+    return {**result, "ratio": result["kernels"] / result["plain"]}
 
 
 if __name__ == "__main__":

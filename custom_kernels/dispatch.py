@@ -1,8 +1,8 @@
 """Where kernels are used: the one place that formats and model code ask.
 
 A kernel takes over where MLX computes on a GPU, the activations are bfloat16 or float32, and the
-sizes suit it; everywhere else the plain operations do, which the kernels are checked against. Not
-all of them have been seen right on a GPU yet: so $DS4MLX_KERNELS=1 asks for them.
+sizes suit it; everywhere else the plain operations do, which the kernels are checked against, and
+which $DS4MLX_KERNELS=0 asks for.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ from ds4mlx.formats.base import Planes
 FEW = 8
 UP, DOWN = ("iq2_xxs", "q4_k", "mxfp4"), ("q2_k", "q4_k", "mxfp4")
 
-_enabled = os.environ.get("DS4MLX_KERNELS") == "1"
+_enabled = os.environ.get("DS4MLX_KERNELS", "1") != "0"
 _eight = False
 
 

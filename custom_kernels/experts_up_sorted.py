@@ -21,6 +21,7 @@ BODY = (
     uint expert = uint(tiles[4 * tile]), row0 = uint(tiles[4 * tile + 1]);
     uint rows = uint(tiles[4 * tile + 2]);
     if (rows == 0) return;
+    PICK_PLANES;
 """
     + matmul.LOOP
     + """
@@ -53,8 +54,7 @@ DEFINED = """
 #define A_ROW(i) (order[row0 + (i)] / TOPK)
 #define COLUMN_OF(b) min(column0 + (b) / SPAN * (SPAN / 2) + (b) % (SPAN / 2), uint(HIDDEN - 1))
 #define IS_UP(b) ((b) % SPAN >= SPAN / 2)
-#define PACK(b, c) (IS_UP(b) ? load_pack(UP, expert * HIDDEN + COLUMN_OF(b), c, COLUMNS) \\
-                             : load_pack(GATE, expert * HIDDEN + COLUMN_OF(b), c, COLUMNS))
+#define PACK(b, c) load_pack(PICKED, expert * HIDDEN + COLUMN_OF(b), c, COLUMNS)
 """
 
 
@@ -62,8 +62,11 @@ DEFINED = """
 def kernel(storage: str, dtype: mx.Dtype) -> Kernel:
     """The kernel for experts in a format and activations of a type."""
     packing = PACKINGS[storage]
-    gate, up = packing.names("gate"), packing.names("up")
-    names = f"#define GATE {', '.join(gate)}\n#define UP {', '.join(up)}\n"
+    gate, up, picked = (packing.names(matrix) for matrix in ("gate", "up", "picked"))
+    picks = [
+        f"auto {p} = IS_UP(at % WIDE) ? {u} : {g}" for p, u, g in zip(picked, up, gate, strict=True)
+    ]
+    names = f"#define PICKED {', '.join(picked)}\n#define PICK_PLANES {'; '.join(picks)}\n"
     inputs = ["x", "order", "tiles", "weights", "table", *gate, *up]
     name = "experts_up_sorted"
     return matmul.kernel(name, storage, dtype, inputs, "hidden", BODY, names + DEFINED)

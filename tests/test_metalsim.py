@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from metalsim import MetalError, check, metal_kernel, options_of, record
 from metalsim.kernel import REAL
+from metalsim.text import to_cpp
 
 pytestmark = pytest.mark.skipif(sys.platform == "darwin", reason="kernels run on Metal there")
 
@@ -168,6 +169,12 @@ def test_refused_text(name):
 def test_refused_bfloat():
     said = check(recorded("float v = x[0]; out[0] = v;", mx.bfloat16))
     assert "implicit conversion to bfloat" in said[0]
+
+
+def test_an_array_that_begins_no_statement():
+    """Behind a macro, say: it would be taken for an array of each lane."""
+    with pytest.raises(ValueError, match="must follow a semicolon"):
+        to_cpp("DECLARE\n threadgroup float b[32]; b[0] = x[0];")
 
 
 def test_accepted_text():

@@ -43,6 +43,7 @@ _FLOAT = re.compile(r"(?<![\w.])((?:\d+\.\d*|\.\d+)(?:[eE][+-]?\d+)?|\d+[eE][+-]
 _SHARED = re.compile(
     r"(?<=[;{}])\s*((?:alignas\([^()]*\)\s*)?threadgroup\b[^;=*&\[]*(?:\[[^;]*)?;)"
 )
+_ARRAY = re.compile(r"\bthreadgroup\b[^;=*&(){}]*\[[^;]*;")
 _MAKE = re.compile(r"(?<![\w:])(?:metal::)?vec<([^<>;(){}]+)>\s*(?=\()")
 _CAST = re.compile(rf"(?<![\w\)\]>])\(\s*({_VECTOR})\s*\)\s*(?=[\w(*&])")
 _STATIC_CAST = re.compile(rf"\bstatic_cast<\s*({_VECTOR})\s*>\s*(?=\()")
@@ -53,10 +54,17 @@ INSTANCE = re.compile(
 
 
 def to_cpp(text: str) -> str:
-    """The few things of the Metal language that clang's C++ lacks."""
+    """The few things of the Metal language that clang's C++ lacks.
+
+    Raises ValueError at a threadgroup array that begins no statement: each lane would have its own.
+    """
     code = _COMMENT.sub(lambda m: re.sub(r"[^\n]", " ", m[0]), text)
+    shared = list(_SHARED.finditer(code))
+    for array in _ARRAY.finditer(code):
+        if not any(m.start(1) <= array.start() < m.end(1) for m in shared):
+            raise ValueError(f"{array[0]!r} must follow a semicolon or a brace")
     edits = [(m.end(1), m.end(1), "f") for m in _FLOAT.finditer(code)]
-    edits += [(m.start(1), m.start(1), "static MSL_TG ") for m in _SHARED.finditer(code)]
+    edits += [(m.start(1), m.start(1), "static MSL_TG ") for m in shared]
     edits += [(m.start(), m.end(), f"metal::_make<{m[1]}>") for m in _MAKE.finditer(code)]
     edits += [(m.start(), m.end(), f"metal::_cast<{m[1]}>()->*") for m in _CAST.finditer(code)]
     edits += [(m.start(), m.end(), m[1]) for m in _STATIC_CAST.finditer(code)]
