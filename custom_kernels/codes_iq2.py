@@ -46,17 +46,24 @@ inline float dot_group(Pack p, uint h, const thread pair* x, float scale, float,
 """
 
 IQ2_VALUES = """
-inline void values(Pack p, uint h, uint half_group, thread float* v, const threadgroup uint4* lut) {
-  uint a = (h ? p.w.z : p.w.x) >> (16 * half_group);
-  uint s = sign_bytes((h ? p.w.w : p.w.y) >> (14 * half_group));
-  float scale = scale_of(p, h);
-  for (int k = 0; k < 2; k++) {
-    uint4 g = lut[(a >> (8 * k)) & 255u];
+struct Group { uint2 w; float16_t d; };
+inline Group load_group(const device uint* weight, const device float16_t* d, uint row, uint g,
+                        uint columns) {
+  Group group;
+  group.w = ((const device uint2*)weight)[row * (columns / 32) + g];
+  group.d = d[row * (columns / 256) + g / 8];
+  return group;
+}
+inline void values(Group group, thread float* v, const threadgroup uint4* lut) {
+  uint s = sign_bytes(group.w.y);
+  float scale = float(group.d) * (0.5f + float(group.w.y >> 28)) * 0.25f;
+  for (int k = 0; k < 4; k++) {
+    uint4 point = lut[(group.w.x >> (8 * k)) & 255u];
     uint b = (s >> (8 * k)) & 255u;
-    put(signed_pair(g.x, b, 0x08008000u), scale, 0, v + 8 * k, 4);
-    put(signed_pair(g.y, b, 0x04004000u), scale, 0, v + 8 * k + 1, 4);
-    put(signed_pair(g.z, b, 0x02002000u), scale, 0, v + 8 * k + 2, 4);
-    put(signed_pair(g.w, b, 0x01001000u), scale, 0, v + 8 * k + 3, 4);
+    put(signed_pair(point.x, b, 0x08008000u), scale, 0, v + 8 * k, 4);
+    put(signed_pair(point.y, b, 0x04004000u), scale, 0, v + 8 * k + 1, 4);
+    put(signed_pair(point.z, b, 0x02002000u), scale, 0, v + 8 * k + 2, 4);
+    put(signed_pair(point.w, b, 0x01001000u), scale, 0, v + 8 * k + 3, 4);
   }
 }
 """

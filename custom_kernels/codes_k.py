@@ -45,11 +45,23 @@ inline float dot_group(Pack p, uint h, const thread pair* x, float scale, float 
 """
 
 Q2_K_VALUES = """
-inline void values(Pack p, uint h, uint half_group, thread float* v, const threadgroup uint4*) {
-  uint w = word(p, h, half_group), byte = scale_byte(p, h, half_group);
-  float d = low(as_half2(p.d)) * float(byte & 15u);
-  float least = -high(as_half2(p.d)) * float(byte >> 4);
-  for (int i = 0; i < 8; i++) put(codes(w, i), d, least, v + i, 8);
+struct Group { uint2 w; ushort scales; uint d; };
+inline Group load_group(const device uint* weight, const device uchar* scales,
+                        const device float16_t* d, uint row, uint g, uint columns) {
+  Group group;
+  uint at = row * (columns / 32) + g;
+  group.w = ((const device uint2*)weight)[at];
+  group.scales = ((const device ushort*)scales)[at];
+  group.d = ((const device uint*)d)[row * (columns / 256) + g / 8];
+  return group;
+}
+inline void values(Group group, thread float* v, const threadgroup uint4*) {
+  for (int s = 0; s < 2; s++) {
+    uint w = s ? group.w.y : group.w.x, byte = (uint(group.scales) >> (8 * s)) & 255u;
+    float d = low(as_half2(group.d)) * float(byte & 15u);
+    float least = -high(as_half2(group.d)) * float(byte >> 4);
+    for (int i = 0; i < 8; i++) put(codes(w, i), d, least, v + 16 * s + i, 8);
+  }
 }
 """
 
@@ -110,11 +122,28 @@ inline float dot_group(Pack p, uint h, const thread pair* x, float scale, float 
 """
 
 Q4_K_VALUES = """
-inline void values(Pack p, uint h, uint half_group, thread float* v, const threadgroup uint4*) {
-  float s = low(as_half2(p.d)) * float((p.scales >> (8 * h)) & 255u);
-  float least = -high(as_half2(p.d)) * float((p.mins >> (8 * h)) & 255u);
-  for (int i = 0; i < 8; i++)
-    put(codes(word(p, h, 2 * half_group + i / 4), i % 4), s, least, v + i / 4 * 8 + i % 4, 4);
+struct Group { uint4 w; uint s, m, rest, d, g; };
+inline Group load_group(const device uint* weight, const device uint* scales,
+                        const device float16_t* d, uint row, uint g, uint columns) {
+  Group group;
+  uint block = row * (columns / 256) + g / 8;
+  group.w = ((const device uint4*)weight)[row * (columns / 32) + g];
+  group.s = scales[3 * block];
+  group.m = scales[3 * block + 1];
+  group.rest = scales[3 * block + 2];
+  group.d = ((const device uint*)d)[block];
+  group.g = g;
+  return group;
+}
+inline void values(Group group, thread float* v, const threadgroup uint4*) {
+  uint shift = 8 * (group.g % 4);
+  uint s = group.s >> shift, m = group.m >> shift, rest = group.rest >> shift;
+  bool late = group.g % 8 > 3;
+  s = late ? (rest & 15u) | ((s & 0xc0u) >> 2) : s & 63u;
+  m = late ? ((rest >> 4) & 15u) | ((m & 0xc0u) >> 2) : m & 63u;
+  float d = low(as_half2(group.d)) * float(s), least = -high(as_half2(group.d)) * float(m);
+  uint w[4] = {group.w.x, group.w.y, group.w.z, group.w.w};
+  for (int i = 0; i < 16; i++) put(codes(w[i / 4], i % 4), d, least, v + i / 4 * 8 + i % 4, 4);
 }
 """
 

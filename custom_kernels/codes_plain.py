@@ -37,11 +37,21 @@ inline float dot_group(Pack p, uint h, const thread pair* x, float scale, float,
 """
 
 MXFP4_VALUES = """
-inline void values(Pack p, uint h, uint half_group, thread float* v, const threadgroup uint4*) {
-  float scale = scale_of(p, h);
-  for (int i = 0; i < 8; i++) {
+struct Group { uint4 w; uchar scale; };
+inline Group load_group(const device uint* weight, const device uchar* scales, uint row, uint g,
+                        uint columns) {
+  Group group;
+  uint at = row * (columns / 32) + g;
+  group.w = ((const device uint4*)weight)[at];
+  group.scale = scales[at];
+  return group;
+}
+inline void values(Group group, thread float* v, const threadgroup uint4*) {
+  float scale = as_type<float>(group.scale ? uint(group.scale) << 23 : 0x00400000u);
+  uint w[4] = {group.w.x, group.w.y, group.w.z, group.w.w};
+  for (int i = 0; i < 16; i++) {
     thread float* at = v + i / 4 * 8 + i % 4;
-    put(codes(word(p, h, 2 * half_group + i / 4), i % 4), 16384.0f, 0, at, 4);
+    put(codes(w[i / 4], i % 4), 16384.0f, 0, at, 4);
     at[0] *= scale;
     at[4] *= scale;
   }
@@ -86,8 +96,20 @@ inline float dot_group(Pack p, uint h, const thread pair* x, float scale, float,
 """
 
 Q8_0_VALUES = """
-inline void values(Pack p, uint h, uint half_group, thread float* v, const threadgroup uint4*) {
-  for (int i = 0; i < 8; i++)
-    put(codes(word(p, h, 4 * half_group + i / 2), i % 2), scale_of(p, h), 0, v + i / 2 * 4 + i % 2, 2);
+struct Group { uint4 w0, w1; float16_t d; };
+inline Group load_group(const device int8_t* weight, const device float16_t* d, uint row, uint g,
+                        uint columns) {
+  Group group;
+  uint at = row * (columns / 32) + g;
+  group.w0 = ((const device uint4*)weight)[2 * at];
+  group.w1 = ((const device uint4*)weight)[2 * at + 1];
+  group.d = d[at];
+  return group;
+}
+inline void values(Group group, thread float* v, const threadgroup uint4*) {
+  uint w[8] = {group.w0.x, group.w0.y, group.w0.z, group.w0.w,
+               group.w1.x, group.w1.y, group.w1.z, group.w1.w};
+  for (int i = 0; i < 16; i++)
+    put(codes(w[i / 2], i % 2), float(group.d), 0, v + i / 2 * 4 + i % 2, 2);
 }
 """

@@ -46,8 +46,8 @@ BODY = (
 
 DEFINED = """
 #define A_ROW(i) (row0 + (i))
-#define PACK(b, c) \\
-  load_pack(DOWN, expert * WIDTH + min(column0 + (b), uint(WIDTH - 1)), c, COLUMNS)
+#define GROUP(b, g) \\
+  load_group(DOWN, expert * WIDTH + min(column0 + (b), uint(WIDTH - 1)), g, COLUMNS)
 """
 
 SUM = """

@@ -54,7 +54,7 @@ DEFINED = """
 #define A_ROW(i) (order[row0 + (i)] / TOPK)
 #define COLUMN_OF(b) min(column0 + (b) / SPAN * (SPAN / 2) + (b) % (SPAN / 2), uint(HIDDEN - 1))
 #define IS_UP(b) ((b) % SPAN >= SPAN / 2)
-#define PACK(b, c) load_pack(PICKED, expert * HIDDEN + COLUMN_OF(b), c, COLUMNS)
+#define GROUP(b, g) load_group(PICKED, expert * HIDDEN + COLUMN_OF(b), g, COLUMNS)
 """
 
 
@@ -64,7 +64,8 @@ def kernel(storage: str, dtype: mx.Dtype) -> Kernel:
     packing = PACKINGS[storage]
     gate, up, picked = (packing.names(matrix) for matrix in ("gate", "up", "picked"))
     picks = [
-        f"auto {p} = IS_UP(at % WIDE) ? {u} : {g}" for p, u, g in zip(picked, up, gate, strict=True)
+        f"auto {p} = IS_UP(at * 32 / DEEP) ? {u} : {g}"
+        for p, u, g in zip(picked, up, gate, strict=True)
     ]
     names = f"#define PICKED {', '.join(picked)}\n#define PICK_PLANES {'; '.join(picks)}\n"
     inputs = ["x", "order", "tiles", "weights", "table", *gate, *up]

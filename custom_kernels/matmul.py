@@ -1,8 +1,9 @@
 """The tiled product that prefill uses: TALL rows of activations by 128 rows of a stored weight.
 
 A kernel says which rows of activations and of the weight a threadgroup takes and what becomes of the
-tiles; this file owns what is between: codes are decoded into threadgroup memory 32 columns at a time,
-each by one thread, and eight SIMD-groups multiply 32 x SPAN tiles of them.
+tiles; this file owns what is between: DEEP columns at a time are laid into threadgroup memory, of the
+weight decoded, 32 columns by a thread, and eight SIMD-groups multiply 32 x SPAN tiles of them.
+Neighbouring threads take neighbouring columns, so that a load meets few cache lines.
 """
 
 import mlx.core as mx
@@ -14,8 +15,8 @@ from ds4mlx.custom_kernels.packs import PACKINGS
 WIDE = 128  # rows of the weight in a threadgroup's tile
 THREADS = 256
 
-# Words a kernel defines: COLUMNS, A_ROW(i) and PACK(b, c), the Pack of weight row b of the tile. Of a
-# tile with few rows all SIMD-groups have a share: each takes 16 of the upper and 16 of the lower half.
+# Words a kernel defines: COLUMNS, A_ROW(i) and GROUP(b, g), Group g of weight row b of the tile. So that
+# all SIMD-groups have a share of a tile with few rows, each takes 16 of its upper and of its lower half.
 LOOP = """
     threadgroup uint4 words[(TALL + WIDE) * LD * sizeof(element) / 16];
     threadgroup element* as = (threadgroup element*)words;
@@ -32,44 +33,42 @@ LOOP = """
         for (uint j = 0; j < across; j++) zero(c[i][j]);
     }
     uint down = sg / (256 / TALL) * 16, right = sg % (256 / TALL) * SPAN;
-    uint b = at % WIDE, half_group = at / WIDE;
-    const device T* mine[TALL / 64];
-    Eight a[TALL / 64];
+    // Of activations a thread copies 8 columns of some rows, of the weight it decodes 32 of one.
+    const uint eights = DEEP / 8, groups = DEEP / 32;
+    uint a = at / eights, b = at / groups, g = at % groups, filled = (rows + 15) / 16 * 16;
+    uint mine[TALL * DEEP / 2048];
     #pragma unroll
-    for (uint i = 0; i < TALL / 64; i++) {
-        mine[i] = x + A_ROW(min(at / 4 + 64 * i, rows - 1)) * COLUMNS + at % 4 * 8;
-        a[i] = take8(mine[i]);
-    }
-    Pack pack = PACK(b, 0);
-    for (uint k = 0; k < COLUMNS / 64; k++) {
+    for (uint i = 0; i < TALL * DEEP / 2048; i++)
+        mine[i] = A_ROW(min(a + 256 / eights * i, rows - 1)) * COLUMNS + at % eights * 8;
+    Group group = GROUP(b, g);
+    for (uint k = 0; k < COLUMNS / DEEP; k++) {
+        threadgroup_barrier(mem_flags::mem_threadgroup);
         #pragma unroll
-        for (uint h = 0; h < 2; h++) {
-            float v[16];
-            threadgroup_barrier(mem_flags::mem_threadgroup);
+        for (uint i = 0; i < TALL * DEEP / 2048; i++) {
+            uint row = a + 256 / eights * i;
+            if (row < filled) copy8(as + row * LD + at % eights * 8, x + mine[i] + DEEP * k);
+        }
+        if (b < WIDE) {
+            float v[32];
+            values(group, v, lut);
             #pragma unroll
-            for (uint i = 0; i < TALL / 64; i++) put8(as + (at / 4 + 64 * i) * LD + at % 4 * 8, a[i]);
-            values(pack, h, half_group, v, lut);
-            put8(bs + b * LD + 16 * half_group, v);
-            put8(bs + b * LD + 16 * half_group + 8, v + 8);
-            threadgroup_barrier(mem_flags::mem_threadgroup);
-            uint next = min(64 * k + 32 * h + 32, uint(COLUMNS - 32));
+            for (uint i = 0; i < 4; i++) put8(bs + b * LD + 32 * g + 8 * i, v + 8 * i);
+        }
+        copied();
+        threadgroup_barrier(mem_flags::mem_threadgroup);
+        group = GROUP(b, groups * min(k + 1, uint(COLUMNS / DEEP - 1)) + g);
+        if (down >= rows) continue;
+        #pragma unroll
+        for (uint s = 0; s < DEEP / 16; s++) {
+            TileA ta[2];
+            load_a(ta[0], as + down * LD + 16 * s, lane);
+            if (down + TALL / 2 < rows) load_a(ta[1], as + (down + TALL / 2) * LD + 16 * s, lane);
             #pragma unroll
-            for (uint i = 0; i < TALL / 64; i++) a[i] = take8(mine[i] + next);
-            if (h == 1) pack = PACK(b, min(k + 1, uint(COLUMNS / 64 - 1)));
-            #pragma unroll
-            for (uint s = 0; s < 2; s++) {
-                TileA ta[2];
-                #pragma unroll
-                for (uint i = 0; i < 2; i++)
-                    load_a(ta[i], as + (down + TALL / 2 * i) * LD + 16 * s, lane);
-                #pragma unroll
-                for (uint j = 0; j < across; j++) {
-                    TileB tb;
-                    load_b(tb, bs + (right + 16 * j) * LD + 16 * s, lane);
-                    #pragma unroll
-                    for (uint i = 0; i < 2; i++)
-                        if (down + TALL / 2 * i < rows) mma(c[i][j], ta[i], tb, lane);
-                }
+            for (uint j = 0; j < across; j++) {
+                TileB tb;
+                load_b(tb, bs + (right + 16 * j) * LD + 16 * s, lane);
+                mma(c[0][j], ta[0], tb, lane);
+                if (down + TALL / 2 < rows) mma(c[1][j], ta[1], tb, lane);
             }
         }
     }

@@ -2,7 +2,8 @@
 
 A Pack is what one lane loads of one row: 16-byte words of codes and their scales. `dot_group` is the
 product of 32 of its columns with a staged group; codes are made half2 exactly, two at a time, by
-placing their bits in a half's mantissa. `values` are 16 of the same 32 numbers in float, for tiles.
+placing their bits in a half's mantissa. For tiles there is less at a time: Group g of a row are its
+columns from 32 g on, and `values` makes them float.
 """
 
 from dataclasses import dataclass

@@ -13,7 +13,7 @@ from ds4mlx.formats.base import Planes
 BODY = (
     matmul.START
     + """
-    uint group = threadgroup_position_in_grid.z, column0 = threadgroup_position_in_grid.x * WIDE;
+    uint matrix = threadgroup_position_in_grid.z, column0 = threadgroup_position_in_grid.x * WIDE;
     uint count = uint(x_shape[STACKED]), row0 = threadgroup_position_in_grid.y * TALL;
     uint rows = min(uint(TALL), count - row0);
 """
@@ -29,7 +29,7 @@ BODY = (
             uint column = column0 + right + 16 * j + lane % 2 * 8;
             if (r < rows) {
                 for (uint n = 0; n < 8 && column + n < WIDTH; n++)
-                    out[(group * count + row0 + r) * WIDTH + column + n] =
+                    out[(matrix * count + row0 + r) * WIDTH + column + n] =
                         static_cast<T>(own[lane / 2 * 16 + lane % 2 * 8 + n]);
             }
             simdgroup_barrier(mem_flags::mem_threadgroup);
@@ -39,8 +39,8 @@ BODY = (
 )
 
 DEFINED = """
-#define A_ROW(i) (group * count + row0 + (i))
-#define PACK(b, c) load_pack(W, group * WIDTH + min(column0 + (b), uint(WIDTH - 1)), c, COLUMNS)
+#define A_ROW(i) (matrix * count + row0 + (i))
+#define GROUP(b, g) load_group(W, matrix * WIDTH + min(column0 + (b), uint(WIDTH - 1)), g, COLUMNS)
 """
 
 

@@ -2,15 +2,19 @@
 
 The bfloat16 tiles are Metal's SIMD-group matrices, or CUDA's tensor cores (mma.sync on tiles that
 ldmatrix reads); the float tiles are plain arithmetic, for float32 activations. A and B lie in
-threadgroup memory as rows of LD elements, both along the summed axis.
+threadgroup memory as rows of LD elements, DEEP of them used, both along the summed axis.
 """
 
 import mlx.core as mx
 
+from ds4mlx.custom_kernels import dialect
+
 METAL_BF16 = """
 #include <metal_simdgroup_matrix>
 typedef bfloat16_t element;
-#define LD 40
+#define TALL 64
+#define DEEP 64
+#define LD 72
 struct TileA { simdgroup_matrix<bfloat16_t, 8, 8> m[2][2]; };
 typedef TileA TileB;
 struct TileC { simdgroup_matrix<float, 8, 8> m[2][2]; };
@@ -34,6 +38,10 @@ inline void mma(thread TileC& c, thread TileA& a, thread TileB& b, uint) {
 inline void store(thread TileC& c, threadgroup float* p, uint) {
   for (int i = 0; i < 4; i++) simdgroup_store(c.m[i / 2][i % 2], p + i / 2 * 128 + i % 2 * 8, 16);
 }
+inline void copy8(threadgroup bfloat16_t* to, const device bfloat16_t* from) {
+  *(threadgroup uint4*)to = *(const device uint4*)from;
+}
+inline void copied() {}
 inline uint two_bf16(float a, float b) {
   return uint(as_type<ushort>(static_cast<bfloat16_t>(a))) |
          uint(as_type<ushort>(static_cast<bfloat16_t>(b))) << 16;
@@ -42,7 +50,9 @@ inline uint two_bf16(float a, float b) {
 
 CUDA_BF16 = """
 typedef bfloat16_t element;
-#define LD 40
+#define TALL 128
+#define DEEP 64
+#define LD 72
 struct TileA { uint r[4]; };
 typedef TileA TileB;
 struct TileC { float v[8]; };
@@ -68,21 +78,20 @@ inline void store(TileC& c, float* p, uint lane) {
   for (int i = 0; i < 8; i++)
     p[(lane / 4 + i / 2 % 2 * 8) * 16 + i / 4 * 8 + lane % 4 * 2 + i % 2] = c.v[i];
 }
+// Past the registers, while the weight is decoded.
+inline void copy8(bfloat16_t* to, const bfloat16_t* from) {
+  uint at = (uint)__cvta_generic_to_shared(to);
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" : : "r"(at), "l"(from) : "memory");
+}
+inline void copied() { asm volatile("cp.async.wait_all;" : : : "memory"); }
 inline uint two_bf16(float a, float b) {
   __nv_bfloat162 v = __floats2bfloat162_rn(a, b);
   return as_type<uint>(v);
 }
 """
 
-# Eight numbers of a row: as activations have them, and as put8 lays them down.
+# Eight numbers of a row, as 16-byte words.
 BF16 = """
-struct Eight { uint4 w; };
-inline Eight take8(const device bfloat16_t* p) {
-  Eight e;
-  e.w = *(const device uint4*)p;
-  return e;
-}
-inline void put8(threadgroup bfloat16_t* p, Eight e) { *(threadgroup uint4*)p = e.w; }
 inline void put8(threadgroup bfloat16_t* p, const thread float* v) {
   uint4 w;
   w.x = two_bf16(v[0], v[1]); w.y = two_bf16(v[2], v[3]);
@@ -93,6 +102,8 @@ inline void put8(threadgroup bfloat16_t* p, const thread float* v) {
 
 FLOAT = """
 typedef float element;
+#define TALL 64
+#define DEEP 32
 #define LD 36
 struct TileA { const threadgroup float* p; };
 typedef TileA TileB;
@@ -110,16 +121,15 @@ inline void mma(thread TileC& c, thread TileA& a, thread TileB& b, uint lane) {
 inline void store(thread TileC& c, threadgroup float* p, uint lane) {
   for (uint i = 0; i < 8; i++) p[lane / 2 * 16 + lane % 2 * 8 + i] = c.v[i];
 }
-struct Eight { float v[8]; };
-inline Eight take8(const device float* p) {
-  Eight e;
-  load8(p, e.v);
-  return e;
-}
 inline void put8(threadgroup float* p, const thread float* v) {
   for (int i = 0; i < 8; i++) p[i] = v[i];
 }
-inline void put8(threadgroup float* p, Eight e) { put8(p, e.v); }
+inline void copy8(threadgroup float* to, const device float* from) {
+  float v[8];
+  load8(from, v);
+  put8(to, v);
+}
+inline void copied() {}
 """
 
 
@@ -131,5 +141,5 @@ def headers(dtype: mx.Dtype) -> tuple[str, str, str]:
 
 
 def rows(dtype: mx.Dtype) -> int:
-    """Rows of activations in a threadgroup's tile: what threadgroup memory holds."""
-    return 64 if dtype == mx.float32 else 128
+    """TALL: rows of activations in a threadgroup's tile, as threadgroup memory allows."""
+    return 128 if dtype != mx.float32 and dialect.target() == "cuda" else 64
