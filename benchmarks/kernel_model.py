@@ -13,6 +13,7 @@ import json
 import os
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 TESTS = Path(__file__).parents[1] / "tests"
@@ -46,17 +47,28 @@ def main() -> None:
     if dialect.target() is None:
         sys.exit("kernels run on a GPU, and MLX has none here")
     text = arguments.text.read_text(encoding="utf-8")
-    with tempfile.TemporaryDirectory() as scratch:
-        convert(EMBEDDED, Path(scratch) / "2bit", recipe="q2", progress=False)
-        models = {"official": default_model(), "q2": Path(scratch) / "2bit"}
-        found = {
-            "device": device(),
-            "logits": [*q2_file(Path(scratch)), *checkpoint(Path(scratch))],
-            "kl": {n: divergence(path, text, arguments.tokens) for n, path in models.items()},
-        }
-    print(json.dumps(found, indent=1))
-    if arguments.results:
-        arguments.results.write_text(json.dumps(found, indent=1) + "\n")
+    found: dict = {"device": device(), "kl": {}, "logits": []}
+
+    def keep(part: str, value: dict) -> None:
+        print(part, json.dumps(value), flush=True)
+        if arguments.results:
+            arguments.results.write_text(json.dumps(found, indent=1) + "\n")
+
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = Path(folder)
+        for name, path in models(scratch):
+            found["kl"][name] = divergence(path, text, arguments.tokens)
+            keep(name, found["kl"][name])
+        for rows in (q2_file(scratch), checkpoint(scratch)):
+            found["logits"] += rows
+            keep("logits", {"rows": rows})
+
+
+def models(scratch: Path) -> Iterator[tuple[str, Path]]:
+    """The embedded model as it is, and at 2 bits."""
+    yield "official", default_model()
+    convert(EMBEDDED, scratch / "2bit", recipe="q2", progress=False)
+    yield "q2", scratch / "2bit"
 
 
 def q2_file(scratch: Path) -> list[dict]:
