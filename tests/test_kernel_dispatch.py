@@ -1,5 +1,6 @@
 """The model through its kernels equals the model through plain operations."""
 
+import runpy
 import sys
 
 import mlx.core as mx
@@ -82,6 +83,14 @@ def test_widths_that_do_not_suit_take_plain_operations(metal):
     close(linear(x), x @ linear.decode().T)
     assert linear(x.astype(mx.float16)).dtype == mx.float16
     assert not metal
+
+
+@pytest.mark.parametrize("setting, used", [(None, True), ("1", True), ("0", False)])
+def test_the_environment_turns_kernels_off(setting, used, monkeypatch):
+    monkeypatch.delenv("DS4MLX_KERNELS", raising=False)
+    if setting is not None:
+        monkeypatch.setenv("DS4MLX_KERNELS", setting)
+    assert runpy.run_path(dispatch.__file__)["in_use"]() == used
 
 
 @pytest.fixture(scope="module")
