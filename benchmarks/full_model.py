@@ -12,7 +12,7 @@ import json
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -20,7 +20,7 @@ import mlx.core as mx
 from device import device
 
 from ds4mlx.attention import Attention
-from ds4mlx.bench_model import WARM, bench, decode, synthetic_state
+from ds4mlx.bench_model import WARM, bench, synthetic_state
 from ds4mlx.custom_kernels import dispatch
 from ds4mlx.hyper import HyperConnection, HyperHead
 from ds4mlx.model import Model
@@ -71,7 +71,7 @@ def main() -> None:
 
 def using(way: str):
     """The block runs through kernels, or through plain operations."""
-    return dispatch.plain_operations() if way == "plain" else nullcontext()
+    return dispatch.kernels(way == "kernels")
 
 
 def rows(model: Model, depths: tuple[int, ...], fill) -> list[dict]:
@@ -81,13 +81,16 @@ def rows(model: Model, depths: tuple[int, ...], fill) -> list[dict]:
 
 def profile(model: Model, depth: int) -> dict[str, float]:
     """Milliseconds of a decoded token by part, waiting after each; the rest is norms, head and embedding."""
-    cache = synthetic_state(model, depth)
-    decode(model, cache, 1)
+    cache, token = synthetic_state(model, depth), mx.array([[1]])
     with timed_parts() as spent:
-        times, _, _ = decode(model, cache, GENERATED)
-    count = WARM + len(times)
-    parts = {name: round(1000 * seconds / count, 3) for name, seconds in spent.items()}
-    total = 1000 * sum(times) / len(times)
+        for step in range(WARM + GENERATED):
+            if step == WARM:
+                spent.clear()
+                begun = time.perf_counter()
+            token = mx.argmax(model.last_logits(token, cache), axis=-1)[None]
+            mx.eval(token)
+        total = 1000 * (time.perf_counter() - begun) / GENERATED
+    parts = {name: round(1000 * seconds / GENERATED, 3) for name, seconds in spent.items()}
     return {**parts, "rest": round(total - sum(parts.values()), 3), "token": round(total, 3)}
 
 

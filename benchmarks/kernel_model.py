@@ -41,7 +41,7 @@ def main() -> None:
     """Print the figures, and write them as JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--text", type=Path, default=HELD_OUT)
-    parser.add_argument("--tokens", type=int, default=32768)
+    parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--results", type=Path)
     arguments = parser.parse_args()
     if dialect.target() is None:

@@ -77,8 +77,8 @@ def each(name, module, call, x, nbytes: float, combinations, read: float) -> lis
         module.ROWS, module.GROUPS = rows, groups
         try:
             seconds = measure(call, x)
-        except RuntimeError:
-            print(f"{name:<24} rows {rows} groups {groups:>2}: more registers than there are")
+        except RuntimeError as error:  # more registers than there are, say
+            print(f"{name:<24} rows {rows} groups {groups:>2}: {error}")
             continue
         rate = nbytes / seconds
         print(

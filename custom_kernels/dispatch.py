@@ -1,8 +1,8 @@
 """Where kernels are used: the one place that formats and model code ask.
 
-A kernel takes over where MLX computes on a GPU, the activations are bfloat16 or float32, and the
-sizes suit it; everywhere else the plain operations do, which the kernels are checked against, and
-which $DS4MLX_KERNELS=0 asks for.
+A kernel takes over where MLX computes on an NVIDIA GPU, the activations are bfloat16 or float32, and
+the sizes suit it; everywhere else the plain operations do, which the kernels are checked against.
+$DS4MLX_KERNELS=0 asks for those everywhere, and 1 for kernels on Metal too, where none has run yet.
 """
 
 import contextlib
@@ -33,19 +33,25 @@ from ds4mlx.formats.base import Planes
 FEW = 8
 UP, DOWN = ("iq2_xxs", "q4_k", "mxfp4"), ("q2_k", "q4_k", "mxfp4")
 
-_enabled = os.environ.get("DS4MLX_KERNELS", "1") != "0"
+_asked = os.environ.get("DS4MLX_KERNELS")
+_forced: bool | None = None
 _eight = False
 
 
 @contextlib.contextmanager
-def plain_operations() -> Iterator[None]:
-    """Inside the block no kernel is used: for comparisons."""
-    global _enabled
-    before, _enabled = _enabled, False
+def kernels(used: bool = True) -> Iterator[None]:
+    """Inside the block kernels are used wherever there is a GPU, or nowhere."""
+    global _forced
+    before, _forced = _forced, used
     try:
         yield
     finally:
-        _enabled = before
+        _forced = before
+
+
+def plain_operations() -> contextlib.AbstractContextManager[None]:
+    """Inside the block no kernel is used: for comparisons."""
+    return kernels(False)
 
 
 @contextlib.contextmanager
@@ -61,7 +67,10 @@ def eight_bit_activations() -> Iterator[None]:
 
 def in_use() -> bool:
     """Whether kernels are asked for and the device can run them."""
-    return _enabled and dialect.target() is not None
+    where = dialect.target()
+    if where is None or _forced is not None:
+        return where is not None and bool(_forced)
+    return _asked == "1" or (where == "cuda" and _asked != "0")
 
 
 def active(x: mx.array) -> bool:

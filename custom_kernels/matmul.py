@@ -93,9 +93,7 @@ def kernel(
 ) -> Kernel:
     """A kernel around LOOP for weights in a format and activations of a type."""
     metal, cuda, common = tiles.headers(dtype)
-    sizes = (
-        f"#define TALL {tiles.rows(dtype)}\n#define WIDE {WIDE}\n#define SPAN (WIDE * TALL / 256)\n"
-    )
+    sizes = f"#define WIDE {WIDE}\n#define SPAN (WIDE * TALL / 256)\n"
     text = sizes + defined + LOAD8 + common + PACKINGS[storage].decoding
     name = f"{name}_{storage}_{'f32' if dtype == mx.float32 else 'bf16'}"
     return Kernel(name, inputs, [output], body, text, metal=metal, cuda=cuda)

@@ -29,7 +29,7 @@ BODY = (
             uint column = column0 + right + 16 * j + lane % 2 * 8;
             if (r < rows) {
                 for (uint n = 0; n < 8 && column + n < WIDTH; n++)
-                    out[(matrix * count + row0 + r) * WIDTH + column + n] =
+                    out[size_t(matrix * count + row0 + r) * WIDTH + column + n] =
                         static_cast<T>(own[lane / 2 * 16 + lane % 2 * 8 + n]);
             }
             simdgroup_barrier(mem_flags::mem_threadgroup);

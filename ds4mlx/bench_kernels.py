@@ -252,11 +252,12 @@ def bench(note: Callable[[str], None]) -> dict:
         raise DataError("kernels run on a GPU, and MLX has none here")
     read, matmul = read_bandwidth(), matmul_rate()
     rows: list[dict] = []
-    for part in (experts_few, dense, small, experts_many):
-        for row in part():
-            rows.append(row.as_dict(read, matmul))
-            note(f"{row.kernel}, {row.shape}: {row.seconds * 1e6:.1f} us")
-            mx.clear_cache()
+    with dispatch.kernels():  # on Metal too
+        for part in (experts_few, dense, small, experts_many):
+            for row in part():
+                rows.append(row.as_dict(read, matmul))
+                note(f"{row.kernel}, {row.shape}: {row.seconds * 1e6:.1f} us")
+                mx.clear_cache()
     return {
         "device": str(mx.device_info()["device_name"]),
         "mlx": version("mlx"),

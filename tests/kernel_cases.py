@@ -81,7 +81,7 @@ class Shape:
 TINY = Shape(5, 256, 256, 3, 2)
 ODD_UP, ODD_DOWN = Shape(5, 21, 2304, 3, 2), Shape(5, 1280, 21, 3, 3)
 FLASH_UP, FLASH_DOWN = Shape(3, 19, 4096, 1, 2), Shape(8, 2048, 21, 1, 6)
-MANY_UP, MANY_DOWN = Shape(4, 90, 256, 70, 2), Shape(4, 256, 90, 70, 2)
+MANY_UP, MANY_DOWN = Shape(4, 90, 256, 110, 2), Shape(4, 256, 90, 110, 2)
 PRO_UP, PRO_DOWN = Shape(3, 17, 7168, 2, 2), Shape(8, 3072, 18, 1, 6)
 
 
@@ -146,19 +146,19 @@ def down_sorted(storage: str, dtype: mx.Dtype, shape: Shape) -> Pairs:
     return [(got, experts_down.reference(FORMATS[storage], planes, hidden, experts))]
 
 
-def runs(counts: list[int]) -> Pairs:
+def runs(counts: list[int], tall: int) -> Pairs:
     """The tiles of runs of so many rows, against the same in NumPy."""
     experts = np.repeat(np.arange(len(counts)), counts).astype(np.int32)
     starts = np.cumsum([0, *counts])
     want = [
-        (e, starts[e] + row, min(count - row, 64), 0)
+        (e, starts[e] + row, min(count - row, tall), 0)
         for e, count in enumerate(counts)
-        for row in range(0, count, 64)
+        for row in range(0, count, tall)
     ]
-    most = expert_tiles.most_tiles(experts.size, len(counts), 64)
+    most = expert_tiles.most_tiles(experts.size, len(counts), tall)
     padded = np.zeros((most, 4), np.float32)
     padded[: len(want)] = want
-    return [(expert_tiles.expert_tiles(mx.array(experts), len(counts), 64), mx.array(padded))]
+    return [(expert_tiles.expert_tiles(mx.array(experts), len(counts), tall), mx.array(padded))]
 
 
 def q8(product, dtype: mx.Dtype, matrix: tuple[int, ...], tokens: int, scale=1.0) -> Pairs:
@@ -222,8 +222,9 @@ def small_cases() -> Iterator[Case]:
         yield from _experts(dtype)
         yield from _others(dtype)
     yield Case("read_speed", mx.float32, lambda: reading(16 * 256 * 4096))
-    for counts in ([3, 0, 64, 65, 0], [0, 0, 1], [130, 1, 0, 0]):
-        yield Case(f"expert_tiles {counts}", mx.float32, lambda c=counts: runs(c))
+    for tall, counts in ((64, [3, 0, 64, 65, 0]), (64, [0, 0, 1]), (128, [130, 1, 0, 128])):
+        call = partial(runs, counts, tall)
+        yield Case(f"expert_tiles of {tall}, {counts}", mx.float32, call)
 
 
 def _experts(dtype: mx.Dtype) -> Iterator[Case]:

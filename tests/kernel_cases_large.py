@@ -31,7 +31,7 @@ def layer(dtype: mx.Dtype, storage: tuple[str, str], tokens: int) -> cases.Pairs
 def large_cases() -> Iterator[cases.Case]:
     """Flash's own shapes, which take a GPU."""
     for dtype in (mx.float32, mx.bfloat16):
-        for tokens in (1, 8, 300):
+        for tokens in (1, 8, 700):
             for storage in zip(cases.UP, cases.DOWN, strict=True):
                 name = f"{'/'.join(storage)} experts of Flash, {tokens} tokens"
                 yield cases.Case(name, dtype, partial(layer, dtype, storage, tokens))

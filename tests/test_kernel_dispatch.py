@@ -28,7 +28,7 @@ def metal(monkeypatch):
         launched.append(self.name)
         return call(self, *arguments, **options)
 
-    monkeypatch.setattr(dispatch, "_enabled", True)
+    monkeypatch.setattr(dispatch, "_forced", True)
     if sys.platform != "darwin":
         monkeypatch.setattr(dialect, "target", lambda: "metal")
         monkeypatch.setattr(mx.fast, "metal_kernel", metal_kernel)
@@ -85,12 +85,20 @@ def test_widths_that_do_not_suit_take_plain_operations(metal):
     assert not metal
 
 
-@pytest.mark.parametrize("setting, used", [(None, True), ("1", True), ("0", False)])
-def test_the_environment_turns_kernels_off(setting, used, monkeypatch):
-    monkeypatch.delenv("DS4MLX_KERNELS", raising=False)
-    if setting is not None:
+@pytest.mark.parametrize("target, used", [("cuda", "1 "), ("metal", "1"), (None, "")])
+def test_where_kernels_are_used(target, used, monkeypatch):
+    """`used`: the settings of DS4MLX_KERNELS with which they are; a space stands for none."""
+    monkeypatch.setattr(dialect, "target", lambda: target)
+    for setting in "01 ":
         monkeypatch.setenv("DS4MLX_KERNELS", setting)
-    assert runpy.run_path(dispatch.__file__)["in_use"]() == used
+        if setting == " ":
+            monkeypatch.delenv("DS4MLX_KERNELS")
+        fresh = runpy.run_path(dispatch.__file__)
+        assert fresh["in_use"]() == (setting in used)
+        with fresh["kernels"]():
+            assert fresh["in_use"]() == (target is not None)
+        with fresh["plain_operations"]():
+            assert not fresh["in_use"]()
 
 
 @pytest.fixture(scope="module")

@@ -47,7 +47,7 @@ def down_sorted(storage, dtype=F32):
 
 matvec = partial(cases.q8, q8_matvec.q8_matvec, F32, (37, 320), 3)
 matmul = partial(cases.q8, q8_matmul.q8_matmul, F32, (2, 70, 192), 67)
-tiles = partial(cases.runs, [3, 0, 64, 65, 0])
+tiles = partial(cases.runs, [3, 0, 64, 65, 0], 64)
 router = partial(cases.route, F32, 37, 264, 2, False)
 hashed = partial(cases.route, F32, 16, 264, 3, True)
 pre, post = partial(cases.pre, F32, 96, 2), partial(cases.post, F32, 288, 2)
@@ -130,6 +130,8 @@ FAULTS = [
     ("experts_sum", down_sorted("q2_k"), "k < TOPK", "k < TOPK - 1"),
     ("experts_sum", down_sorted("q2_k"), "token * TOPK + k", "token + k"),
     ("matmul_q8_0", matmul, "(matrix * count + row0 + r) * WIDTH", "(row0 + r) * WIDTH"),
+    ("matmul_q8_0", matmul, f"copied();\n        {BARRIER}", "copied();"),
+    ("matmul_q8_0", matmul, "r = down + TALL / 2 * i", "r = down + 16 * i"),
     ("matmul_q8_0", matmul, "right + 16 * j) * LD", "right + 8 * j) * LD"),
     ("expert_tiles", tiles, "< at + s)", "<= at + s)"),
     ("expert_tiles", tiles, f"{BARRIER}\n        ends[at] = sum;", "ends[at] = sum;"),
@@ -223,6 +225,7 @@ COMPUTED = [
 ]
 COMPUTED += [up8("iq2_xxs"), down8("q2_k"), down8("q4_k")]
 COMPUTED += [up_sorted("iq2_xxs", BF16), down_sorted("q2_k", BF16), down_sorted("q4_k")]
+COMPUTED += [up_sorted("mxfp4", BF16), up_sorted("q4_k", BF16)]
 COMPUTED += [partial(cases.q8, q8_matvec.q8_matvec, BF16, (37, 320), 3), matmul]
 COMPUTED += [router, hashed, partial(cases.pre, BF16, 96, 2), partial(cases.post, BF16, 288, 2)]
 
