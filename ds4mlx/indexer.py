@@ -27,8 +27,8 @@ class Indexer(nn.Module):
         self.weights_proj = Linear(self.heads, config.hidden_size)
         self.compressor = Compressor(config, self.width, ratio)
         self.rounding: Rounding = rounding
-        # The choice is the host's, so it is not made where that would keep a GPU waiting.
-        self.settles = config.index_ties == "heap" and mx.default_device() == mx.cpu
+        self.heap_ties = config.index_ties == "heap"
+        self.settles_on_gpu = False  # where the host's choice would keep it waiting
 
     def extend(self, x: mx.array, state: LayerState, rotary: Rotary) -> mx.array:
         """Take tokens x (B, L, D); return all index rows so far, as held, (B, R, .)."""
@@ -74,4 +74,5 @@ class Indexer(nn.Module):
         """
         masked = mx.where(visible, scores, -mx.inf)
         chosen = mx.argpartition(-masked, self.topk - 1, axis=-1)[..., : self.topk]
-        return settle(masked, chosen) if self.settles else chosen
+        settles = self.settles_on_gpu or mx.default_device() == mx.cpu
+        return settle(masked, chosen) if self.heap_ties and settles else chosen

@@ -42,7 +42,7 @@ def settle_ties(model) -> None:
     """Where a file asks for llama.cpp's choice among equal index scores, make it on a GPU too."""
     for layer in model.layers:
         if layer.attn.ratio == 4:
-            layer.attn.indexer.settles = model.args.index_ties == "heap"
+            layer.attn.indexer.settles_on_gpu = True
 
 
 def kl(reference: np.ndarray, other: np.ndarray) -> np.ndarray:
