@@ -19,9 +19,9 @@ inline uint sign_bytes(uint b) {
   t ^= t >> 1;
   return s | ((t & 0x01010101u) << 7);
 }
-inline float scale_of(Pack p, uint h) {
-  return p.d * (0.5f + float((h ? p.w.w : p.w.y) >> 28)) * 0.25f;
-}
+// The scale lies above the signs.
+inline float scaled(float d, uint signs) { return d * (0.5f + float(signs >> 28)) * 0.25f; }
+inline float scale_of(Pack p, uint h) { return scaled(p.d, h ? p.w.w : p.w.y); }
 // Pair i of grid point k with its signs, as bits of a half2.
 inline half2 signed_pair(uint g, uint signs, uint spread) {
   return as_half2(g ^ ((signs * spread) & 0x80008000u));
@@ -56,7 +56,7 @@ inline Group load_group(const device uint* weight, const device float16_t* d, ui
 }
 inline void values(Group group, thread float* v, const threadgroup uint4* lut) {
   uint s = sign_bytes(group.w.y);
-  float scale = float(group.d) * (0.5f + float(group.w.y >> 28)) * 0.25f;
+  float scale = scaled(float(group.d), group.w.y);
   for (int k = 0; k < 4; k++) {
     uint4 point = lut[(group.w.x >> (8 * k)) & 255u];
     uint b = (s >> (8 * k)) & 255u;

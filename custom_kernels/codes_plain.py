@@ -21,10 +21,9 @@ inline uint word(Pack p, uint h, int i) {
   uint4 w = h ? p.w1 : p.w0;
   return i == 0 ? w.x : i == 1 ? w.y : i == 2 ? w.z : w.w;
 }
-inline float scale_of(Pack p, uint h) {
-  uint e = (p.scales >> (8 * h)) & 255u;
-  return as_type<float>(e ? e << 23 : 0x00400000u);
-}
+// 2 to the power e - 127.
+inline float power(uint e) { return as_type<float>(e ? e << 23 : 0x00400000u); }
+inline float scale_of(Pack p, uint h) { return power((p.scales >> (8 * h)) & 255u); }
 """
 
 MXFP4_DOT = """
@@ -47,7 +46,7 @@ inline Group load_group(const device uint* weight, const device uchar* scales, u
   return group;
 }
 inline void values(Group group, thread float* v, const threadgroup uint4*) {
-  float scale = as_type<float>(group.scale ? uint(group.scale) << 23 : 0x00400000u);
+  float scale = power(group.scale);
   uint w[4] = {group.w.x, group.w.y, group.w.z, group.w.w};
   for (int i = 0; i < 16; i++) {
     thread float* at = v + i / 4 * 8 + i % 4;

@@ -9,7 +9,7 @@ Neighbouring threads take neighbouring columns, so that a load meets few cache l
 import mlx.core as mx
 
 from ds4mlx.custom_kernels import tiles
-from ds4mlx.custom_kernels.dialect import LOAD8, Kernel
+from ds4mlx.custom_kernels.dialect import Kernel
 from ds4mlx.custom_kernels.packs import PACKINGS
 
 WIDE = 128  # rows of the weight in a threadgroup's tile
@@ -94,6 +94,6 @@ def kernel(
     """A kernel around LOOP for weights in a format and activations of a type."""
     metal, cuda, common = tiles.headers(dtype)
     sizes = f"#define WIDE {WIDE}\n#define SPAN (WIDE * TALL / 256)\n"
-    text = sizes + defined + LOAD8 + common + PACKINGS[storage].decoding
+    text = sizes + defined + common + PACKINGS[storage].decoding
     name = f"{name}_{storage}_{'f32' if dtype == mx.float32 else 'bf16'}"
     return Kernel(name, inputs, [output], body, text, metal=metal, cuda=cuda)

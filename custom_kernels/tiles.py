@@ -100,7 +100,9 @@ inline void put8(threadgroup bfloat16_t* p, const thread float* v) {
 }
 """
 
-FLOAT = """
+FLOAT = (
+    dialect.LOAD8
+    + """
 typedef float element;
 #define TALL 64
 #define DEEP 32
@@ -131,6 +133,7 @@ inline void copy8(threadgroup float* to, const device float* from) {
 }
 inline void copied() {}
 """
+)
 
 
 def headers(dtype: mx.Dtype) -> tuple[str, str, str]:
