@@ -63,15 +63,10 @@ def main() -> None:
             arguments.results.write_text(json.dumps(found, indent=1) + "\n")
 
     for way, depths in (("kernels", (2048, 8192)), ("plain", (512,))):
-        with using(way):
+        with dispatch.kernels(way == "kernels"):
             keep(f"decode_{way}", rows(model, DEPTHS, "synthetic"))
             keep(f"profile_{way}", {depth: profile(model, depth) for depth in DEPTHS})
             keep(f"prefill_{way}", rows(model, depths, "real"))
-
-
-def using(way: str):
-    """The block runs through kernels, or through plain operations."""
-    return dispatch.kernels(way == "kernels")
 
 
 def rows(model: Model, depths: tuple[int, ...], fill) -> list[dict]:

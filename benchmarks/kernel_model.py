@@ -54,7 +54,7 @@ def main() -> None:
         if arguments.results:
             arguments.results.write_text(json.dumps(found, indent=1) + "\n")
 
-    with tempfile.TemporaryDirectory() as folder:
+    with dispatch.kernels(), tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         for name, path in models(scratch):
             found["kl"][name] = divergence(path, text, arguments.tokens)

@@ -68,8 +68,10 @@ def eight_bit_activations() -> Iterator[None]:
 def in_use() -> bool:
     """Whether kernels are asked for and the device can run them."""
     where = dialect.target()
-    if where is None or _forced is not None:
-        return where is not None and bool(_forced)
+    if where is None:
+        return False
+    if _forced is not None:
+        return _forced
     return _asked == "1" or (where == "cuda" and _asked != "0")
 
 
