@@ -19,10 +19,10 @@ from pathlib import Path
 import numpy as np
 from device import device
 
-from ds4mlx import tensor_file
 from ds4mlx.config import ModelConfig
 from ds4mlx.convert.official import INDEX, scale_name
-from ds4mlx.inventory import Entry, experts, inventory
+from ds4mlx.weights import tensor_file
+from ds4mlx.weights.inventory import Entry, experts, inventory
 
 LIMIT = 1.5e9
 ROWS = 1024

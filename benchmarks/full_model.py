@@ -19,13 +19,13 @@ from pathlib import Path
 import mlx.core as mx
 from device import device
 
-from ds4mlx.attention import Attention
-from ds4mlx.bench_model import WARM, bench, synthetic_state
+from ds4mlx.bench.synth import config_like, synth_model
+from ds4mlx.bench.whole_model import WARM, bench, synthetic_state
 from ds4mlx.custom_kernels import dispatch
-from ds4mlx.hyper import HyperConnection, HyperHead
-from ds4mlx.model import Model
-from ds4mlx.moe import RoutedExperts, Router, SharedExpert
-from ds4mlx.synth import config_like, synth_model
+from ds4mlx.model.attention import Attention
+from ds4mlx.model.hyper import HyperConnection, HyperHead
+from ds4mlx.model.model import Model
+from ds4mlx.model.moe import RoutedExperts, Router, SharedExpert
 
 GENERATED, DEPTHS = 16, (2048, 32768)
 PARTS = {

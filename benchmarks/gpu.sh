@@ -17,7 +17,7 @@ step() { # seconds, name, command...
     timeout "$seconds" "$@" >"$out/$name.txt" 2>"$out/$name.err"
     echo "$name: exit $? after $((SECONDS - begun)) s; $(tail -n 1 "$out/$name.txt")"
 }
-run=("$python" -c "from ds4mlx.cli import main; main()")
+run=("$python" -c "from ds4mlx.cli.main import main; main()")
 
 if command -v "${NCU:-ncu}" >/dev/null; then
     step 90 gpu_time "$python" benchmarks/kernel_gpu_time.py --results "$out/kernel_gpu_time.json"

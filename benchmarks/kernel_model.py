@@ -30,8 +30,8 @@ from device import device
 from ds4mlx import load
 from ds4mlx.convert import convert
 from ds4mlx.custom_kernels import dialect, dispatch
-from ds4mlx.default_model import EMBEDDED, default_model
-from ds4mlx.model import Model
+from ds4mlx.engine.default_model import EMBEDDED, default_model
+from ds4mlx.model.model import Model
 
 HELD_OUT = Path(__file__).parents[1] / "ds4mlx" / "evaluation" / "held_out.txt"
 PIECE, DECODED = 2048, 256  # tokens of a sequence; of them decoded one by one

@@ -13,10 +13,11 @@ from pathlib import Path
 import mlx.core as mx
 from device import device
 
-from ds4mlx.bench_kernels import Experts, measure, read_bandwidth
-from ds4mlx.custom_kernels import dialect, experts_down, experts_up, q8_matvec
+from ds4mlx.bench.kernels import Experts, measure, read_bandwidth
+from ds4mlx.bench.random_weights import random_planes
+from ds4mlx.custom_kernels import dialect
+from ds4mlx.custom_kernels.products import experts_down, experts_up, q8_matvec
 from ds4mlx.formats import FORMATS
-from ds4mlx.random_weights import random_planes
 
 DENSE = (4096, 8192)
 

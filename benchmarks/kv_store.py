@@ -24,8 +24,8 @@ from device import device
 from synthetic_state import same_state, synthetic_state
 
 from ds4mlx import KVStore, Model, ModelConfig
-from ds4mlx.cache import DecodeState
-from ds4mlx.row_forms import StateForm
+from ds4mlx.state.decode_state import DecodeState
+from ds4mlx.state.row_forms import StateForm
 
 TARGET = 1.5
 BLOCK = 8 << 20

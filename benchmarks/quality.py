@@ -16,15 +16,15 @@ from pathlib import Path
 from device import device
 from training_text import write_prompts
 
+from ds4mlx.cli.eval_commands import open_to_measure
 from ds4mlx.convert import convert, inspect
-from ds4mlx.default_model import EMBEDDED
-from ds4mlx.directory import ModelDirectory
-from ds4mlx.eval_command import open_to_measure
+from ds4mlx.engine.default_model import EMBEDDED
 from ds4mlx.evaluation import suite
 from ds4mlx.evaluation.agreement import save_logits
 from ds4mlx.evaluation.strawmen import BITS_PER_WEIGHT, experts_affine, others_affine
-from ds4mlx.imatrix import collect
-from ds4mlx.model import Model
+from ds4mlx.imatrix.collect import collect
+from ds4mlx.model.model import Model
+from ds4mlx.weights.directory import ModelDirectory
 
 RESULTS = Path(__file__).parent / "results" / "quality_cpu.json"
 RECIPES = ("f32", "official", "q4", "q2-q4", "q2")

@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 
 from ds4mlx import Model
-from ds4mlx.cache import DecodeState
+from ds4mlx.state.decode_state import DecodeState
 from ds4mlx.store.state_bytes import parts
 
 

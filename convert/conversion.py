@@ -19,9 +19,9 @@ from ds4mlx.convert.manifest import manifest, quality_report
 from ds4mlx.convert.plan import Plan
 from ds4mlx.convert.sources import open_source
 from ds4mlx.convert.writer import FileWriter
-from ds4mlx.directory import CONFIG, JOURNAL, MANIFEST, canonical, read_manifest
 from ds4mlx.durable import PARTIAL, write_whole
 from ds4mlx.errors import DataError
+from ds4mlx.weights.directory import CONFIG, JOURNAL, MANIFEST, canonical, read_manifest
 
 JOURNAL_SECONDS = 5.0
 # Small files that a conversion may leave beside the weights.

@@ -8,7 +8,7 @@ from ds4mlx.convert import codecs
 from ds4mlx.convert.importance import Importance
 from ds4mlx.convert.quantise import QUANTISERS, on_device, quantise
 from ds4mlx.convert.sources import Source
-from ds4mlx.inventory import Entry, experts
+from ds4mlx.weights.inventory import Entry, experts
 
 # float32 bytes that a chunk of rows may take; rows come in multiples of 128, the height of a tile.
 CHUNK = 32 << 20

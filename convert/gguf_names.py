@@ -2,7 +2,7 @@
 
 import re
 
-from ds4mlx.inventory import Entry
+from ds4mlx.weights.inventory import Entry
 
 TOP = {
     "embed.weight": "token_embd.weight",

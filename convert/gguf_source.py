@@ -18,7 +18,7 @@ from ds4mlx.convert.gguf_tokenizer import tokenizer_files
 from ds4mlx.convert.quantise import block_planes, decode
 from ds4mlx.errors import DataError
 from ds4mlx.formats import FORMATS
-from ds4mlx.inventory import Entry, inventory
+from ds4mlx.weights.inventory import Entry, inventory
 
 LISTED = 8  # tensors that a refusal names
 FLOATS = ("F32", "F16", "BF16")

@@ -17,7 +17,7 @@ from gguf import GGUFWriter
 
 from ds4mlx.convert.gguf_container import MAGIC, GGUFFile
 from ds4mlx.errors import DataError
-from ds4mlx.inventory import Entry
+from ds4mlx.weights.inventory import Entry
 
 PARTS = {"w1": "gate", "w2": "down", "w3": "up"}
 SUMS, COUNTS = ".in_sum2", ".counts"

@@ -4,12 +4,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ds4mlx.cache import state_bytes
 from ds4mlx.config import ModelConfig
 from ds4mlx.convert.sources import Source, open_source
-from ds4mlx.directory import MANIFEST, ModelDirectory, planes
-from ds4mlx.inventory import COMPONENTS
-from ds4mlx.tensor_file import TensorFile
+from ds4mlx.state.decode_state import state_bytes
+from ds4mlx.weights.directory import MANIFEST, ModelDirectory, planes
+from ds4mlx.weights.inventory import COMPONENTS
+from ds4mlx.weights.tensor_file import TensorFile
 
 CONTEXTS = (4096, 32768, 100_000, 300_000, 1_048_576)
 

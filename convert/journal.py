@@ -11,8 +11,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ds4mlx.directory import JOURNAL
 from ds4mlx.errors import DataError
+from ds4mlx.weights.directory import JOURNAL
 
 
 class Journal:

@@ -6,7 +6,7 @@ from typing import Any
 from ds4mlx.convert.journal import Journal
 from ds4mlx.convert.plan import OutEntry, Plan
 from ds4mlx.convert.sources import Source
-from ds4mlx.directory import FORMAT_VERSION
+from ds4mlx.weights.directory import FORMAT_VERSION
 
 
 def manifest(plan: Plan, journal: Journal, small: dict[str, bytes]) -> dict[str, Any]:

@@ -15,9 +15,9 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from ds4mlx.config import ModelConfig, read_json
 from ds4mlx.convert import codecs
 from ds4mlx.errors import DataError
-from ds4mlx.inventory import Entry, experts, inventory
-from ds4mlx.tensor_file import TensorFile, TensorInfo
-from ds4mlx.tokenizer import Tokenizer
+from ds4mlx.text.tokenizer import Tokenizer
+from ds4mlx.weights.inventory import Entry, experts, inventory
+from ds4mlx.weights.tensor_file import TensorFile, TensorInfo
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

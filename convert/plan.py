@@ -8,15 +8,15 @@ from functools import cached_property
 
 import numpy as np
 
-from ds4mlx import tensor_file
 from ds4mlx.convert.encoder import Encoder
 from ds4mlx.convert.gguf_source import GGUFSource
 from ds4mlx.convert.importance import Importance
 from ds4mlx.convert.quantise import QUANTISERS
 from ds4mlx.convert.recipes import choose_recipe, storage
 from ds4mlx.convert.sources import Source
-from ds4mlx.directory import FORMAT_VERSION, STORED_TYPES, Plane, planes
-from ds4mlx.inventory import COMPONENTS, Entry
+from ds4mlx.weights import tensor_file
+from ds4mlx.weights.directory import FORMAT_VERSION, STORED_TYPES, Plane, planes
+from ds4mlx.weights.inventory import COMPONENTS, Entry
 
 
 @dataclass(frozen=True)

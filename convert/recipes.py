@@ -6,7 +6,7 @@ from ds4mlx.config import ModelConfig
 from ds4mlx.convert.sources import Source
 from ds4mlx.errors import DataError
 from ds4mlx.formats import FORMATS
-from ds4mlx.inventory import Entry
+from ds4mlx.weights.inventory import Entry
 
 RECIPES = ("official", "q2", "q2-q4", "q4", "bf16", "f32", "keep")
 # Formats of the routed experts' gate and up (w1, w3), and of down (w2).

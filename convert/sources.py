@@ -9,7 +9,7 @@ from ds4mlx.config import ModelConfig
 from ds4mlx.convert.gguf_source import GGUFSource
 from ds4mlx.convert.official import OfficialSource
 from ds4mlx.errors import DataError
-from ds4mlx.inventory import Entry
+from ds4mlx.weights.inventory import Entry
 
 
 class Source(Protocol):

@@ -10,10 +10,10 @@ from tqdm import tqdm
 from ds4mlx.convert.encoder import row_chunks
 from ds4mlx.convert.quantise import decode
 from ds4mlx.convert.sources import Source, open_source
-from ds4mlx.directory import STORED_TYPES, ModelDirectory, Plane, planes
 from ds4mlx.errors import DataError
-from ds4mlx.inventory import Entry
-from ds4mlx.tensor_file import TensorFile
+from ds4mlx.weights.directory import STORED_TYPES, ModelDirectory, Plane, planes
+from ds4mlx.weights.inventory import Entry
+from ds4mlx.weights.tensor_file import TensorFile
 
 BLOCK = 8 << 20
 

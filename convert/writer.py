@@ -15,7 +15,7 @@ from ds4mlx.convert.encoder import Encoder, Rows, row_chunks
 from ds4mlx.convert.journal import Journal
 from ds4mlx.convert.plan import OutEntry, OutFile, plane_bytes
 from ds4mlx.durable import PARTIAL, sync_directory
-from ds4mlx.inventory import experts
+from ds4mlx.weights.inventory import experts
 
 BLOCK = 8 << 20
 

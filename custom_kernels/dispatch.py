@@ -11,22 +11,20 @@ from collections.abc import Iterator
 
 import mlx.core as mx
 
-from ds4mlx.custom_kernels import (
-    dialect,
+from ds4mlx.custom_kernels import dialect
+from ds4mlx.custom_kernels.codes import staging
+from ds4mlx.custom_kernels.codes.packs import PACKINGS
+from ds4mlx.custom_kernels.layer import hyper_post, hyper_pre, router
+from ds4mlx.custom_kernels.products import (
     expert_tiles,
     experts_down,
     experts_down_sorted,
     experts_up,
     experts_up_sorted,
-    hyper_post,
-    hyper_pre,
     q8_matmul,
     q8_matvec,
-    router,
-    staging,
     tiles,
 )
-from ds4mlx.custom_kernels.packs import PACKINGS
 from ds4mlx.formats.base import Planes
 
 # Up to this many tokens each reads its own experts; with more, tokens are sorted by expert.

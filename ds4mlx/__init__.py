@@ -18,12 +18,12 @@ from ds4mlx.blas import choose_blas
 
 FAST_BLAS = choose_blas()
 
-from ds4mlx.cache import DecodeState, RewindError
 from ds4mlx.config import ModelConfig
+from ds4mlx.engine.generation import generate, stream_generate
+from ds4mlx.engine.load import load
 from ds4mlx.errors import DataError
-from ds4mlx.generation import generate, stream_generate
-from ds4mlx.load import load
-from ds4mlx.model import Model
+from ds4mlx.model.model import Model
+from ds4mlx.state.decode_state import DecodeState, RewindError
 from ds4mlx.store import KVStore
 
 __all__ = [

@@ -1,5 +1,5 @@
 """`python -m ds4mlx` is the `ds4mlx` command."""
 
-from ds4mlx.cli import main
+from ds4mlx.cli.main import main
 
 main()

@@ -13,7 +13,7 @@ import dying
 import mlx.core as mx
 
 from ds4mlx import load
-from ds4mlx.imatrix import collect
+from ds4mlx.imatrix.collect import collect
 
 LENGTH = 48
 

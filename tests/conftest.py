@@ -12,7 +12,7 @@ from hypothesis import settings
 
 from ds4mlx import Model, ModelConfig, load
 from ds4mlx.convert import convert
-from ds4mlx.default_model import EMBEDDED
+from ds4mlx.engine.default_model import EMBEDDED
 from ds4mlx.evaluation.weights import decode_weights
 
 # Started in the background of a script the tests would have Ctrl-C ignored, and so would all commands

@@ -11,25 +11,23 @@ from functools import partial
 import mlx.core as mx
 import numpy as np
 
+from ds4mlx.bench.random_weights import random_planes, random_words
 from ds4mlx.config import ModelConfig
-from ds4mlx.custom_kernels import (
+from ds4mlx.custom_kernels import read_speed
+from ds4mlx.custom_kernels.codes import staging
+from ds4mlx.custom_kernels.layer import hyper_post, hyper_pre, router
+from ds4mlx.custom_kernels.products import (
     expert_tiles,
     experts_down,
     experts_down_sorted,
     experts_up,
     experts_up_sorted,
-    hyper_post,
-    hyper_pre,
     q8_matmul,
     q8_matvec,
-    read_speed,
-    router,
-    staging,
     tiles,
 )
 from ds4mlx.formats import FORMATS
-from ds4mlx.hyper import HyperConnection, collapse
-from ds4mlx.random_weights import random_planes, random_words
+from ds4mlx.model.hyper import HyperConnection, collapse
 
 UP, DOWN = ("iq2_xxs", "q4_k", "mxfp4"), ("q2_k", "q4_k", "mxfp4")
 TOLERANCE = {mx.float32: 1e-5, mx.bfloat16: 4e-3}

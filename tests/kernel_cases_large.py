@@ -6,10 +6,11 @@ from functools import partial
 import kernel_cases as cases
 import mlx.core as mx
 
+from ds4mlx.bench.random_weights import random_planes
 from ds4mlx.config import ModelConfig
-from ds4mlx.custom_kernels import dispatch, q8_matmul, q8_matvec
-from ds4mlx.moe import RoutedExperts
-from ds4mlx.random_weights import random_planes
+from ds4mlx.custom_kernels import dispatch
+from ds4mlx.custom_kernels.products import q8_matmul, q8_matvec
+from ds4mlx.model.moe import RoutedExperts
 
 
 def layer(dtype: mx.Dtype, storage: tuple[str, str], tokens: int) -> cases.Pairs:

@@ -149,7 +149,7 @@ class Terminal:
 if __name__ == "__main__":
     import dying
 
-    from ds4mlx import cli
+    from ds4mlx.cli import main as cli
 
     dying.Countdown(int(sys.argv[1]), int(sys.argv[2]))
     sys.exit(cli.run(sys.argv[3:]))

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from reference import run
 
-from ds4mlx import attention
-from ds4mlx.attention import sink_attention
 from ds4mlx.formats.dense import _widened_matmul
+from ds4mlx.model import attention
+from ds4mlx.model.attention import sink_attention
 
 
 @pytest.mark.parametrize("scratch", [1, 3000, 40_000])

@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 from reference import run, run_chunks
 
 from ds4mlx import load
-from ds4mlx.boundaries import Spacing
-from ds4mlx.buffers import SLACK, Recent, Rows
-from ds4mlx.cache import RECORDS, REWIND, DecodeState, RewindError, state_bytes
 from ds4mlx.config import ModelConfig
-from ds4mlx.record import load_record, record_bytes
+from ds4mlx.state.boundaries import Spacing
+from ds4mlx.state.buffers import SLACK, Recent, Rows
+from ds4mlx.state.decode_state import RECORDS, REWIND, DecodeState, RewindError, state_bytes
+from ds4mlx.state.record import load_record, record_bytes
 
 
 def numbered(start: int, count: int) -> mx.array:

@@ -8,8 +8,8 @@ import pytest
 
 from ds4mlx import __version__, generate, stream_generate
 from ds4mlx.chat import encode_messages
-from ds4mlx.cli import run
-from ds4mlx.sampling import Sampler
+from ds4mlx.cli.main import run
+from ds4mlx.engine.sampling import Sampler
 
 PROMPT = "def add(a, b):"
 

@@ -12,9 +12,9 @@ import processes
 import pytest
 
 from ds4mlx import stream_generate
-from ds4mlx.cli import run
-from ds4mlx.default_model import EMBEDDED
-from ds4mlx.directory import JOURNAL, MANIFEST
+from ds4mlx.cli.main import run
+from ds4mlx.engine.default_model import EMBEDDED
+from ds4mlx.weights.directory import JOURNAL, MANIFEST
 
 PROMPT = "def add(a, b):"
 
@@ -69,7 +69,7 @@ def test_ctrl_c_does_not_wait_for_what_else_runs(tmp_path):
     """A download's threads, say, which Python joins before it ends."""
     os.mkfifo(tmp_path / "prompt")
     busy = "import threading; threading.Thread(target=threading.Event().wait).start()"
-    code = f"{busy}\nfrom ds4mlx.cli import main\nmain()"
+    code = f"{busy}\nfrom ds4mlx.cli.main import main\nmain()"
     arguments = ["generate", "--prompt-file", tmp_path / "prompt"]
     command = [sys.executable, "-c", code]
     interrupted_while_reading(tmp_path / "prompt", *arguments, command=command)

@@ -10,8 +10,8 @@ from steering import Dictation, Failing, InterruptAt, text_of, tokens_of
 
 from ds4mlx import DataError, RewindError, stream_generate
 from ds4mlx.chat import encode_messages
-from ds4mlx.conversation import Conversation
-from ds4mlx.sampling import Sampler
+from ds4mlx.engine.conversation import Conversation
+from ds4mlx.engine.sampling import Sampler
 
 GREEDY = Sampler(temperature=0)
 LENGTH = 6

@@ -10,8 +10,8 @@ import v4format
 
 from ds4mlx import DataError, load
 from ds4mlx.convert import convert, verify
-from ds4mlx.directory import ModelDirectory
-from ds4mlx.inventory import inventory
+from ds4mlx.weights.directory import ModelDirectory
+from ds4mlx.weights.inventory import inventory
 
 OFFICIAL_TYPES = {"mxfp8": "F8_E4M3", "mxfp4": "I8", "bf16": "BF16", "f32": "F32", "i32": "I64"}
 

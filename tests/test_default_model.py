@@ -10,10 +10,10 @@ import processes
 import pytest
 
 from ds4mlx import DataError
-from ds4mlx.cli import run
+from ds4mlx.cli.main import run
 from ds4mlx.convert import verify
-from ds4mlx.default_model import EMBEDDED, cache_directory, default_model
-from ds4mlx.directory import JOURNAL, MANIFEST
+from ds4mlx.engine.default_model import EMBEDDED, cache_directory, default_model
+from ds4mlx.weights.directory import JOURNAL, MANIFEST
 
 GENERATE = ["generate", "--raw", "-p", "ab", "--max-tokens", "3", "--temp", "0"]
 

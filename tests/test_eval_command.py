@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from reference import DATA, log_softmax, run
 
-from ds4mlx.cli import run as command
+from ds4mlx.cli.main import run as command
 from ds4mlx.convert import convert
 from ds4mlx.evaluation import suite
 from ds4mlx.evaluation.recall_accuracy import Plan

@@ -10,6 +10,7 @@ import pytest
 from reference import kl, log_softmax, run
 
 from ds4mlx import DataError
+from ds4mlx.engine.load import load
 from ds4mlx.evaluation import agreement, perplexity, scoring
 from ds4mlx.evaluation.held_out import filler_of, held_out_texts
 from ds4mlx.evaluation.logits_file import LogitsFile, write_logits
@@ -17,7 +18,6 @@ from ds4mlx.evaluation.masking import hidden_rows
 from ds4mlx.evaluation.scoring import Mean
 from ds4mlx.evaluation.strawmen import affine
 from ds4mlx.evaluation.weights import decode_weights
-from ds4mlx.load import load
 
 BOS = 0
 

@@ -6,8 +6,8 @@ import pytest
 
 from ds4mlx.config import ModelConfig
 from ds4mlx.formats import FORMATS
-from ds4mlx.linear import Embedding, ExpertStack, GroupedLinear, Linear
-from ds4mlx.moe import RoutedExperts, swiglu
+from ds4mlx.model.linear import Embedding, ExpertStack, GroupedLinear, Linear
+from ds4mlx.model.moe import RoutedExperts, swiglu
 
 STORED = [name for name in FORMATS if name != "i32"]
 

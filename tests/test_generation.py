@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from steering import Dictation, InterruptAt, text_of, tokens_of
 
 from ds4mlx import DataError, generate, stream_generate
-from ds4mlx.generation import StopStrings, prefill
-from ds4mlx.sampling import Sampler
+from ds4mlx.engine.generation import StopStrings, prefill
+from ds4mlx.engine.sampling import Sampler
 
 PROMPT = "def add(a, b):\n    return"
 

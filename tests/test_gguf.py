@@ -16,10 +16,10 @@ from reference import DATA, run, run_chunks, settle_ties
 from refmodel import RefModel
 
 from ds4mlx import DataError, load
-from ds4mlx.cli import run as command
+from ds4mlx.cli.main import run as command
 from ds4mlx.convert import convert, inspect, read_gguf, verify
-from ds4mlx.default_model import EMBEDDED
-from ds4mlx.directory import MANIFEST, ModelDirectory
+from ds4mlx.engine.default_model import EMBEDDED
+from ds4mlx.weights.directory import MANIFEST, ModelDirectory
 
 DS4_Q2 = DATA / "gguf" / "ds4-q2.gguf"
 

@@ -10,10 +10,10 @@ import pytest
 from bounds import bounded
 
 from ds4mlx import DataError, load
-from ds4mlx.cli import run as command
+from ds4mlx.cli.main import run as command
 from ds4mlx.convert import convert, read_gguf
 from ds4mlx.convert.plan import Plan
-from ds4mlx.inventory import experts
+from ds4mlx.weights.inventory import experts
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,8 @@ from ds4mlx import DataError
 from ds4mlx.convert import convert
 from ds4mlx.convert.gguf_files import GGUFFiles
 from ds4mlx.convert.gguf_tokenizer import build_tokenizer
-from ds4mlx.default_model import EMBEDDED
-from ds4mlx.tokenizer import Tokenizer
+from ds4mlx.engine.default_model import EMBEDDED
+from ds4mlx.text.tokenizer import Tokenizer
 
 OFFICIAL = Tokenizer.from_dir(EMBEDDED)
 SPECIAL = sorted(t.decode() for t in OFFICIAL._added.values())

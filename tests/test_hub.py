@@ -3,7 +3,7 @@
 import official
 import pytest
 
-from ds4mlx.cli import run
+from ds4mlx.cli.main import run
 from ds4mlx.convert import convert
 
 COMMIT = "0" * 40

@@ -9,7 +9,7 @@ from bounds import bounded
 
 from ds4mlx import DataError
 from ds4mlx.convert.importance import Importance, write_gguf
-from ds4mlx.inventory import Entry
+from ds4mlx.weights.inventory import Entry
 
 STACK = "blk.3.ffn_down_exps.weight"
 ENTRY = Entry("layers.3.ffn.experts.w2.weight", (2, 8, 4), "experts")

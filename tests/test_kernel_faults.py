@@ -13,7 +13,8 @@ from kernel_cases import MANY_DOWN, MANY_UP, ODD_DOWN, ODD_UP
 from metalsim import MetalError, check, metal_kernel, options_of, record
 from metalsim.kernel import REAL
 
-from ds4mlx.custom_kernels import dialect, q8_matmul, q8_matvec
+from ds4mlx.custom_kernels import dialect
+from ds4mlx.custom_kernels.products import q8_matmul, q8_matvec
 
 pytestmark = pytest.mark.skipif(sys.platform == "darwin", reason="faults are shown by the executor")
 

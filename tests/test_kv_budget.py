@@ -5,7 +5,7 @@ import pytest
 from synthetic_state import synthetic_state
 
 from ds4mlx import KVStore
-from ds4mlx.boundaries import Spacing
+from ds4mlx.state.boundaries import Spacing
 from ds4mlx.store import eviction
 from ds4mlx.store.eviction import StoreFull
 

@@ -9,16 +9,17 @@ import numpy as np
 import pytest
 from steering import Dictation, Failing, tokens_of
 
-from ds4mlx import DecodeState, KVStore, ModelConfig, cli, stream_generate
+from ds4mlx import DecodeState, KVStore, ModelConfig, stream_generate
 from ds4mlx.chat import encode_messages, parse_completion
 from ds4mlx.chat.replay import sampled_calls
 from ds4mlx.chat.tokens import DSML, EOS
-from ds4mlx.conversation import Conversation
-from ds4mlx.record import record_bytes
-from ds4mlx.sampling import Sampler
+from ds4mlx.cli import main as cli
+from ds4mlx.engine.conversation import Conversation
+from ds4mlx.engine.sampling import Sampler
+from ds4mlx.state.record import record_bytes
 from ds4mlx.store import admin
 from ds4mlx.store.policy import Policy
-from ds4mlx.tokenizer import Tokenizer
+from ds4mlx.text.tokenizer import Tokenizer
 
 IDS = np.random.default_rng(4).integers(2, 288, 5000).tolist()
 

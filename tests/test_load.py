@@ -10,8 +10,8 @@ import processes
 import pytest
 
 from ds4mlx import DataError, generate, load, stream_generate
-from ds4mlx.directory import JOURNAL, MANIFEST, canonical
-from ds4mlx.load import locate, raise_wired_limit
+from ds4mlx.engine.load import locate, raise_wired_limit
+from ds4mlx.weights.directory import JOURNAL, MANIFEST, canonical
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ import pytest
 
 from ds4mlx import DataError
 from ds4mlx.chat import encode_messages
-from ds4mlx.cli import run
-from ds4mlx.prompts import PIECE, read_sequences, sequence_length
+from ds4mlx.cli.main import run
+from ds4mlx.text.prompts import PIECE, read_sequences, sequence_length
 
 BOS = "<｜begin▁of▁sentence｜>"
 

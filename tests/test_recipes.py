@@ -15,11 +15,11 @@ import pytest
 from reference import run
 
 from ds4mlx import DataError, load
-from ds4mlx.cli import run as command
+from ds4mlx.cli.main import run as command
 from ds4mlx.convert import convert, verify
 from ds4mlx.convert.official import OfficialSource
-from ds4mlx.directory import MANIFEST, ModelDirectory
-from ds4mlx.inventory import experts
+from ds4mlx.weights.directory import MANIFEST, ModelDirectory
+from ds4mlx.weights.inventory import experts
 
 LAYERS, EXPERTS = 8, 2
 EIGHT = {

@@ -13,10 +13,10 @@ import official
 import pytest
 
 from ds4mlx import DataError, load
-from ds4mlx.cli import run
+from ds4mlx.cli.main import run
 from ds4mlx.convert import convert, verify
 from ds4mlx.convert.journal import Journal
-from ds4mlx.directory import JOURNAL, MANIFEST
+from ds4mlx.weights.directory import JOURNAL, MANIFEST
 
 
 def die(source, target, last: int, number: int = signal.SIGKILL) -> subprocess.CompletedProcess:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from ds4mlx.config import ModelConfig
-from ds4mlx.rope import Rotary, frequencies, rotate
+from ds4mlx.model.rope import Rotary, frequencies, rotate
 
 FLASH = ModelConfig()
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from refmodel import fake_fp4, fake_fp8, hadamard
 
-from ds4mlx.rounding import (
+from ds4mlx.state.rounding import (
     nearest_e2m1,
     power_of_two_at_least,
     round_fp4,

@@ -9,8 +9,8 @@ from reference import run
 
 from ds4mlx import Model, load
 from ds4mlx.config import ModelConfig
-from ds4mlx.rounding import decode_fp4, encode_fp4, round_fp4, round_fp8
-from ds4mlx.row_forms import PackedIndexRows, PackedKVRows, PlainRows, StateForm, row_bytes
+from ds4mlx.state.rounding import decode_fp4, encode_fp4, round_fp4, round_fp8
+from ds4mlx.state.row_forms import PackedIndexRows, PackedKVRows, PlainRows, StateForm, row_bytes
 
 SIZES = [1e-30, 1e-3, 1.0, 300.0, 1e6]
 

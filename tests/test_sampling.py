@@ -8,8 +8,8 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from ds4mlx.engine.sampling import Sampler, log_probs
 from ds4mlx.errors import DataError
-from ds4mlx.sampling import Sampler, log_probs
 
 SIZES = st.tuples(st.integers(1, 3), st.integers(1, 40))
 SEEDS = st.integers(0, 2**32 - 1)

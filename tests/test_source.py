@@ -8,7 +8,7 @@ import pytest
 import v4format
 
 from ds4mlx import DataError
-from ds4mlx.cli import run
+from ds4mlx.cli.main import run
 from ds4mlx.convert import convert
 
 FP8 = "layers.0.attn.wq_a.weight"

@@ -7,15 +7,16 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from ds4mlx import DataError, bench_model, load
-from ds4mlx.cli import app
+from ds4mlx import DataError, load
+from ds4mlx.bench import whole_model as bench_model
+from ds4mlx.bench.random_weights import random_planes, random_words
+from ds4mlx.bench.synth import RECIPES, config_like, storage, synth_model
+from ds4mlx.bench.synth_directory import write_synth
+from ds4mlx.cli.main import app
 from ds4mlx.config import ModelConfig
 from ds4mlx.convert import verify
 from ds4mlx.formats import FORMATS
-from ds4mlx.inventory import inventory
-from ds4mlx.random_weights import random_planes, random_words
-from ds4mlx.synth import RECIPES, config_like, storage, synth_model
-from ds4mlx.synth_directory import write_synth
+from ds4mlx.weights.inventory import inventory
 
 SMALL = ModelConfig(
     hidden_size=256,
@@ -122,7 +123,7 @@ def parts(layer):
 
 
 def test_command_line(monkeypatch):
-    monkeypatch.setattr("ds4mlx.synth.config_like", lambda like, layers: SMALL)
+    monkeypatch.setattr("ds4mlx.bench.synth.config_like", lambda like, layers: SMALL)
     options = ["--in-memory", "--bench", "--prompt", "20", "--gen", "1", "--json"]
     done = CliRunner().invoke(app, ["synth", *options])
     assert done.exit_code == 0

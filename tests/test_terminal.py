@@ -6,8 +6,8 @@ import io
 import pytest
 
 from ds4mlx import stream_generate
-from ds4mlx.generation import Response
-from ds4mlx.terminal import DIM, ERASE, PLAIN, Printer, progress, show, timing
+from ds4mlx.cli.terminal import DIM, ERASE, PLAIN, Printer, progress, show, timing
+from ds4mlx.engine.generation import Response
 
 
 class Screen(io.StringIO):

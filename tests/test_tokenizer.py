@@ -12,8 +12,8 @@ from tokenizers import Tokenizer as Encoder
 
 from ds4mlx import DataError
 from ds4mlx.chat.tokens import ASSISTANT, BOS, CONTROL, DSML, EOS, THINK_END, USER
-from ds4mlx.default_model import EMBEDDED
-from ds4mlx.tokenizer import Tokenizer
+from ds4mlx.engine.default_model import EMBEDDED
+from ds4mlx.text.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer.from_dir(EMBEDDED)
 # Ids one past the vocabulary too: a model's head may be wider than its tokenizer.

@@ -9,11 +9,11 @@ import official
 import pytest
 
 from ds4mlx import DataError, load
-from ds4mlx.cache import state_bytes
-from ds4mlx.cli import run
+from ds4mlx.cli.main import run
 from ds4mlx.config import ModelConfig
 from ds4mlx.convert import convert, inspect, verify
-from ds4mlx.directory import canonical
+from ds4mlx.state.decode_state import state_bytes
+from ds4mlx.weights.directory import canonical
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ds4mlx.config import ModelConfig
-from ds4mlx.rope import frequencies
+from ds4mlx.model.rope import frequencies
 from train.rounding import hadamard_matrix, index_rounding, kv_rounding
 
 Weights = dict[str, Tensor]

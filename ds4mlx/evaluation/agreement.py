@@ -10,11 +10,11 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
+from ds4mlx.engine.sampling import log_probs
 from ds4mlx.errors import DataError
 from ds4mlx.evaluation.logits_file import LogitsFile, write_logits
 from ds4mlx.evaluation.scoring import Mean, bar, check_ids, logit_blocks
-from ds4mlx.model import Model
-from ds4mlx.sampling import log_probs
+from ds4mlx.model.model import Model
 
 SEQUENCES = 2
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from ds4mlx.durable import PARTIAL, replacing
 from ds4mlx.errors import DataError
-from ds4mlx.tensor_file import TensorFile, header
+from ds4mlx.weights.tensor_file import TensorFile, header
 
 TOKENS, LOGITS = "tokens", "logits"
 INTEGERS = {"I32": np.int32, "I64": np.int64, "U32": np.uint32, "U16": np.uint16}

@@ -4,8 +4,8 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from ds4mlx.attention import Attention, Context
-from ds4mlx.model import Model
+from ds4mlx.model.attention import Attention, Context
+from ds4mlx.model.model import Model
 
 RATIOS = {"CSA": 4, "HCA": 128}
 

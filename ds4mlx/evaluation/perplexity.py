@@ -12,7 +12,7 @@ import numpy as np
 
 from ds4mlx.errors import DataError
 from ds4mlx.evaluation.scoring import Mean, bar, read, target_scores
-from ds4mlx.model import Model
+from ds4mlx.model.model import Model
 
 BUCKETS = 4
 STRETCHES = 2

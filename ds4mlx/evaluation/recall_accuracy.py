@@ -18,8 +18,8 @@ from ds4mlx.evaluation.held_out import filler_of, held_out_texts
 from ds4mlx.evaluation.masking import RATIOS, hidden_rows
 from ds4mlx.evaluation.recall import RecallDocument, document
 from ds4mlx.evaluation.scoring import Mean, bar, read, target_scores
-from ds4mlx.model import Model
-from ds4mlx.tokenizer import Tokenizer
+from ds4mlx.model.model import Model
+from ds4mlx.text.tokenizer import Tokenizer
 
 SEED = 7
 # Distances at which a new bucket begins; the first is the window and stands for the model's own.

@@ -13,10 +13,10 @@ import mlx.core as mx
 import numpy as np
 from tqdm import tqdm
 
-from ds4mlx.cache import DecodeState
+from ds4mlx.engine.generation import PREFILL_STEP, prefill
 from ds4mlx.errors import DataError
-from ds4mlx.generation import PREFILL_STEP, prefill
-from ds4mlx.model import Model
+from ds4mlx.model.model import Model
+from ds4mlx.state.decode_state import DecodeState
 
 # Elements of logits that exist at a time.
 LOGITS = 1 << 24

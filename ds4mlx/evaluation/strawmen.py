@@ -6,8 +6,8 @@ Only the values are made, not files: each matrix is rounded to what its format w
 import mlx.core as mx
 
 from ds4mlx.evaluation.weights import replace_values
-from ds4mlx.linear import ExpertStack, Matrix
-from ds4mlx.model import Model
+from ds4mlx.model.linear import ExpertStack, Matrix
+from ds4mlx.model.model import Model
 
 BITS, GROUP = 2, 64
 # Two float16 numbers a group, a scale and an offset.

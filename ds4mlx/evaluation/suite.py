@@ -16,9 +16,9 @@ from ds4mlx.evaluation.recall_accuracy import PLANS, recall_accuracy
 from ds4mlx.evaluation.report import Report
 from ds4mlx.evaluation.tool_accuracy import CASES, tool_accuracy
 from ds4mlx.evaluation.vectors import read_vectors, run_vectors
-from ds4mlx.model import Model
-from ds4mlx.prompts import read_sequences
-from ds4mlx.tokenizer import Tokenizer
+from ds4mlx.model.model import Model
+from ds4mlx.text.prompts import read_sequences
+from ds4mlx.text.tokenizer import Tokenizer
 
 # Longest context that is measured unless told: a real model's own would take hours.
 LONGEST = 8192

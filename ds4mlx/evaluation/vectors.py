@@ -15,11 +15,11 @@ import mlx.core as mx
 
 from ds4mlx.chat import encode_messages
 from ds4mlx.config import read_json
+from ds4mlx.engine.generation import stream_generate
 from ds4mlx.errors import DataError
 from ds4mlx.evaluation.scoring import bar
-from ds4mlx.generation import stream_generate
-from ds4mlx.model import Model
-from ds4mlx.tokenizer import Tokenizer
+from ds4mlx.model.model import Model
+from ds4mlx.text.tokenizer import Tokenizer
 
 TOP, TOLERANCE, UNKNOWN = 20, 4.0, -9999.0
 SCHEMA, MANIFEST = "ds4-official-logprobs-v1", "ds4-test-vector-manifest-v1"

@@ -6,8 +6,8 @@ stand for. Only small models fit that way.
 
 import mlx.core as mx
 
-from ds4mlx.linear import Matrix
-from ds4mlx.model import Model
+from ds4mlx.model.linear import Matrix
+from ds4mlx.model.model import Model
 
 # Weights of a model that is decoded as a whole, 4 bytes each.
 MOST = 1 << 29

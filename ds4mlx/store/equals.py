@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ds4mlx.cache import DecodeState
+from ds4mlx.state.decode_state import DecodeState
 from ds4mlx.store import restoring
 from ds4mlx.store.catalogue import Catalogue, Segment
 from ds4mlx.store.state_bytes import parts

@@ -10,8 +10,8 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable
 
-from ds4mlx.boundaries import Spacing
 from ds4mlx.errors import DataError
+from ds4mlx.state.boundaries import Spacing
 from ds4mlx.store.catalogue import HALF_LIFE, Catalogue, Record, Segment
 from ds4mlx.store.locks import is_pinned
 

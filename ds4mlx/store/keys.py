@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
-from ds4mlx.model import Model
+from ds4mlx.model.model import Model
 
 LAYOUT = 1  # of segments and records; another one is another model
 

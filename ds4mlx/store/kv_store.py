@@ -8,10 +8,10 @@ from typing import Self
 
 import numpy as np
 
-from ds4mlx.boundaries import Spacing
-from ds4mlx.cache import DecodeState
 from ds4mlx.errors import DataError
-from ds4mlx.model import Model
+from ds4mlx.model.model import Model
+from ds4mlx.state.boundaries import Spacing
+from ds4mlx.state.decode_state import DecodeState
 from ds4mlx.store import keys, restoring, texts
 from ds4mlx.store.calls import Calls
 from ds4mlx.store.catalogue import Catalogue
@@ -19,7 +19,7 @@ from ds4mlx.store.locks import Pin
 from ds4mlx.store.state_bytes import check_storable
 from ds4mlx.store.taking import Job, Taker
 from ds4mlx.store.writing import Writer, make_folders
-from ds4mlx.tokenizer import Tokenizer
+from ds4mlx.text.tokenizer import Tokenizer
 
 BUDGET = 16 << 30
 REASONS = ("cold", "continue", "evict", "shutdown")

@@ -5,8 +5,8 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 
-from ds4mlx.cache import DecodeState
 from ds4mlx.errors import DataError
+from ds4mlx.state.decode_state import DecodeState
 from ds4mlx.store.kv_store import KVStore
 
 LOG = logging.getLogger("ds4mlx")

@@ -9,8 +9,8 @@ from threading import Event
 import mlx.core as mx
 import numpy as np
 
-from ds4mlx.cache import DecodeState, Stored
-from ds4mlx.model import Model
+from ds4mlx.model.model import Model
+from ds4mlx.state.decode_state import DecodeState, Stored
 from ds4mlx.store import block_file, keys
 from ds4mlx.store.block_file import DamagedFile, Header
 from ds4mlx.store.catalogue import Catalogue, Record, Segment, described

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from ds4mlx.buffers import Rows
-from ds4mlx.cache import DecodeState
 from ds4mlx.errors import DataError
-from ds4mlx.model import Model
-from ds4mlx.record import load_record
-from ds4mlx.row_forms import RowForm
+from ds4mlx.model.model import Model
+from ds4mlx.state.buffers import Rows
+from ds4mlx.state.decode_state import DecodeState
+from ds4mlx.state.record import load_record
+from ds4mlx.state.row_forms import RowForm
 
 
 @dataclass(frozen=True)

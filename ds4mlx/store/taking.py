@@ -8,7 +8,7 @@ from typing import Generic, TypeVar
 import mlx.core as mx
 import numpy as np
 
-from ds4mlx.cache import DecodeState, Stored
+from ds4mlx.state.decode_state import DecodeState, Stored
 from ds4mlx.store import block_file, keys
 from ds4mlx.store.catalogue import Catalogue, Record, Segment
 from ds4mlx.store.equals import Equals

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from ds4mlx.store.catalogue import Catalogue, Record
-from ds4mlx.tokenizer import Tokenizer
+from ds4mlx.text.tokenizer import Tokenizer
 
 
 def token_texts(tokenizer: Tokenizer) -> Callable[[np.ndarray], list[bytes]]:

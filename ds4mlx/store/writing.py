@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ds4mlx.boundaries import Spacing
 from ds4mlx.durable import sync_directory
 from ds4mlx.errors import DataError
+from ds4mlx.state.boundaries import Spacing
 from ds4mlx.store import block_file, eviction
 from ds4mlx.store.catalogue import Catalogue
 from ds4mlx.store.eviction import StoreFull

@@ -2,7 +2,7 @@
 
 import mlx.core as mx
 
-from ds4mlx import attention
+from ds4mlx.model import attention
 from faults.listing import change, fault, with_ratio
 
 

@@ -1,6 +1,6 @@
 """The list of faults, and what many of them change."""
 
-from ds4mlx.rope import Rotary
+from ds4mlx.model.rope import Rotary
 
 FAULTS = []
 STORAGE_FAULTS = []  # those of them that need the weights in their stored form

@@ -2,7 +2,7 @@
 
 import mlx.core as mx
 
-from ds4mlx import moe
+from ds4mlx.model import moe
 from faults.listing import experts, fault
 
 

@@ -2,8 +2,8 @@
 
 import mlx.core as mx
 
-from ds4mlx import attention, compressor, indexer
-from ds4mlx.rope import Rotary, rotate
+from ds4mlx.model import attention, compressor, indexer
+from ds4mlx.model.rope import Rotary, rotate
 from faults.listing import fault, retable
 
 

@@ -2,8 +2,8 @@
 
 import mlx.core as mx
 
-from ds4mlx import attention, indexer
-from ds4mlx.compressor import Compressor
+from ds4mlx.model import attention, indexer
+from ds4mlx.model.compressor import Compressor
 from faults.listing import change, fault, with_ratio
 
 

@@ -2,7 +2,7 @@
 
 import mlx.core as mx
 
-from ds4mlx import hyper
+from ds4mlx.model import hyper
 from faults.listing import fault
 
 

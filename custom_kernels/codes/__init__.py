@@ -1,0 +1,1 @@
+"""How each storage format's codes are read inside a kernel."""

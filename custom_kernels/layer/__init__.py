@@ -1,0 +1,1 @@
+"""What else a layer launches: the router and the hyper-connection."""

@@ -1,0 +1,171 @@
+"""The router of a few tokens: scores, choice and weights of the experts in one launch.
+
+A threadgroup a token. Every SIMD-group scores experts; one then picks the best, k times over.
+"""
+
+from functools import lru_cache
+
+import mlx.core as mx
+
+from ds4mlx.custom_kernels.codes.tables import bits
+from ds4mlx.custom_kernels.dialect import LOAD8, Kernel
+
+GROUPS = 32  # SIMD-groups of a threadgroup
+ROWS = 4  # experts a SIMD-group scores at a time
+
+HEADER = """
+// sqrt(log(1 + e^v)); log1p by the way that keeps its digits for a small argument.
+inline float score_of(float v) {
+  float u = exp(-fabs(v)), w = 1.0f + u;
+  float log1p = w == 1.0f ? u : u * (log(w) / (w - 1.0f));
+  return sqrt(max(v, 0.0f) + log1p);
+}
+"""
+
+_SCORE = """
+    uint lane = thread_index_in_simdgroup, token = threadgroup_position_in_grid.x;
+    const device T* row = x + token * COLUMNS;
+    for (uint e0 = simdgroup_index_in_threadgroup * ROWS; e0 < SCORED; e0 += GROUPS * ROWS) {
+        float sum[ROWS] = {0};
+        for (uint k = 8 * lane; k < COLUMNS; k += 256) {
+            float a[8];
+            load8(row + k, a);
+            #pragma unroll
+            for (uint r = 0; r < ROWS; r++) {
+                float w[8];
+                load8(weight + EXPERT(min(e0 + r, uint(SCORED - 1))) * COLUMNS + k, w);
+                #pragma unroll
+                for (uint i = 0; i < 8; i++) sum[r] = fma(a[i], w[i], sum[r]);
+            }
+        }
+        #pragma unroll
+        for (uint r = 0; r < ROWS; r++) {
+            float v = simd_sum(sum[r]);
+            if (lane == 0 && e0 + r < SCORED) scores[e0 + r] = score_of(v);
+        }
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+"""
+
+CHOOSE = (
+    """
+    threadgroup float scores[SCORED];
+"""
+    + _SCORE
+    + """
+    if (simdgroup_index_in_threadgroup > 0) return;
+    float biased[(SCORED + 31) / 32];
+    for (uint i = 0; i * 32 < SCORED; i++) {
+        uint e = 32 * i + lane;
+        biased[i] = e < SCORED ? scores[e] + bias[e] : -INFINITY;
+    }
+    float mine = 0, total = 0;
+    uint chosen = 0;
+    for (uint k = 0; k < TOPK; k++) {
+        float best = -INFINITY;
+        for (uint i = 0; i * 32 < SCORED; i++) best = max(best, biased[i]);
+        best = simd_max(best);
+        uint which = SCORED - 1;
+        for (uint i = 0; i * 32 < SCORED; i++)
+            if (biased[i] == best) which = min(which, 32 * i + lane);
+        which = simd_min(which);
+        for (uint i = 0; i * 32 < SCORED; i++)
+            if (32 * i + lane == which) biased[i] = -INFINITY;
+        float s = scores[which];
+        total += s;
+        if (lane == k) { mine = s; chosen = which; }
+    }
+    if (lane < TOPK) {
+        experts[token * TOPK + lane] = int(chosen);
+        weights[token * TOPK + lane] = mine / total * as_type<float>(SCALE);
+    }
+"""
+)
+
+HASHED = (
+    """
+    threadgroup float scores[SCORED];
+"""
+    + _SCORE
+    + """
+    if (simdgroup_index_in_threadgroup > 0) return;
+    float mine = scores[min(lane, uint(SCORED - 1))];
+    float total = simd_sum(lane < SCORED ? mine : 0.0f);
+    if (lane < SCORED) {
+        experts[token * SCORED + lane] = EXPERT(lane);
+        weights[token * SCORED + lane] = mine / total * as_type<float>(SCALE);
+    }
+"""
+)
+
+
+@lru_cache
+def kernel(hashed: bool) -> Kernel:
+    """The kernel that chooses by score and bias, or by token id."""
+    if hashed:
+        named = "#define EXPERT(i) table[ids[token] * SCORED + (i)]\n"
+        inputs, body = ["x", "weight", "table", "ids"], HASHED
+    else:
+        named = "#define EXPERT(i) (i)\n"
+        inputs, body = ["x", "weight", "bias"], CHOOSE
+    name = "router_hashed" if hashed else "router"
+    return Kernel(name, inputs, ["experts", "weights"], body, named + LOAD8 + HEADER)
+
+
+def route(
+    x: mx.array,
+    weight: mx.array,
+    scale: float,
+    topk: int,
+    *,
+    bias: mx.array | None = None,
+    table: mx.array | None = None,
+    ids: mx.array | None = None,
+) -> tuple[mx.array, mx.array]:
+    """Experts int32 (N, k) and their weights float32 (N, k) of tokens x (N, D).
+
+    weight (E, D). With `bias` (E,) the experts of highest score + bias, best first; with `table` int32
+    (vocab, k) and `ids` int32 (N,) those listed for the token. Weights are scores over their sum, times
+    scale; a score is sqrt(softplus(weight . x)). D is a multiple of 8, k at most 32.
+    """
+    hashed = table is not None
+    extra = [table, ids] if hashed else [bias]
+    shape = (x.shape[0], topk)
+    experts, weights = kernel(hashed)(
+        [x, weight, *(a for a in extra if a is not None)],
+        [(shape, mx.int32), (shape, mx.float32)],
+        groups=(x.shape[0], 1, 1),
+        threads=32 * GROUPS,
+        template=[
+            ("T", x.dtype),
+            ("COLUMNS", x.shape[1]),
+            ("SCORED", topk if hashed else weight.shape[0]),
+            ("TOPK", topk),
+            ("ROWS", 1 if hashed else ROWS),
+            ("GROUPS", GROUPS),
+            ("SCALE", bits(scale)),
+        ],
+    )
+    return experts, weights
+
+
+def reference(
+    x: mx.array,
+    weight: mx.array,
+    scale: float,
+    topk: int,
+    *,
+    bias: mx.array | None = None,
+    table: mx.array | None = None,
+    ids: mx.array | None = None,
+) -> tuple[mx.array, mx.array]:
+    """The same by MLX's own operations; experts in any order."""
+    logits = x.astype(mx.float32) @ weight.astype(mx.float32).T
+    scores = mx.sqrt(mx.logaddexp(logits, 0))
+    if table is not None:
+        assert ids is not None
+        experts = table[ids]
+    else:
+        experts = mx.argpartition(-(scores + bias), topk - 1, axis=-1)[..., :topk]
+    weights = mx.take_along_axis(scores, experts, axis=-1)
+    return experts, weights / weights.sum(-1, keepdims=True) * scale

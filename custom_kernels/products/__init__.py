@@ -1,0 +1,1 @@
+"""Products with the model's matrices and its routed experts."""

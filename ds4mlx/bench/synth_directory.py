@@ -1,0 +1,121 @@
+"""Writes a model of random weights as a model directory that `load` and `verify` accept."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from ds4mlx.bench.synth import check_recipe, random_entry, storage
+from ds4mlx.config import ModelConfig
+from ds4mlx.durable import PARTIAL, replacing, write_whole
+from ds4mlx.errors import DataError
+from ds4mlx.weights import tensor_file
+from ds4mlx.weights.directory import CONFIG, FORMAT_VERSION, MANIFEST, canonical, planes
+from ds4mlx.weights.inventory import Entry, inventory
+
+
+def write_synth(
+    config: ModelConfig,
+    recipe: str,
+    target: Path,
+    on_file: Callable[[int, int], None] | None = None,
+) -> int:
+    """Write DIR `target`, which must be new or empty; bytes of its weight files.
+
+    The manifest comes last: what was interrupted does not load, and is written anew into an empty
+    directory. `on_file` is told (files written, files in all). Raises DataError.
+    """
+    check_recipe(recipe)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise DataError(f"{target}: is not an empty directory")
+    try:
+        return _write(config, recipe, target, on_file)
+    except OSError as error:
+        raise DataError(f"{error.filename or target}: {error.strerror}") from error
+
+
+def _write(config, recipe: str, target: Path, on_file) -> int:
+    target.mkdir(parents=True, exist_ok=True)
+    listed, seed = inventory(config), 0
+    files: dict[str, Any] = {}
+    tensors: dict[str, Any] = {}
+    for done, (name, found) in enumerate(listed.items(), 1):
+        arrays: dict[str, tuple[mx.array, Entry, str]] = {}
+        for entry in found:
+            seed += 1
+            stored = storage(recipe, entry, config)
+            made = random_entry(entry, stored, config, seed)
+            for plane in planes(entry, stored):
+                arrays[plane.name] = (made[plane.plane], entry, plane.dtype)
+        files[name], written = _write_file(target / name, arrays)
+        for tensor, record in written.items():
+            entry = arrays[tensor][1]
+            tensors[tensor] = {
+                **record,
+                "file": name,
+                "format": storage(recipe, entry, config),
+                "source": {"tensor": entry.official(), "files": []},
+                "lossless": True,
+            }
+        mx.clear_cache()
+        if on_file is not None:
+            on_file(done, len(listed))
+    text = (json.dumps(_config_values(config), indent=2) + "\n").encode()
+    write_whole(target / CONFIG, text)
+    weights = sum(each["bytes"] for each in files.values())
+    files[CONFIG] = {"bytes": len(text), "sha256": hashlib.sha256(text).hexdigest()}
+    write_whole(target / MANIFEST, canonical(_manifest(recipe, files, tensors)))
+    return weights
+
+
+def _write_file(path: Path, arrays) -> tuple[dict[str, Any], dict[str, Any]]:
+    """One weight file: its record in the manifest, and those of its tensors."""
+    shapes = {name: (dtype, tuple(array.shape)) for name, (array, _, dtype) in arrays.items()}
+    header, records = tensor_file.header(shapes), {}
+    size = len(header)
+    with (
+        replacing(path, path.with_name(path.name + PARTIAL)) as temporary,
+        temporary.open("wb") as out,
+    ):
+        out.write(header)
+        for name, (array, _, dtype) in arrays.items():
+            data = _bytes(array)
+            out.write(data)
+            size += len(data)
+            records[name] = {
+                "dtype": dtype,
+                "shape": list(array.shape),
+                "sha256": hashlib.sha256(data).hexdigest(),
+            }
+        out.flush()
+    return {"bytes": size, "header_sha256": hashlib.sha256(header).hexdigest()}, records
+
+
+def _bytes(array: mx.array) -> bytes:
+    raw = array.view(mx.uint16) if array.dtype == mx.bfloat16 else array
+    return np.array(raw).tobytes()
+
+
+def _config_values(config: ModelConfig) -> dict[str, Any]:
+    return {**config.model_dump(mode="json"), "architectures": ["DeepseekV4ForCausalLM"]}
+
+
+def _manifest(recipe: str, files: dict[str, Any], tensors: dict[str, Any]) -> dict[str, Any]:
+    from ds4mlx import __version__
+
+    plan = hashlib.sha256(json.dumps([recipe, tensors], sort_keys=True).encode()).hexdigest()
+    return {
+        "format": FORMAT_VERSION,
+        "ds4mlx": __version__,
+        "plan": plan,
+        "source": "random weights",
+        "recipe": recipe,
+        "release": "april",
+        "importance": None,
+        "files": files,
+        "tensors": tensors,
+    }

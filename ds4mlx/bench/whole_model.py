@@ -1,0 +1,160 @@
+"""How fast a model prefills and decodes, at which depth, with what memory and how many launches."""
+
+import csv
+import io
+import re
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+import mlx.core as mx
+
+from ds4mlx.engine.generation import prefill
+from ds4mlx.model.model import Model
+from ds4mlx.state.decode_state import DecodeState, LayerState
+from ds4mlx.state.row_forms import RowForm
+
+Fill = Literal["real", "synthetic"]
+# Operations of MLX's graph that only look at memory another way.
+VIEWS = {
+    *("Reshape", "Transpose", "Broadcast", "BroadcastAxes", "Squeeze", "ExpandDims", "Flatten"),
+    *("Unflatten", "Slice", "Split", "View", "AsStrided", "Depends", "StopGradient", "Copy"),
+}
+WARM = 3  # decoded tokens before the clock runs
+
+
+@dataclass
+class Row:
+    """At one depth: tokens a second, gigabytes, and what one decoded token costs the host."""
+
+    depth: int
+    prefill_tokens_per_s: float | None
+    decode_tokens_per_s: float
+    decode_ms: float
+    host_ms: float
+    operations: int
+    peak_gb: float
+
+
+def bench(
+    model: Model,
+    depths: Sequence[int],
+    gen: int,
+    fill: Fill = "real",
+    note: Callable[[str], None] = lambda text: None,
+) -> list[Row]:
+    """A row for each depth: `depth` tokens of prompt, then `gen` decoded ones.
+
+    fill: "real" prefills the depth (twice, as the first time compiles), "synthetic" starts from random
+    rows of the right shapes.
+    """
+    rows = []
+    for depth in depths:
+        note(f"depth {depth}")
+        rows.append(_at(model, depth, gen, fill))
+        mx.clear_cache()
+    return rows
+
+
+def _at(model: Model, depth: int, gen: int, fill: Fill) -> Row:
+    rate, cache = None, model.make_cache()
+    mx.reset_peak_memory()
+    if fill == "real":
+        ids = mx.random.randint(0, model.args.vocab_size, (depth,), key=mx.random.key(depth))
+        for _ in range(2):
+            cache, begun = model.make_cache(), time.perf_counter()
+            prefill(model, ids.tolist(), cache)  # type: ignore[arg-type]
+            rate = depth / (time.perf_counter() - begun)
+    else:
+        cache = synthetic_state(model, depth)
+    times, hosts, operations = decode(model, cache, gen)
+    seconds = statistics.median(times)
+    return Row(
+        depth=depth,
+        prefill_tokens_per_s=None if rate is None else round(rate, 2),
+        decode_tokens_per_s=round(1 / seconds, 3),
+        decode_ms=round(1000 * seconds, 3),
+        host_ms=round(1000 * statistics.median(hosts), 3),
+        operations=sum(operations.values()),
+        peak_gb=round(mx.get_peak_memory() / 1e9, 3),
+    )
+
+
+def decode(
+    model: Model, cache: DecodeState, gen: int
+) -> tuple[list[float], list[float], Counter[str]]:
+    """Greedy decoding: seconds of each token, the host's share of them, and a token's operations."""
+    token, times, hosts = mx.array([[1]]), [], []
+    operations: Counter[str] = Counter()
+    for step in range(WARM + gen):
+        begun = time.perf_counter()
+        token = mx.argmax(model.last_logits(token, cache), axis=-1)[None]
+        if step == 0:
+            operations = launches(token)
+            begun = time.perf_counter()
+        mx.async_eval(token)
+        encoded = time.perf_counter()
+        mx.eval(token)
+        if step >= WARM:
+            times.append(time.perf_counter() - begun)
+            hosts.append(encoded - begun)
+    return times, hosts, operations
+
+
+def launches(output: mx.array) -> Counter[str]:
+    """Operations of an unevaluated graph by kind, those left out that only make a view."""
+    text = io.StringIO()
+    mx.export_to_dot(text, output)
+    kinds = re.findall(r'label ?= ?"(\w+)"[^\]]*shape ?= ?rectangle', text.getvalue())
+    return Counter(kind for kind in kinds if kind not in VIEWS)
+
+
+def synthetic_state(model: Model, tokens: int) -> DecodeState:
+    """A state as after `tokens` tokens, of random rows."""
+    cache = model.make_cache()
+    for state in cache:
+        _fill(state, model, tokens)
+        mx.eval(state.state)
+    return cache
+
+
+def _fill(state: LayerState, model: Model, tokens: int) -> None:
+    forms, dtype = (state.form.kv, state.form.index), model.dtype
+    state.offset = tokens
+    kept = min(tokens, state.before)
+    state.window.load(_random_rows(forms[0], kept, dtype), tokens)
+    for part, form in zip(state.compressors, forms, strict=False):
+        recent = tokens - part.needed(tokens)
+        part.recent.load(mx.random.normal((1, recent, 2, part.channels)), tokens)
+        part.rows.extend(_random_rows(form, tokens // part.ratio, dtype))
+
+
+def _random_rows(form: RowForm, count: int, dtype: mx.Dtype) -> mx.array:
+    return form.pack(mx.random.normal((1, count, form.width)).astype(dtype))
+
+
+def table(rows: list[Row]) -> str:
+    """For people."""
+    lines = [
+        f"{'depth':>8} {'prefill t/s':>12} {'decode t/s':>11} {'ms/token':>9} {'host ms':>8} "
+        f"{'operations':>10} {'peak GB':>8}"
+    ]
+    for row in rows:
+        rate = "" if row.prefill_tokens_per_s is None else f"{row.prefill_tokens_per_s:.1f}"
+        lines.append(
+            f"{row.depth:>8} {rate:>12} {row.decode_tokens_per_s:>11.2f} {row.decode_ms:>9.2f} "
+            f"{row.host_ms:>8.2f} {row.operations:>10} {row.peak_gb:>8.2f}"
+        )
+    return "\n".join(lines)
+
+
+def csv_text(rows: list[Row]) -> str:
+    """The rows as CSV, with a header."""
+    out = io.StringIO()
+    writer = csv.DictWriter(out, fieldnames=list(asdict(rows[0])))
+    writer.writeheader()
+    writer.writerows(asdict(row) for row in rows)
+    return out.getvalue()

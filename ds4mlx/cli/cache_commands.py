@@ -1,0 +1,109 @@
+"""`ds4mlx cache`: look at, check and thin the disk KV store."""
+
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ds4mlx.cli import arguments as arg
+from ds4mlx.store import admin
+
+app = typer.Typer(no_args_is_help=True, help="Look at, check and thin the disk KV store.")
+
+Directory = Annotated[Path, typer.Option("--kv-dir", help="Directory of the KV store.")]
+DAY = 86400.0
+
+
+@app.command()
+def ls(
+    kv_dir: Directory,
+    boundaries: Annotated[
+        bool, typer.Option("--all", help="Also the boundaries that saves left behind them.")
+    ] = False,
+    as_json: arg.Json = False,
+) -> None:
+    """List the stored prefixes, newest first, with their hits."""
+    catalogue = admin.open_directory(kv_dir)
+    found, sums = admin.entries(catalogue, boundaries), admin.totals(catalogue)
+    if as_json:
+        listed = [asdict(entry) for entry in found]
+        print(json.dumps({"prefixes": listed, "total": sums}, indent=1))
+        return
+    print(
+        f"{'key':<12} {'tokens':>9} {'bytes':>13} {'hits':>5}  {'last used':<16} {'reason':<9} model"
+    )
+    for e in found:
+        used = time.strftime("%Y-%m-%d %H:%M", time.localtime(e.last_used))
+        marks = (" (in use)" if e.in_use else "") + ("" if e.complete else " (incomplete)")
+        print(
+            f"{e.key[:12]:<12} {e.tokens:>9,} {e.nbytes:>13,} {e.hits:>5}  {used:<16} "
+            f"{e.reason:<9} {e.label} {e.model}{marks}"
+        )
+    print(
+        f"{len(found)} prefixes; {sums['segments']} segments and {sums['records']} boundary records, "
+        f"{sums['tokens']:,} tokens, {sums['bytes']:,} bytes, {sums['hits']} hits"
+    )
+
+
+@app.command()
+def show(
+    key: Annotated[str, typer.Argument(help="Key of a prefix, or its beginning.")],
+    kv_dir: Directory,
+    as_json: arg.Json = False,
+) -> None:
+    """Show a stored prefix: its segments, boundaries, hits, and its text if that was kept."""
+    catalogue = admin.open_directory(kv_dir)
+    record = admin.find(catalogue, key)
+    found = admin.details(catalogue, record)
+    if as_json:
+        print(json.dumps(found, indent=1))
+        return
+    for name, value in found["prefix"].items():
+        print(f"{name:<12} {value}")
+    print(f"{'hits':<12} {getattr(catalogue.uses.get(record.key), 'total', 0)}")
+    print(f"{'boundaries':<12} {', '.join(f'{n:,}' for n in found['boundaries'])}")
+    print(f"\n{'segment':<12} {'tokens':>19} {'bytes':>13}")
+    for segment in found["chain"]:
+        span = f"{segment['start']:,}..{segment['used_to']:,}"
+        print(f"{segment['key'][:12]:<12} {span:>19} {segment['nbytes']:>13,}")
+    print("\n" + (found["text"] or "(the text was not kept)"))
+
+
+@app.command()
+def verify(kv_dir: Directory, as_json: arg.Json = False) -> None:
+    """Read every byte of the store and check it; exit code 1 if something is damaged."""
+    catalogue = admin.open_directory(kv_dir)
+    faults = admin.check(catalogue)
+    if as_json:
+        print(json.dumps({"faults": faults, "total": admin.totals(catalogue)}, indent=1))
+    else:
+        for fault in faults:
+            print(fault)
+        count = len(catalogue.segments) + len(catalogue.records)
+        print(f"{count} files, {len(faults)} faults")
+    if faults:
+        raise typer.Exit(1)
+
+
+@app.command()
+def prune(
+    kv_dir: Directory,
+    budget: Annotated[str | None, typer.Option(help="Evict down to this size, such as 8G.")] = None,
+    older_than: Annotated[
+        float | None, typer.Option(min=0, help="Delete what was not used for so many days.")
+    ] = None,
+) -> None:
+    """Delete what is damaged or incomplete, and what is old or beyond a budget if asked."""
+    limit = None if budget is None else arg.size(budget)
+    seconds = None if older_than is None else older_than * DAY
+    freed = admin.prune(admin.open_directory(kv_dir), limit, seconds)
+    print(f"{freed:,} bytes deleted")
+
+
+@app.command()
+def clear(kv_dir: Directory) -> None:
+    """Delete everything in the store."""
+    print(f"{admin.clear(kv_dir):,} bytes deleted")

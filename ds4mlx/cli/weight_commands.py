@@ -1,0 +1,142 @@
+"""The commands that make and check weights: convert, verify, inspect, imatrix."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from ds4mlx.cli import arguments as arg
+from ds4mlx.engine.default_model import default_model
+from ds4mlx.engine.load import locate
+
+GOES_ON = "interrupted; the same command goes on from here"
+
+
+def convert(
+    src: Annotated[str, typer.Argument(help="Official directory, hub repo id, or GGUF file.")],
+    dst: Annotated[Path, typer.Argument(help="Model directory to write.")],
+    recipe: Annotated[
+        str | None,
+        typer.Option(help="official (default), q2, q2-q4, q4, bf16 or f32; for GGUF only keep."),
+    ] = None,
+    imatrix: Annotated[
+        Path | None, typer.Option(help="Importances for q2, q2-q4 and q4: .dat or GGUF.")
+    ] = None,
+    mtp: Annotated[
+        Path | None, typer.Option(help="GGUF file with the MTP block of a GGUF source.")
+    ] = None,
+    release: Annotated[
+        Literal["april", "0731"] | None, typer.Option(help="Where the source does not say.")
+    ] = None,
+    max_memory: Annotated[
+        str | None, typer.Option(help="Largest chunk held in memory, such as 64M.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan only.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
+) -> None:
+    """Convert weights to a model directory; goes on where it was interrupted.
+
+    In every recipe but bf16 and f32 all tensors other than the routed experts keep the source's values
+    bit for bit. Routed experts: official and keep, the source's values; q2, gate and up IQ2_XXS, down
+    Q2_K; q2-q4, the same but Q4_K in the last 6 layers; q4, Q4_K. --dry-run lists it for a source.
+    """
+    from ds4mlx.convert import convert as run
+    from ds4mlx.convert.recipes import RECIPES
+
+    if recipe not in (None, *RECIPES):
+        raise typer.BadParameter(
+            f"{recipe!r} is not one of {', '.join(RECIPES)}", param_hint="--recipe"
+        )
+    limit = None if max_memory is None else arg.size(max_memory)
+    try:
+        plan = run(
+            src,
+            dst,
+            recipe,
+            imatrix=imatrix,
+            mtp=mtp,
+            release=release,
+            max_memory=limit,
+            dry_run=dry_run,
+            overwrite=overwrite,
+        )
+    except KeyboardInterrupt:
+        print(GOES_ON, file=sys.stderr)
+        raise typer.Exit(130) from None
+    if dry_run:
+        print(plan)
+
+
+def verify(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Model directory.")],
+    against: Annotated[str | None, typer.Option(help="Source to compare every value with.")] = None,
+    mtp: Annotated[
+        Path | None, typer.Option(help="GGUF file with the MTP block, as for convert.")
+    ] = None,
+    as_json: arg.Json = False,
+) -> None:
+    """Check every byte of a model directory, and every value against its source."""
+    from ds4mlx.convert import verify as run
+
+    if mtp is not None and against is None:
+        raise typer.BadParameter("is part of a source, which --against names", param_hint="--mtp")
+    found = run(directory, against, mtp=mtp)
+    if as_json:
+        print(json.dumps([vars(checked) for checked in found], indent=1))
+        return
+    for checked in found:
+        error = "" if checked.error is None else f"  relative error {checked.error:.3g}"
+        print(f"ok  {checked.storage:<6} {checked.name}{error}")
+    print(f"{len(found)} weights are as recorded")
+
+
+def inspect(
+    location: Annotated[str, typer.Argument(metavar="SRC_OR_DIR")],
+    tensors: Annotated[bool, typer.Option("--tensors", help="List every weight.")] = False,
+    as_json: arg.Json = False,
+) -> None:
+    """Show sizes, bytes read per token, and memory by context."""
+    from ds4mlx.convert import inspect as run
+
+    found = run(location, tensors)
+    print(json.dumps(found.as_dict(), indent=1) if as_json else found)
+
+
+def imatrix(
+    prompts: Annotated[
+        Path, typer.Option("--prompts", help="Text, or .jsonl with prompt, text or messages.")
+    ],
+    output: Annotated[Path, typer.Option("-o", "--output", help="GGUF imatrix to write.")],
+    model: arg.Model = None,
+    ctx: Annotated[
+        int | None,
+        typer.Option(min=2, help="Longest sequence, in tokens; default: text 512, .jsonl 4096."),
+    ] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens in all.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
+) -> None:
+    """Collect which columns of the routed experts matter, for convert --imatrix.
+
+    Runs the model over the prompts; goes on where it was interrupted. Text is cut into sequences of
+    --ctx tokens; a .jsonl file has one sequence a line: {"prompt": TEXT}, {"text": TEXT}, or
+    {"messages": [...]} with "thinking" and "tools" if wanted.
+    """
+    from ds4mlx.imatrix.collect import collect
+
+    try:
+        path = locate(model or default_model())
+        report = collect(
+            path,
+            prompts,
+            output,
+            lambda: arg.open_model(str(path))[0],
+            length=ctx,
+            max_tokens=max_tokens,
+            overwrite=overwrite,
+        )
+    except KeyboardInterrupt:
+        print(GOES_ON, file=sys.stderr)
+        raise typer.Exit(130) from None
+    print(report or f"{output}: already complete", file=sys.stderr)

@@ -1,0 +1,1 @@
+"""From a directory and a prompt to text: loading, prefill, steps, sampling, conversations."""

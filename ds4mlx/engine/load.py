@@ -1,0 +1,111 @@
+"""From a model directory, or a hub repository that holds one, to a Model and its tokenizer."""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+import mlx.core as mx
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RemoteEntryNotFoundError
+
+from ds4mlx.errors import DataError
+from ds4mlx.model.linear import Matrix
+from ds4mlx.model.model import Model
+from ds4mlx.state.rounding import Rounding
+from ds4mlx.text.tokenizer import Tokenizer
+from ds4mlx.weights.directory import MANIFEST, ModelDirectory
+
+
+def load(
+    path: str | Path,
+    dtype: mx.Dtype = mx.bfloat16,
+    rounding: Rounding = "official",
+    *,
+    on_file: Callable[[int, int], None] | None = None,
+) -> tuple[Model, Tokenizer]:
+    """Load a converted model and its tokenizer.
+
+    path: a directory written by `ds4mlx convert`, or the hub repo id of one.
+    dtype: activation type, bfloat16 or (for checks) float32; weights stay as stored.
+    rounding: "official" gives KV rows and the indexer the model's own FP8/FP4 values, "none" does
+    not round. on_file: told (files read, files in all) after each weight file.
+    Raises DataError if the directory is incomplete or does not fit its configuration.
+    """
+    if rounding not in ("official", "none"):
+        raise DataError(f"rounding must be 'official' or 'none', not {rounding!r}")
+    if dtype not in (mx.bfloat16, mx.float32):
+        raise DataError(f"dtype must be mlx.core.bfloat16 or float32, not {dtype}")
+    directory = ModelDirectory.open(locate(path))
+    _check_small_files(directory)
+    tokenizer = Tokenizer.from_dir(directory.path)
+    model = Model(directory.config, dtype, rounding)
+    for name, module in model.named_modules():
+        if isinstance(module, Matrix):
+            module.store(directory.formats[name])
+    raise_wired_limit()
+    model.load_weights(list(_read_all(directory, on_file).items()))
+    model.eval()
+    model.identity = directory.manifest["checksum"]
+    return model, tokenizer
+
+
+def locate(path: str | Path) -> Path:
+    """The local directory of `path`; a hub repo id is downloaded (or found in the hub's cache).
+
+    The manifest comes first, so that a repository of another kind costs no download.
+    """
+    if Path(path).exists() or str(path).count("/") != 1 or str(path).startswith((".", "~", "/")):
+        return Path(path)
+    try:
+        hf_hub_download(str(path), MANIFEST)
+        return Path(snapshot_download(str(path)))
+    except RemoteEntryNotFoundError:
+        raise DataError(
+            f"{path}: the hub repository holds no {MANIFEST}: not a converted model; "
+            "`ds4mlx convert` makes one"
+        ) from None
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        cause = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise DataError(f"{path}: no such directory, and not found on the hub: {cause}") from None
+
+
+def read_weights(file: Path) -> dict[str, mx.array]:
+    """The arrays of one weight file, read when first used."""
+    try:
+        arrays = mx.load(str(file))
+    except RuntimeError as error:
+        raise DataError(f"{file}: {error}") from None
+    assert isinstance(arrays, dict)
+    return arrays
+
+
+def raise_wired_limit() -> None:
+    """Let Metal keep as much memory resident as it recommends for this machine; else nothing.
+
+    By default macOS may page out weights between tokens, which for a model near the size of the
+    memory makes every token read from the disk. Before macOS 15 the limit has no effect.
+    """
+    if mx.metal.is_available() and mx.default_device() == mx.gpu:
+        mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
+
+
+def _read_all(
+    directory: ModelDirectory, on_file: Callable[[int, int], None] | None
+) -> dict[str, mx.array]:
+    """Every weight, in memory; file by file, so that Ctrl-C need not wait for all of them."""
+    weights: dict[str, mx.array] = {}
+    for done, file in enumerate(directory.files, 1):
+        arrays = read_weights(file)
+        mx.eval(arrays)
+        weights.update(arrays)
+        if on_file is not None:
+            on_file(done, len(directory.files))
+    return weights
+
+
+def _check_small_files(directory: ModelDirectory) -> None:
+    """A configuration or tokenizer edited after the conversion would give wrong text silently."""
+    for name, listed in directory.manifest["files"].items():
+        data = (directory.path / name).read_bytes() if "sha256" in listed else None
+        if data is not None and hashlib.sha256(data).hexdigest() != listed["sha256"]:
+            raise DataError(f"{directory.path / name}: was changed after the conversion")

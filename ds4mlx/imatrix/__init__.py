@@ -1,0 +1,1 @@
+"""Importances of the routed experts' columns, collected by running the model."""

@@ -1,0 +1,91 @@
+"""Boundary records as bytes: what the state at a position holds beside the rows that only grow.
+
+Layer by layer: the window rows that the next token sees; then for the main compressor and the
+indexer's, where there are: of the group before the open one only the lane that the next row uses
+(ratio 4), and the projections of the open group. Everything as it is held, nothing is rounded.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import mlx.core as mx
+
+from ds4mlx.state.buffers import Recent
+from ds4mlx.state.row_forms import row_bytes
+
+if TYPE_CHECKING:
+    from ds4mlx.state.decode_state import CompressorState, LayerState
+
+FLOAT = mx.float32.size
+
+
+def layer_record(layers: Sequence["LayerState"], tokens: int) -> mx.array:
+    """The record after `tokens` tokens, bytes (B, n), read off the buffers, which must reach it."""
+    return _record(layers, lambda part: part.between(part.needed(tokens), tokens), tokens)
+
+
+def cut_record(layers: Sequence["LayerState"], tokens: int) -> mx.array:
+    """The same from what the layers cut out when they passed `tokens`."""
+    return _record(layers, lambda part: part.cuts[tokens], tokens)
+
+
+def record_bytes(layers: Sequence["LayerState"], tokens: int) -> int:
+    """Bytes of one sequence's record after `tokens` tokens."""
+    total = 0
+    for layer in layers:
+        total += (tokens - layer.needed(tokens)) * row_bytes(layer.form.kv)
+        for part in layer.compressors:
+            total += sum(_sizes(part, tokens))
+    return total
+
+
+def load_record(layers: Sequence["LayerState"], record: mx.array, tokens: int) -> None:
+    """Give the layers' windows and recent projections what the record (B, n) says."""
+    at = 0
+
+    def take(nbytes: int, dtype: mx.Dtype, *shape: int) -> mx.array:
+        nonlocal at
+        piece = mx.contiguous(record[:, at : at + nbytes])
+        at += nbytes
+        return piece.view(dtype).reshape(record.shape[0], *shape)
+
+    for layer in layers:
+        form, rows = layer.form.kv, tokens - layer.needed(tokens)
+        size = rows * row_bytes(form)
+        layer.window.load(take(size, form.dtype, rows, form.elements), tokens)
+        for part in layer.compressors:
+            lane, open_ = _sizes(part, tokens)
+            before = take(lane, mx.float32, -1 if lane else 0, 2, part.width)
+            unread = mx.zeros((*before.shape[:-1], part.channels - part.width))
+            pending = take(open_, mx.float32, -1 if open_ else 0, 2, part.channels)
+            before = mx.concatenate([before, unread], axis=-1)
+            part.recent.load(mx.concatenate([before, pending], axis=1), tokens)
+
+
+def _record(
+    layers: Sequence["LayerState"], rows: Callable[[Recent], mx.array], tokens: int
+) -> mx.array:
+    pieces = []
+    for layer in layers:
+        pieces.append(rows(layer.window))
+        for part in layer.compressors:
+            span, closed = rows(part.recent), _closed(part, tokens)
+            pieces += [span[:, :closed, :, : part.width], span[:, closed:]]
+    return mx.concatenate([_bytes(piece) for piece in pieces], axis=1)
+
+
+def _bytes(piece: mx.array) -> mx.array:
+    if piece.size == 0:
+        return mx.zeros((piece.shape[0], 0), mx.uint8)
+    return mx.contiguous(piece).reshape(piece.shape[0], -1).view(mx.uint8)
+
+
+def _closed(part: "CompressorState", tokens: int) -> int:
+    """Needed projections that belong to the group before the open one."""
+    return tokens // part.ratio * part.ratio - part.needed(tokens)
+
+
+def _sizes(part: "CompressorState", tokens: int) -> tuple[int, int]:
+    """Bytes of the lane of the group before the open one, and of the open group."""
+    lane = _closed(part, tokens) * 2 * part.width * FLOAT
+    return lane, tokens % part.ratio * 2 * part.channels * FLOAT

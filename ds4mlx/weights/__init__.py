@@ -1,0 +1,1 @@
+"""What a directory of weights holds: every tensor's name, shape, kind and place."""
