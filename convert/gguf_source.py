@@ -15,9 +15,10 @@ from ds4mlx.convert.gguf_container import GGUFFile, GGUFTensor
 from ds4mlx.convert.gguf_files import GGUFFiles
 from ds4mlx.convert.gguf_names import draft_name, main_name, mainline_draft_name
 from ds4mlx.convert.gguf_tokenizer import tokenizer_files
-from ds4mlx.convert.quantise import block_planes, decode
+from ds4mlx.convert.quantise import decode
 from ds4mlx.errors import DataError
 from ds4mlx.formats import FORMATS
+from ds4mlx.formats.gguf_blocks import block_planes
 from ds4mlx.weights.inventory import Entry, inventory
 
 LISTED = 8  # tensors that a refusal names

@@ -9,10 +9,10 @@ import numpy as np
 from ds4mlx.convert.quantise_iq2 import quantise_iq2
 from ds4mlx.convert.quantise_k import Q2_K, Q4_K, q2_k_planes, q4_k_planes, quantise_k
 from ds4mlx.errors import DataError
-from ds4mlx.formats import BLOCK_FORMATS, DTYPES, FORMATS
+from ds4mlx.formats import DTYPES, FORMATS
+from ds4mlx.formats.gguf_blocks import BLOCK_BYTES, block_planes
 
 BLOCK = 256
-MINUS_ZERO = 8  # as a code of FP4
 # Blocks quantised at a time: the search of IQ2_XXS takes about 64 KB of scratch a block.
 CPU_BATCH, GPU_BATCH = 1 << 9, 1 << 15
 
@@ -131,39 +131,9 @@ def dequantize(q: Quantised | np.ndarray, type: str | None = None) -> np.ndarray
     return decode(q.format, q.planes)
 
 
-PLAIN = {"f32": np.float32, "f16": np.float16, "bf16": np.uint16, "i32": np.int32}
-BLOCK_BYTES = {
-    **{name: np.dtype(dtype).itemsize for name, dtype in PLAIN.items()},
-    "mxfp4": 17,
-    **{name: found.block_bytes for name, found in BLOCK_FORMATS.items()},
-}
-
-
 def _from_blocks(raw: np.ndarray, name: str) -> Quantised:
     if name not in BLOCK_BYTES:
         raise DataError(f"there is no type {name!r}; there are: {', '.join(BLOCK_BYTES)}")
     if raw.ndim != 2 or not raw.size or raw.shape[1] % BLOCK_BYTES[name]:
         raise DataError(f"{name}: rows of {raw.shape} bytes are not blocks of {BLOCK_BYTES[name]}")
     return Quantised(name, block_planes(raw, name))
-
-
-def block_planes(raw: np.ndarray, name: str) -> dict[str, np.ndarray]:
-    """Rows of raw GGUF data uint8 (..., bytes) as planes of the format that holds them exactly."""
-    if name == "mxfp4":
-        return mxfp4_planes(raw)
-    if name in BLOCK_FORMATS:
-        return BLOCK_FORMATS[name].from_blocks(raw)
-    return {"weight": np.ascontiguousarray(raw).view(PLAIN[name])}
-
-
-def mxfp4_planes(raw: np.ndarray) -> dict[str, np.ndarray]:
-    """GGUF's MXFP4 blocks uint8 (..., 17 g) as MLX's planes: codes in natural order, and scales.
-
-    A block is a scale, then 16 bytes with code j low and code j + 16 high.
-    """
-    blocks = raw.reshape(*raw.shape[:-1], -1, 17)
-    codes = np.concatenate([blocks[..., 1:] & 15, blocks[..., 1:] >> 4], axis=-1)
-    codes[codes == MINUS_ZERO] = 0  # GGUF's codes are integers, which have no negative zero
-    pairs = codes[..., 0::2] | codes[..., 1::2] << 4
-    weight = np.ascontiguousarray(pairs).reshape(*raw.shape[:-1], -1).view(np.uint32)
-    return {"weight": weight, "scales": np.ascontiguousarray(blocks[..., 0])}

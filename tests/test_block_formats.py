@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from ds4mlx import DataError
 from ds4mlx.convert import dequantize
-from ds4mlx.convert.quantise import BLOCK_BYTES
 from ds4mlx.formats import BLOCK_FORMATS
+from ds4mlx.formats.gguf_blocks import BLOCK_BYTES
 
 TYPES = ["Q8_0", "Q2_K", "Q4_K", "Q6_K", "IQ2_XXS", "IQ3_XXS", "MXFP4"]
 # Where the half-precision scales of a block are.

@@ -11,7 +11,8 @@ from ds4mlx import load
 from ds4mlx.config import ModelConfig
 from ds4mlx.state.boundaries import Spacing
 from ds4mlx.state.buffers import SLACK, Recent, Rows
-from ds4mlx.state.decode_state import RECORDS, REWIND, DecodeState, RewindError, state_bytes
+from ds4mlx.state.decode_state import RECORDS, DecodeState, RewindError, state_bytes
+from ds4mlx.state.layer import REWIND
 from ds4mlx.state.record import load_record, record_bytes
 
 

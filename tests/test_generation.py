@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from steering import Dictation, InterruptAt, text_of, tokens_of
 
 from ds4mlx import DataError, generate, stream_generate
-from ds4mlx.engine.generation import StopStrings, prefill
+from ds4mlx.engine.prefill import prefill
 from ds4mlx.engine.sampling import Sampler
+from ds4mlx.text.stops import StopStrings
 
 PROMPT = "def add(a, b):\n    return"
 

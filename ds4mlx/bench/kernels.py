@@ -21,6 +21,7 @@ from ds4mlx.custom_kernels.products import experts_down, experts_up
 from ds4mlx.errors import DataError
 from ds4mlx.formats import FORMATS
 from ds4mlx.model.hyper import HyperConnection
+from ds4mlx.model.linear import product
 from ds4mlx.model.moe import RoutedExperts, Router, swiglu
 
 FLASH = ModelConfig()
@@ -212,7 +213,7 @@ def dense() -> Iterator[Row]:
         size = found.bits / 8 * shape[0] * shape[1]
         copies = [random_planes("q8_0", shape, i) for i in range(1 + int(ROTATED // size))]
         mx.eval(copies)
-        call = lambda i, x, c=copies: found.matmul(c[i % len(c)], x)
+        call = lambda i, x, c=copies: product("q8_0", c[i % len(c)], x)
         title = f"{name} {shape[0]}x{shape[1]}"
         for tokens in (1, MANY[-1]) if name != "head" else (1,):
             x = mx.random.normal((tokens, shape[1])).astype(mx.bfloat16)

@@ -12,9 +12,10 @@ from typing import Literal
 
 import mlx.core as mx
 
-from ds4mlx.engine.generation import prefill
+from ds4mlx.engine.prefill import prefill
 from ds4mlx.model.model import Model
-from ds4mlx.state.decode_state import DecodeState, LayerState
+from ds4mlx.state.decode_state import DecodeState
+from ds4mlx.state.layer import LayerState
 from ds4mlx.state.row_forms import RowForm
 
 Fill = Literal["real", "synthetic"]

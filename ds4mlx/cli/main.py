@@ -19,13 +19,15 @@ from ds4mlx.chat import encode_messages
 from ds4mlx.cli import arguments as arg
 from ds4mlx.cli import cache_commands
 from ds4mlx.cli.bench_commands import bench, synth
+from ds4mlx.cli.chat import interact
 from ds4mlx.cli.eval_commands import evaluate
 from ds4mlx.cli.terminal import LogProbs, Printer, progress, show, timing
 from ds4mlx.cli.weight_commands import convert, imatrix, inspect, verify
-from ds4mlx.engine.conversation import Conversation, interact
-from ds4mlx.engine.generation import StopStrings, stream_generate
+from ds4mlx.engine.conversation import Conversation
+from ds4mlx.engine.generation import stream_generate
 from ds4mlx.engine.sampling import Sampler
 from ds4mlx.errors import DataError
+from ds4mlx.text.stops import StopStrings
 
 INTERRUPTED = 130
 

@@ -10,15 +10,15 @@ from itertools import islice
 import mlx.core as mx
 
 from ds4mlx.engine.interrupts import undivided
+from ds4mlx.engine.prefill import PREFILL_STEP, prefill
 from ds4mlx.engine.sampling import Sampler, log_probs
 from ds4mlx.errors import DataError
 from ds4mlx.model.model import Model
 from ds4mlx.state.decode_state import DecodeState
 from ds4mlx.store import KVStore
 from ds4mlx.store.policy import Keeper, Policy, take_up
+from ds4mlx.text.stops import StopStrings
 from ds4mlx.text.tokenizer import Tokenizer
-
-PREFILL_STEP = 2048
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ def _responses(
     prompt_tokens: int,
     cached_tokens: int,
     tokenizer: Tokenizer,
-    hold: "StopStrings",
+    hold: StopStrings,
 ) -> Generator[Response, None, None]:
     """What each token brings, up to the end of the answer."""
     stream = tokenizer.stream()
@@ -177,74 +177,6 @@ def _responses(
         )
         if reason:
             return
-
-
-def prefill(
-    model: Model,
-    ids: Sequence[int],
-    cache: DecodeState,
-    step: int = PREFILL_STEP,
-    on_chunk: Callable[[int, int], None] | None = None,
-) -> mx.array:
-    """Feed `ids` to the state in chunks; logits (1, vocab) after the last token.
-
-    Chunks end at multiples of `step` of the state's length, so that they do not depend on how much
-    of a prompt the state held before. Only the last chunk runs the head, and each chunk's scratch
-    memory is given back.
-    """
-    logits = mx.zeros((1, 0))
-    first = step - cache.offset % step
-    for start in (0, *range(first, len(ids), step)):
-        stop = min(len(ids), start + step if start else first)
-        chunk = mx.array([list(ids[start:stop])])
-        with undivided():
-            if stop < len(ids):
-                mx.eval(model.streams(chunk, cache)[:, -1:])
-            else:
-                logits = model.last_logits(chunk, cache)
-                mx.eval(logits)
-        mx.clear_cache()
-        if on_chunk is not None:
-            on_chunk(stop, len(ids))
-    return logits
-
-
-class StopStrings:
-    """Holds back text that may be the beginning of a stop string; cuts at the first to be complete.
-
-    Of two that end together the longer one counts, so the pieces that text comes in do not matter.
-    """
-
-    def __init__(self, stops: Sequence[str]):
-        if any(not stop for stop in stops):
-            raise DataError("a stop string is empty")
-        self.stops = list(stops)
-        self.found = False
-        self._held = ""
-
-    def add(self, text: str) -> str:
-        """Take more text; return what is safe to show."""
-        self._held += text
-        places = [(self._held.find(stop), len(stop)) for stop in self.stops]
-        ends = [(start + length, start) for start, length in places if start >= 0]
-        if ends:
-            self.found = True
-            shown, self._held = self._held[: min(ends)[1]], ""
-            return shown
-        keep = max((self._overlap(stop) for stop in self.stops), default=0)
-        cut = len(self._held) - keep
-        shown, self._held = self._held[:cut], self._held[cut:]
-        return shown
-
-    def finish(self) -> str:
-        """What was held back in vain."""
-        shown, self._held = self._held, ""
-        return shown
-
-    def _overlap(self, stop: str) -> int:
-        """Length of the longest end of the held text that begins `stop`."""
-        longest = min(len(stop) - 1, len(self._held))
-        return next((n for n in range(longest, 0, -1) if self._held.endswith(stop[:n])), 0)
 
 
 def _check(

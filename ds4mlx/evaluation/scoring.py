@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 from tqdm import tqdm
 
-from ds4mlx.engine.generation import PREFILL_STEP, prefill
+from ds4mlx.engine.prefill import PREFILL_STEP, prefill
 from ds4mlx.errors import DataError
 from ds4mlx.model.model import Model
 from ds4mlx.state.decode_state import DecodeState

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from ds4mlx.chat import encode_messages
-from ds4mlx.engine.generation import prefill, stream_generate
+from ds4mlx.engine.generation import stream_generate
+from ds4mlx.engine.prefill import prefill
 from ds4mlx.evaluation.scoring import Mean, bar
 from ds4mlx.evaluation.tool_calls import ToolCase, case, judge
 from ds4mlx.model.model import Model
-from ds4mlx.state.decode_state import REWIND
+from ds4mlx.state.layer import REWIND
 from ds4mlx.text.tokenizer import Tokenizer
 
 SEED = 11

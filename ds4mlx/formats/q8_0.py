@@ -3,7 +3,6 @@
 import mlx.core as mx
 import numpy as np
 
-from ds4mlx.custom_kernels import dispatch
 from ds4mlx.formats.base import Planes
 from ds4mlx.formats.blocks import BlockFormat, spread, view
 
@@ -16,11 +15,6 @@ class Q8_0(BlockFormat):
 
     def split(self, blocks: np.ndarray) -> dict[str, np.ndarray]:
         return {"weight": blocks[..., 2:].view(np.int8), "d": view(blocks[..., :2], np.float16)}
-
-    def matmul(self, planes: Planes, x: mx.array) -> mx.array:
-        if dispatch.takes_q8(x):
-            return dispatch.q8_product(planes, x)
-        return super().matmul(planes, x)
 
     def decode(self, planes: Planes) -> mx.array:
         return spread(planes["d"], 32) * planes["weight"].astype(mx.float32)

@@ -14,7 +14,7 @@ from ds4mlx.model.compressor import Compressor
 from ds4mlx.model.indexer import Indexer
 from ds4mlx.model.linear import GroupedLinear, Linear, RMSNorm, rms_norm
 from ds4mlx.model.rope import Angles, Rotary, rotate
-from ds4mlx.state.decode_state import LayerState
+from ds4mlx.state.layer import LayerState
 from ds4mlx.state.rounding import Rounding
 from ds4mlx.state.row_forms import StateForm
 

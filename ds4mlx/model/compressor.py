@@ -10,7 +10,7 @@ import mlx.nn as nn
 from ds4mlx.config import ModelConfig
 from ds4mlx.model.linear import Linear, RMSNorm
 from ds4mlx.model.rope import Rotary, rotate
-from ds4mlx.state.decode_state import CompressorState
+from ds4mlx.state.layer import CompressorState
 
 
 class Compressor(nn.Module):

@@ -8,7 +8,7 @@ from ds4mlx.model.compressor import Compressor
 from ds4mlx.model.linear import Linear
 from ds4mlx.model.rope import Angles, Rotary, rotate
 from ds4mlx.model.ties import settle
-from ds4mlx.state.decode_state import LayerState
+from ds4mlx.state.layer import LayerState
 from ds4mlx.state.rounding import Rounding, round_index, spread_index
 from ds4mlx.state.row_forms import RowForm
 

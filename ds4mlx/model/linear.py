@@ -6,7 +6,8 @@ Their planes are the module's parameters; `storage` says which format reads them
 import mlx.core as mx
 import mlx.nn as nn
 
-from ds4mlx.formats import FORMATS, Format
+from ds4mlx.custom_kernels import dispatch
+from ds4mlx.formats import FORMATS, Format, Planes
 
 
 class Matrix(nn.Module):
@@ -45,7 +46,7 @@ class Linear(Matrix):
     """y = x . W^T in x's type; x: (..., in) -> (..., out)."""
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.format.matmul(self.planes, x)
+        return product(self.storage, self.planes, x)
 
 
 class GroupedLinear(Matrix):
@@ -60,8 +61,8 @@ class GroupedLinear(Matrix):
         batch, length, groups, width = x.shape
         planes = {p: a.reshape(groups, -1, a.shape[-1]) for p, a in self.planes.items()}
         rows = x.transpose(2, 0, 1, 3).reshape(groups, batch * length, width)
-        product = self.format.matmul(planes, rows)
-        return product.reshape(groups, batch, length, -1).transpose(1, 2, 0, 3)
+        out = product(self.storage, planes, rows)
+        return out.reshape(groups, batch, length, -1).transpose(1, 2, 0, 3)
 
 
 class Embedding(Matrix):
@@ -79,6 +80,13 @@ class ExpertStack(Matrix):
     def __call__(self, x: mx.array, experts: mx.array, ordered: bool = False) -> mx.array:
         """x: (..., 1, in), experts: int (...) -> (..., 1, out); `ordered`: experts ascend."""
         return self.format.gather(self.planes, x, experts, ordered)
+
+
+def product(storage: str, planes: Planes, x: mx.array) -> mx.array:
+    """x . W^T by a kernel where the format has one: shapes as in `Format.matmul`."""
+    if storage == "q8_0" and dispatch.takes_q8(x):
+        return dispatch.q8_product(planes, x)
+    return FORMATS[storage].matmul(planes, x)
 
 
 class RMSNorm(nn.Module):

@@ -10,56 +10,15 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ds4mlx.config import ModelConfig
-from ds4mlx.model.attention import Attention
-from ds4mlx.model.hyper import HyperConnection, HyperHead
+from ds4mlx.model.block import Block
+from ds4mlx.model.draft import MTP
+from ds4mlx.model.hyper import HyperHead
 from ds4mlx.model.linear import Embedding, Linear, RMSNorm
-from ds4mlx.model.moe import MoE
 from ds4mlx.model.rope import Rotary
-from ds4mlx.state.decode_state import DecodeState, LayerState
+from ds4mlx.state.decode_state import DecodeState
+from ds4mlx.state.layer import LayerState
 from ds4mlx.state.rounding import Rounding
 from ds4mlx.state.row_forms import StateForm
-
-
-class Block(nn.Module):
-    """Attention and MoE, each between the two halves of a hyper-connection."""
-
-    def __init__(self, config: ModelConfig, block: int, rounding: Rounding, rotary: Rotary):
-        super().__init__()
-        self.hc_attn = HyperConnection(config)
-        self.attn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.attn = Attention(config, block, rounding, rotary)
-        self.hc_ffn = HyperConnection(config)
-        self.ffn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.ffn = MoE(config, block)
-
-    def __call__(self, streams: mx.array, ids: mx.array, state: LayerState) -> mx.array:
-        """streams (B, L, n, D) of tokens ids (B, L) -> streams; `state` moves on by L tokens."""
-        x, post, comb = self.hc_attn.before(streams)
-        out = self.attn(self.attn_norm(x), state)
-        streams = self.hc_attn.merge(streams, out, post, comb)
-        x, post, comb = self.hc_ffn.before(streams)
-        out = self.ffn(self.ffn_norm(x), ids)
-        state.offset += ids.shape[1]
-        return self.hc_ffn.merge(streams, out, post, comb)
-
-
-class MTP(Block):
-    """A draft block: from the streams at token t and the embedding of token t + 1 to token t + 2.
-
-    Embedding and head are the main model's; it is called through `Model.draft`.
-    """
-
-    def __init__(self, config: ModelConfig, block: int, rounding: Rounding, rotary: Rotary):
-        super().__init__(config, block, rounding, rotary)
-        eps, width = config.rms_norm_eps, config.hidden_size
-        self.enorm, self.hnorm = RMSNorm(width, eps), RMSNorm(width, eps)
-        self.e_proj, self.h_proj = Linear(width, width), Linear(width, width)
-        self.hc_head = HyperHead(config)
-        self.norm = RMSNorm(width, eps)
-
-    def joined(self, streams: mx.array, embedded: mx.array) -> mx.array:
-        """The block's input streams from streams (B, L, n, D) and next tokens' embeddings."""
-        return self.e_proj(self.enorm(embedded))[..., None, :] + self.h_proj(self.hnorm(streams))
 
 
 class Model(nn.Module):

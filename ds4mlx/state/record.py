@@ -6,30 +6,27 @@ indexer's, where there are: of the group before the open one only the lane that 
 """
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
 from ds4mlx.state.buffers import Recent
+from ds4mlx.state.layer import CompressorState, LayerState
 from ds4mlx.state.row_forms import row_bytes
-
-if TYPE_CHECKING:
-    from ds4mlx.state.decode_state import CompressorState, LayerState
 
 FLOAT = mx.float32.size
 
 
-def layer_record(layers: Sequence["LayerState"], tokens: int) -> mx.array:
+def layer_record(layers: Sequence[LayerState], tokens: int) -> mx.array:
     """The record after `tokens` tokens, bytes (B, n), read off the buffers, which must reach it."""
     return _record(layers, lambda part: part.between(part.needed(tokens), tokens), tokens)
 
 
-def cut_record(layers: Sequence["LayerState"], tokens: int) -> mx.array:
+def cut_record(layers: Sequence[LayerState], tokens: int) -> mx.array:
     """The same from what the layers cut out when they passed `tokens`."""
     return _record(layers, lambda part: part.cuts[tokens], tokens)
 
 
-def record_bytes(layers: Sequence["LayerState"], tokens: int) -> int:
+def record_bytes(layers: Sequence[LayerState], tokens: int) -> int:
     """Bytes of one sequence's record after `tokens` tokens."""
     total = 0
     for layer in layers:
@@ -39,7 +36,7 @@ def record_bytes(layers: Sequence["LayerState"], tokens: int) -> int:
     return total
 
 
-def load_record(layers: Sequence["LayerState"], record: mx.array, tokens: int) -> None:
+def load_record(layers: Sequence[LayerState], record: mx.array, tokens: int) -> None:
     """Give the layers' windows and recent projections what the record (B, n) says."""
     at = 0
 
@@ -63,7 +60,7 @@ def load_record(layers: Sequence["LayerState"], record: mx.array, tokens: int) -
 
 
 def _record(
-    layers: Sequence["LayerState"], rows: Callable[[Recent], mx.array], tokens: int
+    layers: Sequence[LayerState], rows: Callable[[Recent], mx.array], tokens: int
 ) -> mx.array:
     pieces = []
     for layer in layers:
@@ -80,12 +77,12 @@ def _bytes(piece: mx.array) -> mx.array:
     return mx.contiguous(piece).reshape(piece.shape[0], -1).view(mx.uint8)
 
 
-def _closed(part: "CompressorState", tokens: int) -> int:
+def _closed(part: CompressorState, tokens: int) -> int:
     """Needed projections that belong to the group before the open one."""
     return tokens // part.ratio * part.ratio - part.needed(tokens)
 
 
-def _sizes(part: "CompressorState", tokens: int) -> tuple[int, int]:
+def _sizes(part: CompressorState, tokens: int) -> tuple[int, int]:
     """Bytes of the lane of the group before the open one, and of the open group."""
     lane = _closed(part, tokens) * 2 * part.width * FLOAT
     return lane, tokens % part.ratio * 2 * part.channels * FLOAT

@@ -1,0 +1,41 @@
+"""A prompt into a decode state, chunk by chunk."""
+
+from collections.abc import Callable, Sequence
+
+import mlx.core as mx
+
+from ds4mlx.engine.interrupts import undivided
+from ds4mlx.model.model import Model
+from ds4mlx.state.decode_state import DecodeState
+
+PREFILL_STEP = 2048
+
+
+def prefill(
+    model: Model,
+    ids: Sequence[int],
+    cache: DecodeState,
+    step: int = PREFILL_STEP,
+    on_chunk: Callable[[int, int], None] | None = None,
+) -> mx.array:
+    """Feed `ids` to the state in chunks; logits (1, vocab) after the last token.
+
+    Chunks end at multiples of `step` of the state's length, so that they do not depend on how much
+    of a prompt the state held before. Only the last chunk runs the head, and each chunk's scratch
+    memory is given back.
+    """
+    logits = mx.zeros((1, 0))
+    first = step - cache.offset % step
+    for start in (0, *range(first, len(ids), step)):
+        stop = min(len(ids), start + step if start else first)
+        chunk = mx.array([list(ids[start:stop])])
+        with undivided():
+            if stop < len(ids):
+                mx.eval(model.streams(chunk, cache)[:, -1:])
+            else:
+                logits = model.last_logits(chunk, cache)
+                mx.eval(logits)
+        mx.clear_cache()
+        if on_chunk is not None:
+            on_chunk(stop, len(ids))
+    return logits
