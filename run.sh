@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The two commands of the README: `./run.sh demo` and `./run.sh test`.
-# Sets up .venv in this checkout first; needs Python 3.11 or later and a package index.
+# Sets up .venv in this checkout first; needs Python 3.11 or later, or uv, and a package index.
 # The tests of the kernels need clang 18 or later, except on a Mac, which runs them on Metal.
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -32,19 +32,39 @@ install_venv() {
     fi
 }
 
-# $1: the extras to install. Runs pip only when pyproject.toml or the extras have changed.
-set_up() {
-    local python stamp
+# $1: a uv to use, $2: the extras. Installs what uv.lock names, and leaves alone what else is there.
+sync() {
+    local extra options=()
+    for extra in ${2//,/ }; do options+=(--extra "$extra"); done
+    UV_PROJECT_ENVIRONMENT=.venv "$1" sync --quiet --frozen --inexact --no-default-groups "${options[@]}"
+}
+
+# uv may be unable to reach the index that pip is set up for. $1: the extras.
+install_by_pip() {
+    echo "run.sh: uv could not install what uv.lock names; trying pip" >&2
+    .venv/bin/python .ci/pins.py >.venv/pins.txt
+    .venv/bin/python -m pip install --quiet -c .venv/pins.txt -e ".[$1]" ||
+        .venv/bin/python -m pip install --quiet -e ".[$1]"
+}
+
+make_venv() {
+    local python
+    [ -x .venv/bin/python ] && .venv/bin/python -m pip --version >/dev/null 2>&1 && return
     python=$(find_python)
-    if [ ! -x .venv/bin/python ]; then
-        "$python" -c 'import ensurepip, venv' 2>/dev/null || install_venv "$python"
-        "$python" -m venv .venv
+    "$python" -c 'import ensurepip, venv' 2>/dev/null || install_venv "$python"
+    "$python" -m venv .venv
+}
+
+# $1: the extras to install. Does nothing while pyproject.toml, uv.lock and the extras are the same.
+set_up() {
+    local stamp
+    stamp="$1 $(cat pyproject.toml uv.lock | cksum)"
+    [ "$(cat .venv/ds4mlx-stamp 2>/dev/null || true)" = "$stamp" ] && return
+    if ! { command -v uv >/dev/null && sync uv "$1"; }; then
+        make_venv
+        { .venv/bin/python -m pip install --quiet uv && sync .venv/bin/uv "$1"; } || install_by_pip "$1"
     fi
-    stamp="$1 $(cksum <pyproject.toml)"
-    if [ "$(cat .venv/ds4mlx-stamp 2>/dev/null || true)" != "$stamp" ]; then
-        .venv/bin/python -m pip install --quiet --disable-pip-version-check -e ".[$1]"
-        echo "$stamp" >.venv/ds4mlx-stamp
-    fi
+    echo "$stamp" >.venv/ds4mlx-stamp
 }
 
 # The kernels' Metal text is compiled and run on the CPU, which takes clang.
