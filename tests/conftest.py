@@ -1,5 +1,7 @@
-"""Checkpoints and models that many tests read; made once a session."""
+"""Checkpoints and models that many tests read; checkpoints are made once, for all workers of a run."""
 
+import fcntl
+import os
 import shutil
 import signal
 
@@ -51,24 +53,55 @@ TALKER = {
 }
 
 
-def converted(source):
-    """An official checkpoint converted beside it with the lossless recipe."""
-    convert(source, source.parent / "converted", progress=False)
-    return source.parent / "converted"
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory):
+    """`shared(name, make)`: the path on which `make(path)` was called by the first worker to ask."""
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent
+
+    def once(name, make):
+        path = base / "shared" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.with_suffix(".lock").open("a+") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            lock.seek(0)
+            if not lock.read():
+                make(path)
+                lock.write("made")
+        return path
+
+    return once
+
+
+def checkpoint(seed, changes=None):
+    """A maker of a random official checkpoint with the shapes of the tiny one, or changed ones."""
+
+    def make(path):
+        make_checkpoint.make(str(path), seed, "tiny", changes)
+
+    return make
+
+
+def conversion(source):
+    """A maker of a checkpoint's conversion with the lossless recipe."""
+
+    def make(path):
+        convert(source, path, progress=False)
+
+    return make
 
 
 @pytest.fixture(scope="session")
-def tiny_source(tmp_path_factory):
+def tiny_source(shared):
     """The tiny checkpoint in the official layout, byte for byte the one of the references."""
-    path = tmp_path_factory.mktemp("tiny") / "official"
-    make_checkpoint.make(str(path), 7, "tiny")
-    return path
+    return shared("tiny/official", checkpoint(7))
 
 
 @pytest.fixture(scope="session")
-def tiny_dir(tiny_source):
+def tiny_dir(shared, tiny_source):
     """The tiny checkpoint converted with the lossless recipe."""
-    return converted(tiny_source)
+    return shared("tiny/converted", conversion(tiny_source))
 
 
 @pytest.fixture(scope="session")
@@ -92,17 +125,15 @@ def official_model(tiny_dir):
 
 
 @pytest.fixture(scope="session")
-def small_source(tmp_path_factory):
+def small_source(shared):
     """An official checkpoint of three small layers, one of each kind, and an MTP block."""
-    path = tmp_path_factory.mktemp("small") / "official"
-    make_checkpoint.make(str(path), 3, "tiny", SMALL)
-    return path
+    return shared("small/official", checkpoint(3, SMALL))
 
 
 @pytest.fixture(scope="session")
-def small_dir(small_source):
+def small_dir(shared, small_source):
     """The small checkpoint converted with the lossless recipe."""
-    return converted(small_source)
+    return shared("small/converted", conversion(small_source))
 
 
 @pytest.fixture(scope="session")
@@ -112,27 +143,27 @@ def small_model(small_dir):
 
 
 @pytest.fixture(scope="session")
-def embedded_dir(tmp_path_factory):
+def embedded_dir(shared):
     """The embedded checkpoint, which has a real tokenizer, converted."""
-    path = tmp_path_factory.mktemp("embedded") / "converted"
-    convert(EMBEDDED, path, progress=False)
-    return path
+    return shared("embedded/converted", conversion(EMBEDDED))
 
 
 @pytest.fixture(scope="session")
-def talker_source(tmp_path_factory):
+def talker_source(shared):
     """A random official checkpoint with a real tokenizer: its text is noise without an end."""
-    source = tmp_path_factory.mktemp("talker") / "official"
-    make_checkpoint.make(str(source), 1, "tiny", TALKER)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(EMBEDDED / name, source)
-    return source
+
+    def make(path):
+        checkpoint(1, TALKER)(path)
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(EMBEDDED / name, path)
+
+    return shared("talker/official", make)
 
 
 @pytest.fixture(scope="session")
-def talker_dir(talker_source):
+def talker_dir(shared, talker_source):
     """The random checkpoint converted with the lossless recipe."""
-    return converted(talker_source)
+    return shared("talker/converted", conversion(talker_source))
 
 
 @pytest.fixture(scope="session")
