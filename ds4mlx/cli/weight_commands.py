@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 import typer
 
 from ds4mlx.cli import arguments as arg
+from ds4mlx.engine.default_model import default_model
+from ds4mlx.engine.load import locate
 
 GOES_ON = "interrupted; the same command goes on from here"
 
@@ -124,8 +126,7 @@ def imatrix(
     from ds4mlx.imatrix.collect import collect
 
     try:
-        path = arg.find_model(model)
-        arg.announce(model)
+        path = locate(model or default_model())
         report = collect(
             path,
             prompts,
