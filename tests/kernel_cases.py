@@ -194,9 +194,9 @@ def pre(dtype: mx.Dtype, width: int, tokens: int, scale: float = 1.0) -> Pairs:
         eps=config.hc_eps,
         norm_eps=config.rms_norm_eps,
     )
-    weights, want_post, want_comb = site.mixes(streams[None])
-    collapsed = collapse(streams[None].astype(mx.float32), weights)
-    return [(out, collapsed[0]), (post, want_post[0]), (comb, want_comb[0])]
+    weights, want_post, want_comb = site.mixes(streams)
+    collapsed = collapse(streams.astype(mx.float32), weights)
+    return [(out, collapsed), (post, want_post), (comb, want_comb)]
 
 
 def post(dtype: mx.Dtype, width: int, tokens: int) -> Pairs:

@@ -5,21 +5,23 @@ import json
 
 import processes
 import pytest
+import typer
 
-from ds4mlx import __version__, generate, stream_generate
+from ds4mlx import DataError, __version__, generate, stream_generate
 from ds4mlx.chat import encode_messages
 from ds4mlx.cli.main import run
 from ds4mlx.engine.sampling import Sampler
 
 PROMPT = "def add(a, b):"
+COMMANDS = ["generate", "chat", "convert", "verify", "inspect", "imatrix", "bench", "synth", "eval"]
 
 
 @pytest.fixture
 def ask(talker_dir, capsys):
-    """Runs `generate` in this process: exit code, stdout, stderr. Greedy and short if not told."""
+    """Runs `generate` in this process: exit code, stdout, stderr. Greedy and short, no reasoning."""
 
     def ask(*options):
-        fixed = ["--temp", "0", "--max-tokens", "8", "-m", str(talker_dir)]
+        fixed = ["--temp", "0", "--max-tokens", "8", "--think", "none", "-m", str(talker_dir)]
         code = run(["generate", *fixed, *map(str, options)])
         return code, *capsys.readouterr()
 
@@ -57,8 +59,22 @@ def stdin(monkeypatch, raw):
         ["generate", "-p", "a", "--think", "much"],
         ["generate", "-p", "a", "--stop", ""],
         ["generate", "-p", "a", "--nonsense"],
-        ["generate", "a"],
+        ["generate", "a", "-p", "b"],
+        ["generate", "a", "--prompt-file", "b"],
+        ["generate", "a", "b"],
+        ["generate", "-p", "a", "--reasoning", "dim"],
         ["chat", "--top-p", "-1"],
+        ["chat", "-m", ""],
+        ["bench", "-m", " "],
+        ["eval", "--model="],
+        ["imatrix", "-m", "", "--prompts", "a", "-o", "b"],
+        ["bench", "--prompt", "0"],
+        ["bench", "--prompt", "²"],
+        ["bench", "--prompt", "1,"],
+        ["bench", "--prompt", "9" * 20],
+        ["--nonsense"],
+        ["cache", "nonsense"],
+        ["--debug", "nonsense"],
         ["chat", "extra"],
         ["convert", "a"],
         ["convert", "a", "b", "--recipe", "q9"],
@@ -87,16 +103,30 @@ def test_wrong_usage(arguments, capsys):
 def test_without_arguments_there_is_help(capsys):
     assert run([]) == 2
     out, err = capsys.readouterr()
-    assert all(command in out + err for command in ("convert", "verify", "imatrix", "chat"))
+    assert all(f"  {command}  " in out + err for command in COMMANDS)
 
 
-@pytest.mark.parametrize(
-    "command", [[], ["generate"], ["chat"], ["convert"], ["inspect"], ["imatrix"]]
-)
+@pytest.mark.parametrize("command", ["", *COMMANDS, "cache ls"])
 def test_help(command, capsys):
-    assert run([*command, "--help"]) == 0
+    """Of every command; that of all of them cuts none of their descriptions."""
+    assert run([*command.split(), "--help"]) == run([*command.split(), "-h"]) == 0
     out, err = capsys.readouterr()
-    assert out.startswith(f"Usage: ds4mlx {' '.join(command)}".strip()) and err == ""
+    half = len(out) // 2
+    assert out[:half] == out[half:] and out.startswith(f"Usage: ds4mlx {command}".strip())
+    assert err == "" and "--debug" in out and "-h, --help" in out
+    assert command or "..." not in out[:half].partition("\n")[2]
+
+
+@pytest.mark.parametrize("command", ["generate", "chat", "bench", "synth", "eval"])
+def test_help_shows_an_example(command, capsys):
+    assert run([command, "--help"]) == 0
+    assert f"\n  ds4mlx {command} " in capsys.readouterr().out.partition("\n")[2]
+
+
+def test_the_shell_completes_commands():
+    asked = {"_DS4MLX_COMPLETE": "complete_bash", "COMP_WORDS": "ds4mlx gen", "COMP_CWORD": "1"}
+    done = processes.run(**asked)
+    assert (done.returncode, done.stdout) == (0, b"generate\n")
 
 
 def test_version(capsys):
@@ -125,13 +155,87 @@ def test_failures_are_one_line(arguments, capsys):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--debug", "inspect", "/nowhere"], ["inspect", "/nowhere", "--debug"]]
+    ("arguments", "traceback"),
+    [
+        (["--debug", "inspect", "/nowhere"], True),
+        (["inspect", "--debug", "/nowhere"], True),
+        (["inspect", "/nowhere", "--debug"], True),
+        (["--debug", "inspect", "/nowhere", "--debug"], True),
+        (["cache", "ls", "--kv-dir", "/nowhere", "--debug"], True),
+        (["--debug", "cache", "ls", "--kv-dir", "/nowhere"], True),
+        (["generate", "--debug", "-p", "a", "-m", "/nowhere"], True),
+        (["inspect", "/nowhere"], False),
+        (["inspect", "--", "--debug"], False),
+        (["generate", "-m", "/nowhere", "-p", "--debug"], False),
+        (["generate", "-m", "/nowhere", "--prompt=--debug"], False),
+        (["generate", "-m", "/nowhere", "--", "--debug"], False),
+        (["generate", "-m", "/nowhere", "a", "--stop", "--debug"], False),
+        (["generate", "-m", "--debug", "a"], False),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_debug_shows_the_traceback(arguments, capsys):
+def test_debug_shows_the_traceback_where_it_is_an_option(arguments, traceback, capsys):
     assert run(arguments) == 1
-    err = capsys.readouterr().err
-    assert err.startswith("Traceback (most recent call last):")
-    assert err.splitlines()[-1].startswith("error: /nowhere")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-1].startswith("error: ") and (len(lines) > 1) == traceback
+    assert (lines[0] == "Traceback (most recent call last):") == traceback
+
+
+def test_debug_as_a_prompt(ask, talker):
+    want = generate(*talker, "--debug", 8) + "\n"
+    for arguments in (["-p", "--debug"], ["--prompt=--debug"], ["--", "--debug"]):
+        assert ask("--raw", *arguments)[:2] == (0, want)
+
+
+@pytest.mark.parametrize(
+    ("end", "code", "message"),
+    [
+        (SystemExit(), 0, ""),
+        (SystemExit(0), 0, ""),
+        (SystemExit(1), 1, ""),
+        (SystemExit(3), 3, ""),
+        (SystemExit("the disk\nis gone"), 1, "error: the disk is gone\n"),
+        (typer.Exit(1), 1, ""),
+        (typer.Abort(), 130, ""),
+        (KeyboardInterrupt(), 130, ""),
+        (DataError("x: is empty"), 1, "error: x: is empty\n"),
+        (OSError(28, "No space left on device", "x"), 1, "error: x: No space left on device\n"),
+        (MemoryError("too much"), 1, "error: MemoryError: too much\n"),
+        (ImportError("no such library"), 1, "error: ImportError: no such library\n"),
+    ],
+    ids=repr,
+)
+def test_exit_codes(end, code, message, monkeypatch, capsys):
+    """Of whatever a command ends with."""
+
+    def ended(*_):
+        raise end
+
+    monkeypatch.setattr("ds4mlx.cli.arguments.find_model", ended)
+    assert run(["generate", "a"]) == code
+    assert capsys.readouterr() == ("", message)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--temp", "-1"], "--temp: must be a number at least 0, not -1.0"),
+        (["--top-p", "1.1"], "--top-p: must be a number from 0 to 1, not 1.1"),
+        (["--top-p", "nan"], "--top-p: must be a number from 0 to 1, not nan"),
+        (["--min-p", "2"], "--min-p: must be a number from 0 to 1, not 2.0"),
+        (["--top-k", "-1"], "--top-k: must be a whole number at least 0, not -1"),
+        (["--seed", "-1"], "--seed: must be a whole number from 0 to"),
+        (["--stop", ""], "--stop: an empty text ends nothing"),
+        (["-m", ""], "-m / --model"),
+    ],
+    ids=" ".join,
+)
+def test_wrong_values_are_named_by_their_option(options, message, capsys):
+    for command in (["generate", "a"], ["chat"]):
+        if command == ["generate", "a"] or options[0] != "--stop":
+            assert run([*command, *options]) == 2
+            err = capsys.readouterr().err
+            assert message in err.replace("'", "") and "Value error" not in err
 
 
 def test_the_command_is_also_a_module():
@@ -150,7 +254,7 @@ def test_the_command_is_also_a_module():
 def test_the_text_goes_to_stdout_and_the_rest_to_stderr(ask, talker):
     code, out, err = ask("-p", PROMPT)
     assert code == 0
-    assert out == generate(*talker, encoded(thinking="high"), 8) + "\n"
+    assert out == generate(*talker, encoded(thinking="none"), 8) + "\n"
     assert err.startswith("[prompt ") and err.count("\n") == 1
 
 
@@ -160,8 +264,9 @@ def test_the_text_goes_to_stdout_and_the_rest_to_stderr(ask, talker):
 )
 def test_chat_encoding(ask, talker, think, system):
     options = ["--system", system] if system else []
-    _, out, _ = ask("-p", PROMPT, "--think", think, *options)
-    assert out == generate(*talker, encoded(system=system, thinking=think), 8) + "\n"
+    _, out, _ = ask("-p", PROMPT, "--think", think, "--reasoning", "show", *options)
+    words = "" if think == "none" else "Reasoning:\n"
+    assert out == words + generate(*talker, encoded(system=system, thinking=think), 8) + "\n"
 
 
 def test_raw(ask, talker):
@@ -169,11 +274,36 @@ def test_raw(ask, talker):
     assert out == generate(*talker, PROMPT, 8) + "\n"
 
 
-@pytest.mark.parametrize("options", [["-p", "-"], ["--prompt-file", "-"]])
-def test_a_prompt_from_stdin(ask, talker, monkeypatch, options):
-    stdin(monkeypatch, "a\r\nb 🦊\n".encode())
-    _, out, _ = ask("--raw", *options)
-    assert out == generate(*talker, "a\r\nb 🦊\n", 8) + "\n"
+@pytest.mark.parametrize(
+    ("options", "sent", "raw", "chat"),
+    [
+        (["-p", "-"], "a\r\nb 🦊\n", "a\r\nb 🦊\n", "a\r\nb 🦊"),
+        (["--prompt-file", "-"], "a\n\n", "a\n\n", "a\n"),
+        (["-"], "a\r\n", "a\r\n", "a"),
+        ([], "a\n", "a\n", "a"),
+        ([], " a ", " a ", " a "),
+    ],
+)
+def test_a_prompt_from_stdin(ask, talker, monkeypatch, options, sent, raw, chat):
+    """Byte for byte, but for the line end that closes it where it becomes a message."""
+    stdin(monkeypatch, sent.encode())
+    assert ask("--raw", *options)[1] == generate(*talker, raw, 8) + "\n"
+    stdin(monkeypatch, sent.encode())
+    assert ask(*options)[1] == generate(*talker, encoded(chat, thinking="none"), 8) + "\n"
+
+
+def test_a_prompt_as_an_argument(ask, talker, monkeypatch):
+    """Whatever standard input is."""
+    stdin(monkeypatch, b"not read")
+    want = generate(*talker, "a\n", 8) + "\n"
+    for arguments in (["a\n"], ["-p", "a\n"], ["--prompt", "a\n"], ["--", "a\n"]):
+        assert ask("--raw", *arguments)[1] == want
+
+
+def test_no_prompt_at_all(ask, monkeypatch):
+    stdin(monkeypatch, b"")
+    code, out, err = ask()
+    assert (code, out) == (2, "") and "there is no prompt" in err
 
 
 def test_a_prompt_from_a_file(ask, talker, tmp_path):

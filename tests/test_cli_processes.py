@@ -38,7 +38,7 @@ def test_ctrl_c_ends_a_generation(talker_dir, talker):
 
 
 def test_ctrl_c_keeps_the_logprobs_so_far(talker_dir, tmp_path):
-    options = ["-p", "x", "--max-tokens", "60000", "--logprobs", tmp_path / "log"]
+    options = ["--raw", "-p", "x", "--max-tokens", "60000", "--logprobs", tmp_path / "log"]
     with processes.start("generate", "-m", talker_dir, *options) as process:
         assert process.stdout.read(1)
         process.send_signal(signal.SIGINT)
@@ -95,7 +95,7 @@ def test_ctrl_c_during_a_conversion(small_source, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "arguments",
-    [["generate", "-p", "x", "--max-tokens", "300"], ["inspect", EMBEDDED, "--tensors"]],
+    [["generate", "--raw", "-p", "x", "--max-tokens", "300"], ["inspect", EMBEDDED, "--tensors"]],
 )
 def test_a_reader_that_leaves_is_no_failure(talker_dir, arguments):
     """As in `ds4mlx ... | head -c 1`."""
@@ -117,7 +117,7 @@ def test_output_that_cannot_be_written():
 
 
 def test_a_terminal_that_cannot_show_every_character(talker_dir):
-    options = ["-p", "x", "--seed", "1", "--max-tokens", "200"]
+    options = ["-p", "x", "--seed", "1", "--max-tokens", "200", "--reasoning", "show"]
     done = processes.run("generate", "-m", talker_dir, *options, PYTHONIOENCODING="ascii")
     assert done.returncode == 0 and b"?" in done.stdout
 

@@ -1,10 +1,7 @@
-"""Several turns over one decode state are what one prompt of all of them is; and the chat."""
-
-import signal
+"""Several turns over one decode state are what one prompt of all of them is."""
 
 import mlx.core as mx
 import numpy as np
-import processes
 import pytest
 from steering import Dictation, Failing, InterruptAt, text_of, tokens_of
 
@@ -224,94 +221,6 @@ def test_an_invalid_tool_call_in_an_answer_does_not_stop_the_chat(talk):
         conversation, "x", '<｜DSML｜tool_calls>\n<｜DSML｜invoke name="f">\n</｜DSML｜tool_calls>'
     )
     ask_and_compare(conversation, QUESTIONS[0])
-
-
-# The chat itself, as a process
-
-
-def chat(talker_dir, lines, *options):
-    arguments = ["chat", "-m", talker_dir, "--temp", "0", "--max-tokens", "6", *options]
-    done = processes.run(*arguments, stdin=lines.encode())
-    return done.returncode, done.stdout.decode(), done.stderr.decode()
-
-
-def test_turns_from_a_pipe(talker_dir, talk):
-    """Answers on stdout, one timing line each on stderr, and nothing else."""
-    code, out, err = chat(talker_dir, "one\n\ntwo", "--think", "none")
-    conversation = talk("none")
-    answers = [text_of(conversation.ask(question, 6)) for question in ("one", "two")]
-    assert code == 0 and out == "".join(f"{answer}\n" for answer in answers)
-    assert len(err.splitlines()) == 2
-    assert all(line.startswith("[prompt ") for line in err.splitlines())
-
-
-def test_commands(talker_dir, talk):
-    lines = "one\n/reset\none\n/think none\none\n/think\n/what\n/help\n/quit\nnot read\n"
-    code, out, err = chat(talker_dir, lines, "--think", "low")
-    thoughtful, plain = talk("low"), talk("none")
-    first = text_of(thoughtful.ask("one", 6))
-    plain.messages = list(thoughtful.messages)
-    assert code == 0
-    assert out == f"{first}\n{first}\n{text_of(plain.ask('one', 6))}\n"
-    assert "the conversation is forgotten" in err and "thinking: none" in err
-    assert "no such command: /what" in err and "no such command: /think" in err
-    assert err.count("/system TEXT") == 3
-
-
-def test_a_system_text_stays_until_another_comes(talker_dir, talk):
-    code, out, _ = chat(talker_dir, "/reset\none\n/system B\none\n/system\none\n", "--system", "A")
-    want = [text_of(talk("high", system).ask("one", 6)) for system in ("A", "B", None)]
-    assert code == 0 and out == "".join(f"{answer}\n" for answer in want)
-
-
-def test_a_turn_that_fails_is_one_line_and_the_chat_goes_on(talker_dir):
-    lines = f"{'word ' * 70000}\none\n"
-    code, out, err = chat(talker_dir, lines)
-    error, timing = err.splitlines()
-    assert error.startswith("error: ") and "exceed the context" in error
-    assert code == 0 and out.strip() and timing.startswith("[prompt ")
-
-
-def test_bytes_that_are_no_text_do_not_stop_the_chat(talker_dir):
-    arguments = ["chat", "-m", talker_dir, "--temp", "0", "--max-tokens", "6"]
-    done = processes.run(*arguments, stdin=b"\xff\xfe\none\n")
-    assert done.returncode == 0 and done.stderr.count(b"[prompt ") == 2
-    assert b"Traceback" not in done.stderr
-
-
-def test_ctrl_c_ends_the_answer_and_not_the_chat(talker_dir):
-    arguments = ["chat", "-m", talker_dir, "--temp", "0", "--max-tokens", "60000"]
-    with processes.start(*arguments) as process:
-        for question in (b"one\n", b"two\n"):
-            process.stdin.write(question)
-            assert process.stdout.read(1)
-            process.send_signal(signal.SIGINT)
-            assert process.stderr.readline().startswith(b"[prompt ")
-            rest = process.stdout.read(1 << 16)  # all of it was written before the timing
-            assert rest.endswith(b"\n")
-        out, err = process.communicate(timeout=processes.PATIENCE)
-    assert (process.returncode, out, err) == (0, b"", b"")
-
-
-def test_a_chat_on_a_terminal(talker_dir):
-    """Dim reasoning; Ctrl-C ends the answer, at the prompt it does nothing; Ctrl-D leaves."""
-    arguments = ["chat", "-m", talker_dir, "--temp", "0", "--max-tokens", "60000"]
-    with processes.Terminal(*arguments) as terminal:
-        for question in ("one", "two"):
-            terminal.until(r"> $")
-            terminal.type(f"{question}\n")
-            terminal.until(rf"{question}.*\r\n.*\x1b\[2m.")
-            terminal.type("\x03")
-            shown = terminal.until(r"\[prompt .* GB\]\r\n")
-            assert "\x1b[0m\r\n[prompt " in shown
-        terminal.until(r"> $")
-        terminal.type("half a line")
-        terminal.until("half a line$")
-        terminal.interrupt()
-        terminal.until(r"> $")
-        terminal.type("\x04")
-        code, _ = terminal.end()
-    assert code == 0
 
 
 def test_the_state_is_as_long_as_what_it_holds(talk):

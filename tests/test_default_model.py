@@ -1,5 +1,6 @@
 """The model that commands use when none is named: where it is, and that it is made only once."""
 
+import io
 import os
 import shutil
 import signal
@@ -12,7 +13,13 @@ import pytest
 from ds4mlx import DataError
 from ds4mlx.cli.main import run
 from ds4mlx.convert import verify
-from ds4mlx.engine.default_model import EMBEDDED, cache_directory, default_model
+from ds4mlx.engine.default_model import (
+    ABOUT,
+    EMBEDDED,
+    cache_directory,
+    default_model,
+    fingerprint,
+)
 from ds4mlx.weights.directory import JOURNAL, MANIFEST
 
 GENERATE = ["generate", "--raw", "-p", "ab", "--max-tokens", "3", "--temp", "0"]
@@ -37,6 +44,20 @@ def test_it_is_converted_once(cache):
     before = times(cache)
     assert default_model() == path
     assert times(cache) == before
+
+
+def test_it_is_announced(cache, embedded_dir, monkeypatch, capsys):
+    """By every command that runs it, unless it was named; never on stdout."""
+    (cache / "ds4mlx").mkdir(parents=True)
+    default_path = cache / "ds4mlx" / f"embedded-{fingerprint()}"
+    default_path.symlink_to(embedded_dir)
+    for arguments in (GENERATE, ["bench", "--prompt", "8", "--gen", "1"], ["chat"]):
+        monkeypatch.setattr("sys.stdin", io.StringIO())
+        assert run(arguments) == 0
+        out, err = capsys.readouterr()
+        assert err.splitlines()[0] == f"note: {ABOUT}" and ABOUT not in out
+        assert run([*arguments, "-m", str(default_path)]) == 0
+        assert ABOUT not in capsys.readouterr().err
 
 
 def test_a_named_model_wins(cache, small_dir, monkeypatch, capsys):

@@ -6,7 +6,9 @@ import io
 import pytest
 
 from ds4mlx import stream_generate
-from ds4mlx.cli.terminal import DIM, ERASE, PLAIN, Printer, progress, show, timing
+from ds4mlx.cli.answer import WITHHELD, show, timing
+from ds4mlx.cli.printer import DIM, PLAIN, Printer
+from ds4mlx.cli.terminal import ERASE, progress
 from ds4mlx.engine.generation import Response
 
 
@@ -23,32 +25,78 @@ def capable(monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
 
 
-def written(out, pieces, reasoning=True):
-    printer = Printer(out, reasoning)
+def written(out, pieces, reasoning=True, shown=None):
+    printer = Printer(out, reasoning, shown)
     for piece in pieces:
         printer.write(piece)
     printer.close()
     return out.getvalue()
 
 
-def test_elsewhere_the_text_is_as_it_is():
-    for reasoning in (True, False):
-        assert written(io.StringIO(), ["why", "</think>", "so"], reasoning) == "why</think>so\n"
+# The same text in the pieces that tokens may bring it in.
+PIECES = [
+    ["why it is</think>so"],
+    ["why", " it is", "</think>", "so"],
+    ["why it is</th", "ink>so"],
+    list("why it is</think>so"),
+]
 
 
-def test_on_a_terminal_the_reasoning_is_dim():
-    want = f"{DIM}why it is{PLAIN}\n\nso\n"
-    assert written(Screen(), ["why", " it is", "</think>", "so"]) == want
-    assert written(Screen(), ["why it is</think>so"]) == want
-    assert written(Screen(), ["why"]) == f"{DIM}why{PLAIN}\n"
-    assert written(Screen(), ["</think>so"]) == "so\n"
-    assert written(Screen(), ["so"], reasoning=False) == "so\n"
+@pytest.mark.parametrize("pieces", PIECES)
+def test_elsewhere_only_the_answer_is_written(pieces):
+    assert written(io.StringIO(), pieces) == written(Screen(), pieces, shown=False) == "so\n"
 
 
-@pytest.mark.parametrize(("name", "value"), [("NO_COLOR", "1"), ("TERM", "dumb")])
-def test_styles_can_be_turned_off(monkeypatch, name, value):
-    monkeypatch.setenv(name, value)
-    assert written(Screen(), ["why", "</think>", "so"]) == "why\n\nso\n"
+@pytest.mark.parametrize("pieces", PIECES)
+def test_on_a_terminal_the_reasoning_is_dim(pieces):
+    assert written(Screen(), pieces) == f"{DIM}why it is{PLAIN}\n\nso\n"
+
+
+@pytest.mark.parametrize("pieces", PIECES)
+@pytest.mark.parametrize(("name", "value"), [("NO_COLOR", "1"), ("TERM", "dumb"), (None, None)])
+def test_without_styles_words_tell_the_two_apart(monkeypatch, name, value, pieces):
+    if name:
+        monkeypatch.setenv(name, value)
+    out = Screen() if name else io.StringIO()
+    assert written(out, pieces, shown=True) == "Reasoning:\nwhy it is\n\nAnswer:\nso\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "dim", "words", "hidden"),
+    [
+        ("why", f"{DIM}why{PLAIN}\n", "Reasoning:\nwhy\n", ""),
+        ("why</thi", f"{DIM}why</thi{PLAIN}\n", "Reasoning:\nwhy</thi\n", ""),
+        ("</think>so", "so\n", "so\n", "so\n"),
+        ("why</think>", f"{DIM}why{PLAIN}\n\n", "Reasoning:\nwhy\n\nAnswer:\n", ""),
+        ("a<b</think>c</think>", f"{DIM}a<b{PLAIN}\n\nc</think>\n",
+            "Reasoning:\na<b\n\nAnswer:\nc</think>\n", "c</think>\n"),
+        ("", "", "", ""),
+    ],
+)  # fmt: skip
+def test_edges_of_the_reasoning(text, dim, words, hidden):
+    for pieces in ([text], list(text)):
+        assert written(Screen(), pieces) == dim
+        assert written(io.StringIO(), pieces, shown=True) == words
+        assert written(io.StringIO(), pieces) == hidden
+
+
+def test_without_reasoning_the_text_is_as_it_is():
+    for out in (Screen(), io.StringIO()):
+        assert written(out, ["a</thi", "nk>b"], reasoning=False) == "a</think>b\n"
+
+
+def test_hidden_reasoning_is_a_count_that_vanishes(monkeypatch):
+    monkeypatch.setattr("sys.stderr", screen := Screen())
+    assert written(io.StringIO(), ["why", "</think>", "so"]) == "so\n"
+    assert screen.getvalue() == f"{ERASE}reasoning: 3 characters{ERASE}"
+
+
+def test_an_answer_that_is_all_reasoning_is_explained(talker, capsys):
+    """Where it is not shown; the figures come first."""
+    for shown, notes in ((False, [WITHHELD]), (True, [])):
+        show(stream_generate(*talker, "ab", 5), Printer(io.StringIO(), True, shown))
+        figures, *rest = capsys.readouterr().err.splitlines()
+        assert figures.startswith("[prompt ") and rest == notes
 
 
 @pytest.mark.parametrize(
@@ -56,7 +104,7 @@ def test_styles_can_be_turned_off(monkeypatch, name, value):
     [([], ""), ([""], ""), (["a"], "a\n"), (["a\n"], "a\n"), (["a", "\n", ""], "a\n")],
 )
 def test_one_line_end_closes_the_text(pieces, want):
-    assert written(io.StringIO(), pieces) == want
+    assert written(io.StringIO(), pieces, reasoning=False) == want
 
 
 def test_an_interrupted_line_ends_after_the_mark_of_ctrl_c():

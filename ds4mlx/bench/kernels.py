@@ -232,8 +232,8 @@ def small() -> Iterator[Row]:
     router, site = Router(FLASH, FLASH.num_hash_layers), HyperConnection(FLASH)
     router.weight = mx.random.normal(router.weight.shape).astype(mx.bfloat16) * 0.02
     site.fn = mx.random.normal((MIXES, site.fn.shape[1])) * 0.01
-    streams = mx.random.normal((1, 1, 4, FLASH.hidden_size)).astype(mx.bfloat16)
-    x, ids = streams[:, :, 0], mx.zeros((1, 1), mx.int32)
+    streams = mx.random.normal((1, 4, FLASH.hidden_size)).astype(mx.bfloat16)
+    x, ids = streams[:, 0], mx.zeros((1,), mx.int32)
     mx.eval(router.parameters(), site.parameters(), streams)
     _, post, comb = site.before(streams)
     mx.eval(post, comb)

@@ -12,15 +12,18 @@ import mlx.core as mx
 from ds4mlx.bench.random_weights import random_planes, random_words
 from ds4mlx.config import ModelConfig
 from ds4mlx.convert.recipes import expert_format
+from ds4mlx.engine.machine import check_fits
 from ds4mlx.errors import DataError
 from ds4mlx.formats import DTYPES, FORMATS
 from ds4mlx.model.linear import Matrix
 from ds4mlx.model.model import Model
+from ds4mlx.weights.directory import planes
 from ds4mlx.weights.inventory import Entry, inventory
 
 Like = Literal["flash", "pro"]
 # `keep` stands for the formats of ds4's q2 GGUF file.
 RECIPES = ("official", "q2", "q2-q4", "q4", "keep")
+SCRATCH = 4  # arrays as large as a weight that are there while it is made, itself not counted
 PRO = {
     "hidden_size": 7168,
     "num_hidden_layers": 61,
@@ -91,6 +94,25 @@ def _table(shape: tuple[int, ...], experts: int, seed: int) -> mx.array:
 def entries(config: ModelConfig) -> list[Entry]:
     """Every weight of a model, in file order."""
     return [entry for listed in inventory(config).values() for entry in listed]
+
+
+def entry_bytes(entry: Entry, stored: str) -> int:
+    """Bytes of an entry's planes."""
+    return sum(math.prod(p.shape) * DTYPES[p.dtype].size for p in planes(entry, stored))
+
+
+def weight_bytes(config: ModelConfig, recipe: str) -> int:
+    """Bytes of all weights of a model."""
+    return sum(entry_bytes(e, storage(recipe, e, config)) for e in entries(config))
+
+
+def check_memory(config: ModelConfig, recipe: str, kept: bool = True) -> None:
+    """Raises DataError if there is not the memory to make a model, or without `kept` its parts."""
+    sizes = [entry_bytes(e, storage(recipe, e, config)) for e in entries(config)]
+    scratch = SCRATCH * max(sizes)
+    layers = config.num_hidden_layers
+    what = f"{'a model' if kept else 'writing a model'} of {layers} layers as {recipe}"
+    check_fits(what, scratch + (sum(sizes) if kept else 0))
 
 
 def synth_model(

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ds4mlx.bench.synth import check_recipe, random_entry, storage
+from ds4mlx.bench.synth import check_memory, check_recipe, random_entry, storage, weight_bytes
 from ds4mlx.config import ModelConfig
 from ds4mlx.durable import PARTIAL, replacing, write_whole
 from ds4mlx.errors import DataError
@@ -27,15 +28,28 @@ def write_synth(
     """Write DIR `target`, which must be new or empty; bytes of its weight files.
 
     The manifest comes last: what was interrupted does not load, and is written anew into an empty
-    directory. `on_file` is told (files written, files in all). Raises DataError.
+    directory. `on_file` is told (files written, files in all). Raises DataError, before anything is
+    written also where memory or the free disk cannot suffice.
     """
     check_recipe(recipe)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise DataError(f"{target}: is not an empty directory")
+    check_memory(config, recipe, kept=False)
     try:
+        _check_disk(target, weight_bytes(config, recipe))
         return _write(config, recipe, target, on_file)
     except OSError as error:
         raise DataError(f"{error.filename or target}: {error.strerror}") from error
+
+
+def _check_disk(target: Path, needed: int) -> None:
+    there = next(path for path in (target, *target.absolute().parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    if needed > free:
+        raise DataError(
+            f"{target}: the weights need {needed / 1e9:.1f} GB of disk, of which "
+            f"{free / 1e9:.1f} GB are free"
+        )
 
 
 def _write(config, recipe: str, target: Path, on_file) -> int:

@@ -12,9 +12,12 @@ from typing import Literal
 
 import mlx.core as mx
 
+from ds4mlx.config import ModelConfig
+from ds4mlx.engine.machine import check_fits
 from ds4mlx.engine.prefill import prefill
+from ds4mlx.errors import DataError
 from ds4mlx.model.model import Model
-from ds4mlx.state.decode_state import DecodeState
+from ds4mlx.state.decode_state import DecodeState, state_bytes
 from ds4mlx.state.layer import LayerState
 from ds4mlx.state.row_forms import RowForm
 
@@ -58,6 +61,21 @@ def bench(
         rows.append(_at(model, depth, gen, fill))
         mx.clear_cache()
     return rows
+
+
+def check_room(config: ModelConfig, depth: int, gen: int, ctx: int | None, weights: int) -> None:
+    """Raises DataError if the context or the memory cannot take what is to be measured.
+
+    depth, gen: of the deepest row. ctx: a bound below the model's own. weights: their bytes.
+    """
+    limit = min(ctx or config.max_position_embeddings, config.max_position_embeddings)
+    total = depth + WARM + gen
+    if total > limit:
+        raise DataError(
+            f"a depth of {depth} tokens, {WARM} decoded to warm up and {gen} measured exceed the "
+            f"context of {limit} tokens"
+        )
+    check_fits(f"the model with a state of {total} tokens", weights + state_bytes(config, total))
 
 
 def _at(model: Model, depth: int, gen: int, fill: Fill) -> Row:

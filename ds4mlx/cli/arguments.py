@@ -1,7 +1,9 @@
 """Options that several commands share, and what they are turned into.
 
-Whatever is wrong with an option is wrong usage, so it is found before a model is loaded.
+Whatever is wrong with an option is wrong usage, so it is said before a model is loaded.
 """
+
+from __future__ import annotations
 
 import contextlib
 import os
@@ -10,42 +12,73 @@ import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import mlx.core as mx
 import typer
 
-from ds4mlx.cli.terminal import progress
-from ds4mlx.engine.default_model import default_model
-from ds4mlx.engine.load import load
+from ds4mlx.cli.terminal import note, progress
 from ds4mlx.errors import DataError
-from ds4mlx.model import model as network
-from ds4mlx.store import KVStore
-from ds4mlx.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from ds4mlx.engine.sampling import Sampler
+    from ds4mlx.model import model as network
+    from ds4mlx.store import KVStore
+    from ds4mlx.text.tokenizer import Tokenizer
 
 SIZE_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+# What the sampler calls its values, where the option has another name.
+SAMPLER_OPTIONS = {"temperature": "--temp", "top_p": "--top-p", "top_k": "--top-k"}
+SAMPLER_OPTIONS |= {"min_p": "--min-p", "seed": "--seed"}
+
+
+def _named(model: str | None) -> str | None:
+    if model is not None and not model.strip():
+        raise typer.BadParameter("names no model; leave the option out to use the default")
+    return model
+
 
 Model = Annotated[
     str | None,
-    typer.Option("-m", "--model", help="Model directory; default $DS4MLX_MODEL, else a small one."),
+    typer.Option(
+        "-m",
+        "--model",
+        callback=_named,
+        help="A model directory or the hub repository of one; by default $DS4MLX_MODEL, else the "
+        "small model that comes with ds4mlx.",
+    ),
 ]
-System = Annotated[str | None, typer.Option("--system", help="System text.")]
+System = Annotated[str | None, typer.Option("--system", help="The system text.")]
 Think = Annotated[
     Literal["none", "low", "high", "max"],
-    typer.Option("--think", help="Reasoning before the answer."),
+    typer.Option("--think", help="How much the model reasons before it answers."),
 ]
-MaxTokens = Annotated[int, typer.Option("--max-tokens", min=0, help="Longest answer, in tokens.")]
-Temp = Annotated[float, typer.Option("--temp", help="Temperature; 0 is greedy and repeatable.")]
-TopP = Annotated[float, typer.Option("--top-p", help="Keep the likeliest share of tokens.")]
-TopK = Annotated[int, typer.Option("--top-k", help="Keep the k likeliest tokens; 0: all.")]
-MinP = Annotated[float, typer.Option("--min-p", help="Least share of the likeliest token.")]
-Seed = Annotated[int | None, typer.Option("--seed", help="Makes sampling repeatable.")]
+Reasoning = Annotated[
+    Literal["show", "hide"] | None,
+    typer.Option(
+        "--reasoning", help="Show the reasoning, or only the answer; by default on a terminal only."
+    ),
+]
+MaxTokens = Annotated[
+    int, typer.Option("--max-tokens", min=0, help="The longest answer, in tokens.")
+]
+Temp = Annotated[float, typer.Option("--temp", help="The temperature; 0 is greedy and repeatable.")]
+TopP = Annotated[
+    float, typer.Option("--top-p", help="Keep the likeliest tokens up to this share together.")
+]
+TopK = Annotated[int, typer.Option("--top-k", help="Keep the k likeliest tokens; 0 keeps all.")]
+MinP = Annotated[
+    float, typer.Option("--min-p", help="Drop tokens below this share of the likeliest one.")
+]
+Seed = Annotated[
+    int | None, typer.Option("--seed", help="A number that makes the draws repeatable.")
+]
 KvDir = Annotated[
-    Path | None, typer.Option("--kv-dir", help="Keep prompts here, so that each is read in once.")
+    Path | None,
+    typer.Option("--kv-dir", help="Keep what was read in here, so that it is read in once."),
 ]
-KvBudget = Annotated[str, typer.Option("--kv-budget", help="Most bytes in --kv-dir.")]
+KvBudget = Annotated[str, typer.Option("--kv-budget", help="The most bytes to keep in --kv-dir.")]
 KvText = Annotated[
-    bool, typer.Option("--kv-text/--no-kv-text", help="Keep readable text in --kv-dir too.")
+    bool, typer.Option("--kv-text/--no-kv-text", help="Keep the readable text in --kv-dir too.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
@@ -59,29 +92,72 @@ def checked() -> Iterator[None]:
         raise typer.BadParameter(str(error)) from None
 
 
-def prompt_text(prompt: str | None, prompt_file: str | None) -> str:
-    """The prompt from exactly one of the two options, byte for byte."""
-    if (prompt is None) == (prompt_file is None):
-        raise typer.BadParameter("give exactly one of -p and --prompt-file")
-    if "-" in (prompt, prompt_file):
-        name, raw = "stdin", sys.stdin.buffer.read()
-    elif prompt_file is None:
-        return prompt or ""
-    else:
-        name, raw = prompt_file, Path(prompt_file).read_bytes()
+def sampler(temp: float, top_p: float, top_k: int, min_p: float, seed: int | None) -> Sampler:
+    """How tokens are drawn; wrong usage, by the option's name, for values out of range."""
+    from ds4mlx.engine.sampling import Sampler
+
     try:
-        return raw.decode("utf-8")
+        return Sampler(temp, top_p, top_k, min_p, seed)
+    except DataError as error:
+        name, _, rest = str(error).partition(" ")
+        raise typer.BadParameter(rest, param_hint=SAMPLER_OPTIONS[name]) from None
+
+
+def stop_strings(stop: list[str] | None) -> None:
+    """Wrong usage for an empty stop string."""
+    if stop and not all(stop):
+        raise typer.BadParameter("an empty text ends nothing", param_hint="--stop")
+
+
+def shown(reasoning: Literal["show", "hide"] | None) -> bool | None:
+    """Whether reasoning is shown; None where the output decides."""
+    return None if reasoning is None else reasoning == "show"
+
+
+def prompt_text(text: str | None, prompt: str | None, prompt_file: str | None, raw: bool) -> str:
+    """The prompt from exactly one source: an argument, -p, --prompt-file, or standard input.
+
+    What is read is taken byte for byte if `raw`, else without the line end that closes it.
+    """
+    given = [each for each in (text, prompt, prompt_file) if each is not None]
+    if len(given) > 1:
+        raise typer.BadParameter("give the prompt once: as TEXT, with -p or with --prompt-file")
+    if not given:
+        read = _piped()
+    elif given == ["-"]:
+        read = sys.stdin.buffer.read()
+    elif prompt_file is not None:
+        read = Path(prompt_file).read_bytes()
+    else:
+        return given[0]
+    name = prompt_file if prompt_file not in (None, "-") else "stdin"
+    try:
+        whole = read.decode("utf-8")
     except UnicodeDecodeError as error:
         raise DataError(f"{name}: not UTF-8 text: {error.reason} at byte {error.start}") from None
+    return whole if raw else re.sub(r"\r?\n\Z", "", whole)
+
+
+def _piped() -> bytes:
+    """Standard input, where something is sent there; else the prompt is missing."""
+    read = b""
+    if not sys.stdin.isatty():
+        with contextlib.suppress(OSError):
+            read = sys.stdin.buffer.read()
+    if not read:
+        raise typer.BadParameter(
+            "there is no prompt: give it as TEXT, with -p, with --prompt-file or on standard input"
+        )
+    return read
 
 
 def size(text: str) -> int:
     """Bytes of a size such as 512M or 1.5G."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
-    found = int(float(match[1]) * SIZE_UNITS[match[2].upper()]) if match else 0
-    if found < 1:
+    number = int(float(match[1]) * SIZE_UNITS[match[2].upper()]) if match else 0
+    if number < 1:
         raise typer.BadParameter(f"{text!r} is not a size such as 512M or 8G")
-    return found
+    return number
 
 
 @contextlib.contextmanager
@@ -96,16 +172,49 @@ def open_store(
     if directory is None:
         yield None
         return
+    from ds4mlx.store import KVStore
+
     model, tokenizer = loaded
-    name = Path(label or os.environ.get("DS4MLX_MODEL", "embedded")).name
     with KVStore(
-        directory, size(budget), model, tokenizer=tokenizer, keep_text=keep_text, label=name
+        directory,
+        size(budget),
+        model,
+        tokenizer=tokenizer,
+        keep_text=keep_text,
+        label=model_name(label),
     ) as store:
         yield store
 
 
-def open_model(path: str | None) -> tuple[network.Model, Tokenizer]:
+def model_name(named: str | None) -> str:
+    """What a model is called for people."""
+    return Path(named or os.environ.get("DS4MLX_MODEL") or "embedded").name
+
+
+def find_model(named: str | None) -> Path:
+    """The directory of the model that a command uses."""
+    from ds4mlx.engine.default_model import default_model
+    from ds4mlx.engine.load import locate
+
+    return locate(named or default_model())
+
+
+def announce(named: str | None) -> None:
+    """Say which model it is where nobody has named one."""
+    if named is None and not os.environ.get("DS4MLX_MODEL"):
+        from ds4mlx.engine.default_model import ABOUT
+
+        note(f"note: {ABOUT}")
+
+
+def open_model(named: str | None) -> tuple[network.Model, Tokenizer]:
     """Load a model for the command line: bfloat16, or float32 where MLX has only the CPU."""
+    import mlx.core as mx
+
+    from ds4mlx.engine.load import load
+
     on_cpu = mx.default_device() == mx.cpu  # where bfloat16 is slower and less exact
     dtype = mx.float32 if on_cpu else mx.bfloat16
-    return load(path or default_model(), dtype, on_file=partial(progress, "loading", "files"))
+    opened = load(find_model(named), dtype, on_file=partial(progress, "loading", "files"))
+    announce(named)
+    return opened

@@ -1,107 +1,172 @@
 """The commands that measure: bench, and synth, which makes models of the real shapes to measure."""
 
+from __future__ import annotations
+
 import json
+import re
 import time
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import mlx.core as mx
 import typer
 
-from ds4mlx.bench.whole_model import bench as bench_model
-from ds4mlx.bench.whole_model import csv_text
-from ds4mlx.bench.whole_model import table as model_table
 from ds4mlx.cli import arguments as arg
-from ds4mlx.cli.terminal import progress
-from ds4mlx.custom_kernels import dispatch
-from ds4mlx.model.model import Model
+from ds4mlx.cli.terminal import note, progress
 
-Prompt = Annotated[str, typer.Option("--prompt", help="Depths in tokens, such as 512,2048.")]
-Gen = Annotated[int, typer.Option("--gen", min=1, help="Tokens decoded at each depth.")]
+if TYPE_CHECKING:
+    from ds4mlx.config import ModelConfig
+    from ds4mlx.model.model import Model
+
+Prompt = Annotated[
+    str, typer.Option("--prompt", help="The depths to measure at, in tokens, such as 512,2048.")
+]
+Gen = Annotated[int, typer.Option("--gen", min=1, help="The tokens decoded at each depth.")]
+Ctx = Annotated[
+    int | None,
+    typer.Option("--ctx", min=1, help="The longest context; by default the model's own."),
+]
 Fill = Annotated[
     Literal["real", "synthetic"],
-    typer.Option("--fill", help="Prefill the depth, or start from random rows."),
+    typer.Option("--fill", help="Prefill each depth, or start decoding from random rows."),
 ]
-Csv = Annotated[Path | None, typer.Option("--csv", help="Write the rows to a file.")]
-Plain = Annotated[bool, typer.Option("--plain", help="Without kernels: MLX's own operations only.")]
+Csv = Annotated[Path | None, typer.Option("--csv", help="Write the rows to a CSV file too.")]
+Plain = Annotated[
+    bool, typer.Option("--plain", help="Use MLX's own operations only, and no kernels.")
+]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What is measured of a model, and how it is printed."""
+
+    depths: list[int]
+    gen: int
+    ctx: int | None
+    fill: Literal["real", "synthetic"]
+    as_json: bool
+    csv: Path | None
+    plain: bool
 
 
 def bench(
     model: arg.Model = None,
     kernels: Annotated[
-        bool, typer.Option("--kernels", help="Each kernel alone, against its rivals.")
+        bool,
+        typer.Option("--kernels", help="Measure each kernel alone, against its rivals, instead."),
     ] = False,
     prompt: Prompt = "512,2048",
     gen: Gen = 32,
+    ctx: Ctx = None,
     fill: Fill = "real",
     as_json: arg.Json = False,
     csv: Csv = None,
     plain: Plain = False,
 ) -> None:
-    """Measure prefill and decode speed at depths, or with --kernels each kernel on this device."""
+    """Measure how fast a model prefills and decodes at several depths, and the memory it takes.
+
+    \b
+    ds4mlx bench -m ~/models/v4-flash --prompt 512,8192 --gen 64 --json
+    ds4mlx bench --kernels
+    """
     depths = _depths(prompt)
     if kernels:
         return _kernels(as_json)
+    from ds4mlx.bench.whole_model import check_room
+    from ds4mlx.weights.directory import ModelDirectory
+
+    asked = Measurement(depths, gen, ctx, fill, as_json, csv, plain)
+    directory = ModelDirectory.open(arg.find_model(model))
+    weights = sum((directory.path / file).stat().st_size for file in directory.files)
+    check_room(directory.config, max(depths), gen, ctx, weights)
     loaded, _ = arg.open_model(model)
-    return _report(loaded, depths, gen, fill, as_json, csv, plain)
+    return _report(loaded, asked)
 
 
 def synth(
     directory: Annotated[
-        Path | None, typer.Argument(metavar="DIR", help="Model directory to write.")
+        Path | None, typer.Argument(metavar="DIR", help="The model directory to write.")
     ] = None,
-    like: Annotated[Literal["flash", "pro"], typer.Option(help="Whose shapes.")] = "flash",
+    like: Annotated[
+        Literal["flash", "pro"], typer.Option(help="The model whose shapes it has.")
+    ] = "flash",
     recipe: Annotated[
-        str, typer.Option(help="official, q2, q2-q4, q4, or keep: as ds4's q2 GGUF file.")
+        str,
+        typer.Option(
+            help="official, q2, q2-q4, q4, or keep, which stands for the formats of ds4's q2 file."
+        ),
     ] = "q2",
-    layers: Annotated[int | None, typer.Option(min=1, help="Only so many layers.")] = None,
+    layers: Annotated[
+        int | None, typer.Option(min=1, help="Make only the first so many layers.")
+    ] = None,
     in_memory: Annotated[
-        bool, typer.Option("--in-memory", help="Write nothing; measure it with --bench.")
+        bool, typer.Option("--in-memory", help="Write nothing; --bench measures the model.")
     ] = False,
-    bench: Annotated[bool, typer.Option("--bench", help="Measure the model in memory.")] = False,
+    bench: Annotated[
+        bool, typer.Option("--bench", help="Measure the model in memory as `ds4mlx bench` does.")
+    ] = False,
     prompt: Prompt = "512,2048",
     gen: Gen = 32,
+    ctx: Ctx = None,
     fill: Fill = "real",
     as_json: arg.Json = False,
     csv: Csv = None,
     plain: Plain = False,
 ) -> None:
-    """Make a model of the real shapes with random weights, on the device itself."""
-    from ds4mlx.bench.synth import check_recipe, config_like, synth_model
-    from ds4mlx.bench.synth_directory import write_synth
+    """Make a model of the real shapes with random weights, which answers nothing, to measure it.
 
+    \b
+    ds4mlx synth --like flash --layers 4 --in-memory --bench --prompt 2048
+
+    A model that is larger than the memory, or than the free disk, is refused before it is begun.
+    """
     if in_memory == (directory is not None):
         raise typer.BadParameter("give either DIR or --in-memory")
     if bench and not in_memory:
         raise typer.BadParameter("--bench measures a model that is made --in-memory")
-    depths = _depths(prompt)
+    asked = Measurement(_depths(prompt), gen, ctx, fill, as_json, csv, plain)
+
+    from ds4mlx.bench.synth import check_recipe, config_like
+    from ds4mlx.bench.synth_directory import write_synth
+
     with arg.checked():
         check_recipe(recipe)
         config = config_like(like, layers)
-    begun = time.perf_counter()
     if directory is not None:
         written = write_synth(config, recipe, directory, partial(progress, "writing", "files"))
-        typer.echo(f"{directory}: {written:,} bytes of weights", err=True)
-        return
-    on_cpu = mx.default_device() == mx.cpu
-    dtype = mx.float32 if on_cpu else mx.bfloat16
+        return note(f"{directory}: {written:,} bytes of weights")
+    model = _in_memory(config, recipe, asked if bench else None, like)
+    return _report(model, asked) if bench else None
+
+
+def _in_memory(config: ModelConfig, recipe: str, asked: Measurement | None, like: str) -> Model:
+    """The model, made once it is known to fit with what is to be measured of it."""
+    import mlx.core as mx
+
+    from ds4mlx.bench.synth import check_memory, synth_model, weight_bytes
+    from ds4mlx.bench.whole_model import check_room
+
+    check_memory(config, recipe)
+    if asked is not None:
+        check_room(config, max(asked.depths), asked.gen, asked.ctx, weight_bytes(config, recipe))
+    begun = time.perf_counter()
+    dtype = mx.float32 if mx.default_device() == mx.cpu else mx.bfloat16
     model = synth_model(config, recipe, dtype, partial(progress, "making", "weights"))
-    seconds, held = time.perf_counter() - begun, mx.get_active_memory() / 1e9
-    note = f"{like}, {config.num_hidden_layers} layers, {recipe}: {held:.2f} GB in {seconds:.1f} s"
-    typer.echo(note, err=True)
-    if bench:
-        _report(model, depths, gen, fill, as_json, csv, plain)
-    return
+    seconds, size = time.perf_counter() - begun, mx.get_active_memory() / 1e9
+    layers = config.num_hidden_layers
+    note(f"{like}, {layers} layers, {recipe}: {size:.2f} GB in {seconds:.1f} s")
+    return model
 
 
 def _depths(text: str) -> list[int]:
-    parts = text.split(",")
-    if not all(part.strip().isdigit() and int(part) > 0 for part in parts):
-        raise typer.BadParameter(f"{text!r} is not a list of depths such as 512,2048")
+    parts = [part.strip() for part in text.split(",")]
+    if not all(re.fullmatch("[0-9]{1,15}", part) and int(part) > 0 for part in parts):
+        raise typer.BadParameter(
+            f"{text!r} is not a list of depths such as 512,2048", param_hint="--prompt"
+        )
     return [int(part) for part in parts]
 
 
@@ -109,22 +174,26 @@ def _kernels(as_json: bool) -> None:
     from ds4mlx.bench.kernels import bench as measure
     from ds4mlx.bench.kernels import table
 
-    found = measure(partial(typer.echo, err=True))
-    print(json.dumps(found, indent=1) if as_json else table(found))
+    figures = measure(note)
+    print(json.dumps(figures, indent=1) if as_json else table(figures))
 
 
-def _report(
-    model: Model, depths: list[int], gen: int, fill, as_json: bool, csv: Path | None, plain: bool
-) -> None:
-    way = dispatch.plain_operations() if plain else nullcontext()
+def _report(model: Model, asked: Measurement) -> None:
+    import mlx.core as mx
+
+    from ds4mlx.bench.whole_model import bench as measure
+    from ds4mlx.bench.whole_model import csv_text, table
+    from ds4mlx.custom_kernels import dispatch
+
+    way = dispatch.plain_operations() if asked.plain else nullcontext()
     with way:
-        rows = bench_model(model, depths, gen, fill, partial(typer.echo, err=True))
-    if csv is not None:
-        csv.write_text(csv_text(rows))
-    if as_json:
+        rows = measure(model, asked.depths, asked.gen, asked.fill, note)
+    if asked.csv is not None:
+        asked.csv.write_text(csv_text(rows))
+    if asked.as_json:
         device = str(mx.device_info()["device_name"]) if mx.default_device() == mx.gpu else "cpu"
-        used = not plain and dispatch.in_use()
-        about = {"device": device, "mlx": version("mlx"), "kernels": used, "fill": fill}
+        used = not asked.plain and dispatch.in_use()
+        about = {"device": device, "mlx": version("mlx"), "kernels": used, "fill": asked.fill}
         print(json.dumps({**about, "rows": [asdict(row) for row in rows]}, indent=1))
     else:
-        print(model_table(rows))
+        print(table(rows))

@@ -9,7 +9,6 @@ from typing import Annotated
 import typer
 
 from ds4mlx.cli import arguments as arg
-from ds4mlx.store import admin
 
 app = typer.Typer(no_args_is_help=True, help="Look at, check and thin the disk KV store.")
 
@@ -26,6 +25,8 @@ def ls(
     as_json: arg.Json = False,
 ) -> None:
     """List the stored prefixes, newest first, with their hits."""
+    from ds4mlx.store import admin
+
     catalogue = admin.open_directory(kv_dir)
     found, sums = admin.entries(catalogue, boundaries), admin.totals(catalogue)
     if as_json:
@@ -55,6 +56,8 @@ def show(
     as_json: arg.Json = False,
 ) -> None:
     """Show a stored prefix: its segments, boundaries, hits, and its text if that was kept."""
+    from ds4mlx.store import admin
+
     catalogue = admin.open_directory(kv_dir)
     record = admin.find(catalogue, key)
     found = admin.details(catalogue, record)
@@ -75,6 +78,8 @@ def show(
 @app.command()
 def verify(kv_dir: Directory, as_json: arg.Json = False) -> None:
     """Read every byte of the store and check it; exit code 1 if something is damaged."""
+    from ds4mlx.store import admin
+
     catalogue = admin.open_directory(kv_dir)
     faults = admin.check(catalogue)
     if as_json:
@@ -97,6 +102,8 @@ def prune(
     ] = None,
 ) -> None:
     """Delete what is damaged or incomplete, and what is old or beyond a budget if asked."""
+    from ds4mlx.store import admin
+
     limit = None if budget is None else arg.size(budget)
     seconds = None if older_than is None else older_than * DAY
     freed = admin.prune(admin.open_directory(kv_dir), limit, seconds)
@@ -106,4 +113,6 @@ def prune(
 @app.command()
 def clear(kv_dir: Directory) -> None:
     """Delete everything in the store."""
+    from ds4mlx.store import admin
+
     print(f"{admin.clear(kv_dir):,} bytes deleted")

@@ -1,32 +1,59 @@
-"""The interactive chat: a person's lines in, answers out."""
+"""The interactive chat: a person's messages in, answers out, and the commands in between."""
 
-import contextlib
+import re
+import shlex
 import sys
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
-from ds4mlx.cli.terminal import Printer, progress, show, timing
+from ds4mlx.cli.answer import show
+from ds4mlx.cli.messages_in import Lines, Typed, can_type, quiet
+from ds4mlx.cli.printer import Printer
+from ds4mlx.cli.terminal import note, progress
 from ds4mlx.engine.conversation import Conversation
 from ds4mlx.errors import DataError
 
 THINKING = ("none", "low", "high", "max")
-
+COMMANDS = ("/think", "/system", "/file", "/reset", "/help", "/quit")
+WORDS = {"exit": "/quit", "quit": "/quit", "/exit": "/quit"}
+WORDS |= {"help": "/help", "?": "/help", "/?": "/help"}
 
 HELP = """\
-/think none|low|high|max   how much the model reasons before it answers
+/think none|low|high|max   set how much the model reasons before it answers
 /system TEXT               set the system text and start anew
+/file PATH [TEXT]          send what is in a file, followed by TEXT
 /reset                     forget the conversation, not the system text
-/quit                      leave (as Ctrl-D does); Ctrl-C ends an answer"""
+/quit                      leave, as exit, quit and Ctrl-D do; Ctrl-C ends an answer
+A line that ends with a backslash goes on in the next one, and a pasted text of several lines is
+one message. A message that begins with one of these words begins with a space."""
 
 
-def interact(conversation: Conversation, max_tokens: int) -> None:
-    """Read turns from stdin until its end; answers go to stdout, notes to stderr."""
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401 - line editing and history for input()
-    if sys.stdin.isatty():
-        note("/help lists the commands")
+@dataclass
+class Chat:
+    """A conversation, and how its answers are shown."""
+
+    conversation: Conversation
+    max_tokens: int
+    reasoning: bool | None = None  # whether it is shown; None where the output decides
+
+    def banner(self, name: str) -> str:
+        """Which model this is, how much fits, and where help is."""
+        sizes = self.conversation.model.args
+        return (
+            f"{name}: {sizes.num_hidden_layers} layers, release {sizes.release}; a conversation of "
+            f"{sizes.max_position_embeddings:,} tokens fits\n/help lists the commands"
+        )
+
+
+def interact(chat: Chat, name: str) -> None:
+    """Read messages from stdin until its end; answers go to stdout, notes to stderr."""
+    if can_type():
+        note(chat.banner(name))
+    messages = Typed() if can_type() else Lines()
     while True:
         try:
-            if not respond(conversation, read_line(), max_tokens):
+            if not respond(chat, messages.next()):
                 return
         except EOFError:
             return
@@ -34,47 +61,47 @@ def interact(conversation: Conversation, max_tokens: int) -> None:
             note("")
 
 
-def read_line() -> str:
-    """The next line of stdin. A person is asked for it; the end of the file ends their line too."""
-    if not sys.stdin.isatty():
-        return input().strip()
-    prompt = "> "
-    if not sys.stdout.isatty():  # where input() would write it among the answers
-        sys.stderr.write(prompt)
-        sys.stderr.flush()
-        prompt = ""
-    try:
-        return input(prompt).strip()
-    except EOFError:
-        note("")
-        raise
-
-
-def respond(conversation: Conversation, line: str, max_tokens: int) -> bool:
-    """Carry out a command or answer a question; False to leave."""
-    if line.startswith("/"):
-        return command(conversation, line)
-    if line:
-        turn(conversation, line, max_tokens)
+def respond(chat: Chat, message: str) -> bool:
+    """Carry out a command or answer a message; False to leave."""
+    asked = as_command(message)
+    if asked is not None:
+        return command(chat, *asked)
+    if message.strip():
+        turn(chat, message.strip())
     return True
 
 
-def turn(conversation: Conversation, line: str, max_tokens: int) -> None:
-    """One question and its answer; a failure ends the turn, not the chat."""
-    printer = Printer(sys.stdout, conversation.thinking != "none")
-    answer = conversation.ask(line, max_tokens, partial(progress, "prompt", "tokens"))
+def as_command(message: str) -> tuple[str, str] | None:
+    """(name, argument) of a command; None for what goes to the model.
+
+    Text that begins with a path, a comment or a space goes to the model; one word behind a slash
+    that is neither a command nor a file is a command that there is not.
+    """
+    message = message.rstrip()
+    word, _, argument = message.partition(" ")
+    if message.lower() in WORDS:
+        return WORDS[message.lower()], ""
+    if word in COMMANDS:
+        return word, argument.strip()
+    mistyped = re.fullmatch(r"/[A-Za-z-]+", word) and "\n" not in message
+    return (word, argument.strip()) if mistyped and not Path(word).exists() else None
+
+
+def turn(chat: Chat, message: str) -> None:
+    """One message and its answer; a failure ends the turn, not the chat."""
+    conversation = chat.conversation
+    printer = Printer(sys.stdout, conversation.thinking != "none", chat.reasoning)
+    answer = conversation.ask(message, chat.max_tokens, partial(progress, "prompt", "tokens"))
     try:
-        last, _ = show(answer, printer)
-        if last is not None:
-            note(timing(last))
+        with quiet():
+            show(answer, printer)
     except DataError as error:
         note(f"error: {error}")
 
 
-def command(conversation: Conversation, line: str) -> bool:
-    """Carry out a line that begins with a slash; False to leave."""
-    name, _, argument = line.partition(" ")
-    argument = argument.strip()
+def command(chat: Chat, name: str, argument: str) -> bool:
+    """Carry out a command; False to leave."""
+    conversation = chat.conversation
     if name == "/quit":
         return False
     if name == "/reset":
@@ -87,11 +114,38 @@ def command(conversation: Conversation, line: str) -> bool:
     elif name == "/think" and argument in THINKING:
         conversation.thinking = argument
         note(f"thinking: {argument}")
+    elif name == "/file" and argument:
+        send_file(chat, argument)
+    elif name == "/help":
+        note(HELP)
     else:
-        note(HELP if name == "/help" else f"no such command: {line}\n{HELP}")
+        note(f"no such command: {f'{name} {argument}'.rstrip()}\n{HELP}")
     return True
 
 
-def note(text: str) -> None:
-    """A line that is no answer."""
-    print(text, file=sys.stderr)
+def send_file(chat: Chat, argument: str) -> None:
+    """A turn with the text of a file, and with what follows its name."""
+    path, rest = _path_and_rest(argument)
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except OSError as error:
+        return note(f"error: {path}: {error.strerror}")
+    except UnicodeDecodeError as error:
+        return note(f"error: {path}: not UTF-8 text: {error.reason} at byte {error.start}")
+    message = f"{text}\n\n{rest}" if rest else text
+    if not message.strip():
+        return note(f"error: {path}: is empty")
+    return turn(chat, message)
+
+
+def _path_and_rest(argument: str) -> tuple[Path, str]:
+    """The whole argument is a path if there is such a file; else its first word is, quoted or not."""
+    whole = Path(argument).expanduser()
+    words = re.match(r"""("[^"]*"|'[^']*'|(?:\\.|\S)+)\s*(.*)""", argument, re.DOTALL)
+    if whole.exists() or words is None:
+        return whole, ""
+    try:
+        (name,) = shlex.split(words[1])
+    except ValueError:
+        return whole, ""
+    return Path(name).expanduser(), words[2]

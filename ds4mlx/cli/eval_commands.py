@@ -7,17 +7,10 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
-import mlx.core as mx
 import typer
 
-from ds4mlx import FAST_BLAS
 from ds4mlx.cli import arguments as arg
 from ds4mlx.cli.terminal import progress
-from ds4mlx.engine.default_model import default_model
-from ds4mlx.engine.load import load, locate
-from ds4mlx.weights.directory import ModelDirectory
-
-TYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16}
 
 
 class Part(StrEnum):
@@ -31,48 +24,65 @@ class Part(StrEnum):
 def evaluate(
     model: arg.Model = None,
     text: Annotated[
-        Path | None, typer.Option(help="Text for perplexity; default: held-out Python.")
+        Path | None,
+        typer.Option(help="A text to measure the perplexity of; by default held-out Python."),
     ] = None,
     reference: Annotated[
-        Path | None, typer.Option(help="Model directory or saved logits to compare with.")
+        Path | None,
+        typer.Option(help="A model directory, or a file of saved logits, to compare with."),
     ] = None,
     vectors: Annotated[
-        Path | None, typer.Option(help="ds4's official vectors: .vec, .official.json, manifest.")
+        Path | None,
+        typer.Option(help="A file of ds4's official vectors: .vec, .official.json or a manifest."),
     ] = None,
     part: Annotated[
         list[Part] | None, typer.Option(help="Run only this part; may be repeated.")
     ] = None,
     save_logits: Annotated[
-        Path | None, typer.Option(help="Write logits on the text, for --reference.")
+        Path | None,
+        typer.Option(help="Write the logits on the text to a file that --reference takes."),
     ] = None,
     ctx: Annotated[
-        int | None, typer.Option(min=8, help="Context; default: the trained one, at most 8192.")
+        int | None,
+        typer.Option(min=8, help="The context; by default the trained one, at most 8192 tokens."),
     ] = None,
     scale: Annotated[
-        float, typer.Option(min=0.01, max=100, help="Multiply the numbers of samples.")
+        float, typer.Option(min=0.01, max=100, help="Multiply the numbers of samples by this.")
     ] = 1.0,
     dtype: Annotated[
-        Literal["float32", "bfloat16"], typer.Option(help="Type of the activations.")
+        Literal["float32", "bfloat16"], typer.Option(help="The type of the activations.")
     ] = "float32",
     rounding: Annotated[
-        Literal["official", "none"], typer.Option(help="The model's own FP8 and FP4 roundings.")
+        Literal["official", "none"],
+        typer.Option(help="Round as the model itself does, to FP8 and FP4, or not."),
     ] = "official",
     as_json: arg.Json = False,
 ) -> None:
-    """Measure a model: perplexity by depth, recall by distance, tool calls.
+    """Measure a model: its perplexity by depth, its recall by distance, and its tool calls.
 
-    With --text only the perplexity of that text; with --reference KL divergence and top-1 agreement,
-    on the tokens of saved logits or, for a model directory, on the text; with --vectors only those.
-    Saved logits: safetensors with tokens (T,) or (B, T), and logits or NAME.logits (..., vocabulary).
+    \b
+    ds4mlx eval -m ~/models/v4-flash --text book.txt --json
+    ds4mlx eval -m ~/models/v4-flash-q2 --reference ~/models/v4-flash
+
+    With --text only the perplexity of that text is measured. With --reference it is the KL
+    divergence and the top-1 agreement, on the tokens of saved logits or, for a model directory, on
+    the text. With --vectors it is the agreement with the official answers in those files.
+    A file of saved logits is a safetensors file with tokens, (T,) or (B, T), and logits or
+    NAME.logits, (..., vocabulary).
     """
+    import mlx.core as mx
+
+    from ds4mlx import FAST_BLAS
     from ds4mlx.evaluation import suite
+    from ds4mlx.weights.directory import ModelDirectory
 
     if mx.default_device() == mx.cpu and not FAST_BLAS and sys.stderr.isatty():
         print("note: several times slower without OpenBLAS (package libopenblas0)", file=sys.stderr)
-    path = locate(model or default_model())
+    path = arg.find_model(model)
     directory = ModelDirectory.open(path)
     opened = partial(open_to_measure, dtype=dtype, rounding=rounding)
     subject = suite.Subject(*opened(path), suite.Sizes(ctx, scale))
+    arg.announce(model)
     report = suite.Report(str(path), directory.recipe, dtype, rounding)
     asked = any(option is not None for option in (text, reference, vectors, save_logits))
     parts = part or ([] if asked else list(Part))
@@ -90,10 +100,13 @@ def evaluate(
 
 def open_to_measure(path: Path, dtype: str, rounding: Literal["official", "none"]):
     """A model to measure; on a CPU its weights are decoded once, if it is small."""
+    import mlx.core as mx
+
+    from ds4mlx.engine.load import load
     from ds4mlx.evaluation.weights import decode_weights
 
     on_file = partial(progress, "loading", "files")
-    model, tokenizer = load(path, TYPES[dtype], rounding, on_file=on_file)
+    model, tokenizer = load(path, getattr(mx, dtype), rounding, on_file=on_file)
     if mx.default_device() == mx.cpu:
         decode_weights(model)
     return model, tokenizer

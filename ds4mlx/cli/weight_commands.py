@@ -8,8 +8,6 @@ from typing import Annotated, Literal
 import typer
 
 from ds4mlx.cli import arguments as arg
-from ds4mlx.engine.default_model import default_model
-from ds4mlx.engine.load import locate
 
 GOES_ON = "interrupted; the same command goes on from here"
 
@@ -126,7 +124,8 @@ def imatrix(
     from ds4mlx.imatrix.collect import collect
 
     try:
-        path = locate(model or default_model())
+        path = arg.find_model(model)
+        arg.announce(model)
         report = collect(
             path,
             prompts,

@@ -11,6 +11,11 @@ from ds4mlx.errors import DataError
 from ds4mlx.weights.directory import FORMAT_VERSION, MANIFEST, ModelDirectory
 
 EMBEDDED = Path(__file__).parents[1] / "embedded"
+ABOUT = (
+    "no model is named (-m or $DS4MLX_MODEL), so this is ds4-tiny, which comes with ds4mlx to try "
+    "it out: 16 million parameters that write short Python functions and know nothing else; what "
+    "it says is no sample of DeepSeek-V4-Flash"
+)
 
 
 def default_model() -> Path:

@@ -27,10 +27,12 @@ class Block(nn.Module):
 
     def __call__(self, streams: mx.array, ids: mx.array, state: LayerState) -> mx.array:
         """streams (B, L, n, D) of tokens ids (B, L) -> streams; `state` moves on by L tokens."""
+        shape, streams = streams.shape, streams.flatten(0, 1)
         x, post, comb = self.hc_attn.before(streams)
-        out = self.attn(self.attn_norm(x), state)
+        x = mx.unflatten(self.attn_norm(x), 0, ids.shape)
+        out = self.attn(x, state).flatten(0, 1)
         streams = self.hc_attn.merge(streams, out, post, comb)
         x, post, comb = self.hc_ffn.before(streams)
-        out = self.ffn(self.ffn_norm(x), ids)
+        out = self.ffn(self.ffn_norm(x), ids.flatten())
         state.offset += ids.shape[1]
-        return self.hc_ffn.merge(streams, out, post, comb)
+        return self.hc_ffn.merge(streams, out, post, comb).reshape(shape)

@@ -24,23 +24,20 @@ class HyperConnection(nn.Module):
         self._config = config
 
     def before(self, streams: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-        """The sublayer's input (B, L, D) out of streams (B, L, n, D); post and comb for `merge`."""
-        flat = streams.flatten(0, 1)
-        if not dispatch.takes_few_streams(flat):
+        """The sublayer's input (N, D) out of streams (N, n, D); post and comb for `merge`."""
+        if not dispatch.takes_few_streams(streams):
             pre, post, comb = self.mixes(streams)
             return collapse(streams, pre), post, comb
         config = self._config
-        found = dispatch.before_sublayer(
-            *(flat, self.fn, self.base, self.scale),
+        return dispatch.before_sublayer(
+            *(streams, self.fn, self.base, self.scale),
             iterations=config.hc_sinkhorn_iters,
             eps=config.hc_eps,
             norm_eps=config.rms_norm_eps,
         )
-        out, post, comb = (mx.unflatten(a, 0, streams.shape[:2]) for a in found)
-        return out, post, comb
 
     def mixes(self, streams: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-        """streams (B, L, n, D) -> pre (B, L, n), post (B, L, n), comb (B, L, n, n), float32."""
+        """streams (N, n, D) -> pre (N, n), post (N, n), comb (N, n, n), float32."""
         n, eps = self._config.hc_mult, self._config.hc_eps
         mix = project(streams, self.fn, self._config.rms_norm_eps)
         to_pre, to_post, to_comb = mx.split(mix, [n, 2 * n], axis=-1)
@@ -52,14 +49,12 @@ class HyperConnection(nn.Module):
         return pre, post, sinkhorn(logits, self._config.hc_sinkhorn_iters, eps)
 
     def merge(self, streams: mx.array, out: mx.array, post: mx.array, comb: mx.array) -> mx.array:
-        """new_k = post_k out + sum_j comb[j, k] stream_j; out (B, L, D) -> (B, L, n, D).
+        """new_k = post_k out + sum_j comb[j, k] stream_j; out (N, D) -> (N, n, D).
 
         `streams` are those from before the sublayer; comb goes from stream j to stream k.
         """
-        flat = streams.flatten(0, 1)
-        if dispatch.takes_streams(flat):
-            others = (a.flatten(0, 1) for a in (out, post, comb))
-            return dispatch.after_sublayer(flat, *others).reshape(streams.shape)
+        if dispatch.takes_streams(streams):
+            return dispatch.after_sublayer(streams, out, post, comb)
         spread = post[..., None] * out[..., None, :].astype(mx.float32)
         kept = mx.swapaxes(comb, -1, -2) @ streams.astype(mx.float32)
         return (spread + kept).astype(streams.dtype)
@@ -77,19 +72,19 @@ class HyperHead(nn.Module):
         self._config = config
 
     def __call__(self, streams: mx.array) -> mx.array:
-        """streams (B, L, n, D) -> (B, L, D)."""
+        """streams (..., n, D) -> (..., D)."""
         mix = project(streams, self.fn, self._config.rms_norm_eps)
         return collapse(streams, mx.sigmoid(mix * self.scale + self.base) + self._config.hc_eps)
 
 
 def project(streams: mx.array, fn: mx.array, eps: float) -> mx.array:
-    """fn . RMSNorm(flattened streams), float32: (B, L, n, D) -> (B, L, rows of fn)."""
+    """fn . RMSNorm(flattened streams), float32: (..., n, D) -> (..., rows of fn)."""
     flat = streams.astype(mx.float32).flatten(-2)
     return rms_norm(flat, None, eps) @ fn.T
 
 
 def collapse(streams: mx.array, pre: mx.array) -> mx.array:
-    """sum_j pre_j stream_j: (B, L, n, D), (B, L, n) -> (B, L, D) in the streams' type."""
+    """sum_j pre_j stream_j: (..., n, D), (..., n) -> (..., D) in the streams' type."""
     mixed = pre[..., None, :] @ streams.astype(mx.float32)
     return mixed.squeeze(-2).astype(streams.dtype)
 

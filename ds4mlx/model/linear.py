@@ -57,12 +57,11 @@ class GroupedLinear(Matrix):
         self.groups = groups
 
     def __call__(self, x: mx.array) -> mx.array:
-        """x: (B, L, groups, in) -> (B, L, groups, out)."""
-        batch, length, groups, width = x.shape
-        planes = {p: a.reshape(groups, -1, a.shape[-1]) for p, a in self.planes.items()}
-        rows = x.transpose(2, 0, 1, 3).reshape(groups, batch * length, width)
+        """x: (..., groups, in) -> (..., groups, out)."""
+        planes = {p: a.reshape(self.groups, -1, a.shape[-1]) for p, a in self.planes.items()}
+        rows = mx.swapaxes(x.reshape(-1, self.groups, x.shape[-1]), 0, 1)
         out = product(self.storage, planes, rows)
-        return out.reshape(groups, batch, length, -1).transpose(1, 2, 0, 3)
+        return mx.swapaxes(out, 0, 1).reshape(*x.shape[:-1], -1)
 
 
 class Embedding(Matrix):

@@ -25,12 +25,9 @@ class Router(nn.Module):
             self.bias = mx.zeros((config.n_routed_experts,))
 
     def __call__(self, x: mx.array, ids: mx.array) -> tuple[mx.array, mx.array]:
-        """x (B, L, D), ids (B, L) -> experts int (B, L, k) and their weights float32 (B, L, k)."""
-        flat = x.flatten(0, 1)
-        if dispatch.takes_routing(flat, self.topk):
-            found = dispatch.route(flat, self.weight, self.scale, self.topk, **self._choice(ids))
-            experts, weights = (a.reshape(*ids.shape, -1) for a in found)
-            return experts, weights
+        """x (N, D), ids int (N,) -> experts int (N, k) and their weights float32 (N, k)."""
+        if dispatch.takes_routing(x, self.topk):
+            return dispatch.route(x, self.weight, self.scale, self.topk, **self._choice(ids))
         scores = self.scores(x)
         experts = self.tid2eid[ids] if self.hashed else self.choose(scores)
         weights = mx.take_along_axis(scores, experts, axis=-1)
@@ -38,10 +35,10 @@ class Router(nn.Module):
 
     def _choice(self, ids: mx.array) -> dict[str, mx.array]:
         """What decides beside the scores, as the kernel takes it."""
-        return {"table": self.tid2eid, "ids": ids.flatten()} if self.hashed else {"bias": self.bias}
+        return {"table": self.tid2eid, "ids": ids} if self.hashed else {"bias": self.bias}
 
     def scores(self, x: mx.array) -> mx.array:
-        """sqrt(softplus(logit)) of every expert, float32 (B, L, E)."""
+        """sqrt(softplus(logit)) of every expert, float32 (N, E)."""
         logits = x.astype(mx.float32) @ self.weight.astype(mx.float32).T
         return mx.sqrt(mx.logaddexp(logits, 0))
 
@@ -123,10 +120,9 @@ class MoE(nn.Module):
         self.shared_experts = SharedExpert(config)
 
     def __call__(self, x: mx.array, ids: mx.array) -> mx.array:
-        """x (B, L, D), normed, ids int (B, L) -> (B, L, D)."""
+        """x (N, D), normed, ids int (N,) -> (N, D) in x's type."""
         experts, weights = self.gate(x, ids)
-        flat = (a.flatten(0, 1) for a in (x, experts, weights))
-        routed = self.experts(*flat).reshape(x.shape)
+        routed = self.experts(x, experts, weights)
         return (routed + self.shared_experts(x).astype(mx.float32)).astype(x.dtype)
 
 

@@ -74,7 +74,7 @@ def hash_of_the_next_token(patch, model):
 def hash_by_position(patch, model):
     reroute(
         patch,
-        lambda self, x, ids, call: call(self, x, mx.arange(ids.shape[1])[None]),
+        lambda self, x, ids, call: call(self, x, mx.arange(ids.size)),
     )
 
 
