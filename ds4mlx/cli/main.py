@@ -16,6 +16,7 @@ import typer
 from ds4mlx import __version__
 from ds4mlx.cli import cache_commands, debugging
 from ds4mlx.cli.bench_commands import bench, synth
+from ds4mlx.cli.doctor import doctor
 from ds4mlx.cli.eval_commands import evaluate
 from ds4mlx.cli.help import Commands
 from ds4mlx.cli.text_commands import chat, generate
@@ -56,7 +57,7 @@ def options(
     """
 
 
-for command in (generate, chat, convert, verify, inspect, imatrix, bench, synth):
+for command in (generate, chat, convert, verify, inspect, imatrix, bench, synth, doctor):
     app.command()(debugging.debuggable(command))
 app.command("eval")(debugging.debuggable(evaluate))
 for registered in cache_commands.app.registered_commands:

@@ -27,7 +27,7 @@ def default_model() -> Path:
     named = os.environ.get("DS4MLX_MODEL")
     if named:
         return Path(named)
-    path = cache_directory() / f"embedded-{fingerprint()}"
+    path = embedded_directory()
     try:
         if not (path / MANIFEST).exists():
             _convert_once(path)
@@ -48,6 +48,11 @@ def _convert_once(path: Path) -> None:
     with path.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         convert(EMBEDDED, path, progress=False)
+
+
+def embedded_directory() -> Path:
+    """Where the converted embedded model is, or will be."""
+    return cache_directory() / f"embedded-{fingerprint()}"
 
 
 def cache_directory() -> Path:

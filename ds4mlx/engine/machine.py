@@ -90,23 +90,30 @@ def _meminfo() -> dict[str, int]:
 
 
 def _cgroup_limits() -> list[tuple[int, int]]:
-    """(limit, bytes used that cannot be dropped) of each control group that this process is in."""
     try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
+        return limits(CGROUPS, Path("/proc/self/cgroup").read_text().splitlines())
     except OSError:
         return []
-    limits: list[tuple[int, int]] = []
-    for line in lines:
+
+
+def limits(mount: Path, groups: list[str]) -> list[tuple[int, int]]:
+    """(limit, bytes used that cannot be dropped) of each control group that has a limit.
+
+    mount: where the groups are to be seen; groups: the lines of /proc/self/cgroup. A container may
+    see its own group, or only the top, instead of the path that its line names.
+    """
+    pairs = []
+    for line in groups:
         _, kinds, path = line.split(":", 2)
         if kinds not in ("", "memory"):
             continue
-        top = CGROUPS / kinds
+        top = mount / kinds
         inside = top / path.lstrip("/")
         for directory in (inside, *inside.parents):
-            limits += _limit_of(directory)
+            pairs += _limit_of(directory)
             if directory == top:
                 break
-    return limits
+    return pairs
 
 
 def _limit_of(directory: Path) -> list[tuple[int, int]]:
