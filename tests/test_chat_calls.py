@@ -107,3 +107,206 @@ def test_a_call_quoted_before_the_official_block_is_content():
     assert calls_of(message) == [("f", ARGUMENTS)]
     assert message["content"] == quoted
     assert message["malformed"] == []
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        *(
+            "</｜DSML｜param>",
+            "",
+            "</parameter>",
+            "</｜DSML｜parameter",
+            "</ ｜DSML｜parameter>",
+            "\n",
+        ),
+        *("</|DSML|parameter>", "</｜DSML｜Parameter>", "<｜DSML｜parameter>", "</｜DSML｜invoke>"),
+    ],
+)
+@pytest.mark.parametrize("gap", ["\n", "", "\n\n  "])
+def test_a_value_that_is_not_closed_swallows_nothing(end, gap):
+    """Neither the next parameter nor the next call; the call is broken, the others are read."""
+    head = '<｜DSML｜invoke name="a"><｜DSML｜parameter name="x" string="true">1'
+    bad = f"{head}{end}{gap}</｜DSML｜invoke>"
+    twice = f"{head}{end}{gap}{parameter('y', '2')}</｜DSML｜invoke>"
+    good = invoke("b", parameter("z", "3"))
+    for calls in ((bad, good), (twice, good), (good, bad), (good, twice, CALL)):
+        message = parse_completion(
+            f"c\n\n<｜DSML｜tool_calls>{gap.join(calls)}</｜DSML｜tool_calls>"
+        )
+        expected = [("b", '{"z": "3"}')] + [("f", ARGUMENTS)] * (CALL in calls)
+        assert calls_of(message) == expected
+        assert 'name="a"' in message["content"]
+        assert any("call of a" in f and "value of x" in f for f in message["malformed"])
+
+
+@pytest.mark.parametrize(
+    "quoted",
+    [
+        "</parameter></invoke>\n<invoke name='g'>\n</invoke></tool_calls>",
+        '<tool_calls>\n<invoke name="g">\n<parameter name="x">1</parameter>\n</invoke>',
+        '<|DSML|invoke name="g">\n<|DSML|parameter name="x" string="true">1</|DSML|parameter>',
+        '<DSML｜invoke name="g">\n\n</DSML｜invoke>',
+        "re.compile(r'<｜DSML｜invoke name=\"(.*?)\">')",
+        'open = f"<{DSML}invoke name=\\"{name}\\">"',
+        "CALLS := { '<｜DSML｜invoke name=\"' NAME '\">\\n' { PARAM } ['\\n'] '</｜DSML｜invoke' '>' }",
+        "'<｜DSML｜parameter name=\"' KEY '\" string=\"' (true|false) '\">' VALUE",
+        'Write `<｜DSML｜invoke name="g">` and `<｜DSML｜parameter name="x" string="true">` to call.',
+        '<｜DSML｜tool_calls>\n<｜DSML｜invoke name="$TOOL_NAME">\n'
+        '<｜DSML｜parameter name="$PARAMETER_NAME" string="true|false">$PARAMETER_VALUE',
+        '"<｜DSML｜tool_calls>" in text and text.endswith("</｜DSML｜tool_calls>")',
+        "</｜DSML｜invoke>\n</｜DSML｜tool_calls>",
+        '<function_calls>\n<invoke name="g">\n</invoke>\n</function_calls>',
+        EOS + "<think></think><｜User｜>",
+    ],
+)
+def test_a_value_may_quote_markup(quoted):
+    for value in (quoted, f"a\n{quoted}\nb", f"```\n{quoted}\n```"):
+        text = f"\n\n{block(invoke('f', parameter('x', value), parameter('y', '2')), CALL)}{EOS}"
+        message = parse_completion(text)
+        assert calls_of(message)[1:] == [("f", ARGUMENTS)]
+        assert json.loads(calls_of(message)[0][1]) == {"x": value, "y": "2"}
+        assert message["malformed"] == []
+
+
+PLAIN = BLOCK.replace("｜DSML｜", "")
+INSIDE = "\n".join(BLOCK.split("\n")[1:-1])
+
+
+@pytest.mark.parametrize(
+    ("markup", "mended"),
+    [
+        (BLOCK.replace("tool_calls", "function_calls"), "a block named function_calls"),
+        (BLOCK.replace("tool_calls", "toolcalls"), "a block named toolcalls"),
+        (BLOCK.replace("<｜DSML｜tool_calls>", "<｜DSML｜function_calls>"), "a block named"),
+        (PLAIN.replace("tool_calls", "function_calls"), "a block named function_calls"),
+        (INSIDE, "no block around the calls"),
+        (INSIDE + "\n</｜DSML｜tool_calls>", "no block around the calls"),
+        (INSIDE.replace("｜DSML｜", ""), "no block around the calls"),
+        (INSIDE.replace("｜DSML｜", "|DSML|"), "no block around the calls"),
+        (BLOCK.replace('"f"', "'f'"), "name without straight double quotes"),
+        (BLOCK.replace('"f"', "“f”"), "name without straight double quotes"),
+        (BLOCK.replace('"f"', "”f”"), "name without straight double quotes"),
+        (BLOCK.replace('"f"', "f"), "name without straight double quotes"),
+        (BLOCK.replace('"x"', "‘x’"), "name without straight double quotes"),
+        (BLOCK.replace('"true"', "'true'"), "string without straight double quotes"),
+        (BLOCK.replace('"f"', '"f" id="1"'), "the attribute id of f passed over"),
+        (BLOCK.replace('name="f"', 'id="1" name="f"'), "the attribute id of f passed over"),
+        (BLOCK.replace('"x"', '"x" type="text"'), "the attribute type of x passed over"),
+        (BLOCK.replace('name="x" string="true"', 'string="true" name="x"'), "official form"),
+        (BLOCK.replace("<｜DSML｜invoke", "< ｜DSML｜ invoke "), "official form"),
+        (BLOCK.replace('name="x"', ' name = "x" '), "official form"),
+        (BLOCK.replace("</｜DSML｜", "</ ｜DSML｜ "), "official form"),
+        (BLOCK.replace("parameter>", "parameter >"), "official form"),
+        (BLOCK.replace(">\n", " >\n"), "official form"),
+        (BLOCK.replace("</｜DSML｜", "</"), "official form"),
+        (
+            block(f'<｜DSML｜invoke name="f">\n{ARGUMENTS}\n</｜DSML｜invoke>'),
+            "JSON as the body of f",
+        ),
+        (block(f'<｜DSML｜invoke name="f">{ARGUMENTS}</｜DSML｜invoke>'), "JSON as the body of f"),
+    ],
+)
+def test_what_is_unambiguous_is_read_and_reported(markup, mended):
+    for thinking, start in (("none", ""), ("high", "r</think>")):
+        message = parse_completion(f"{start}c\n\n{markup}{EOS}", thinking)
+        assert calls_of(message) == [("f", ARGUMENTS)]
+        assert message["content"] == "c"
+        [fault] = message["malformed"]
+        assert mended in fault
+
+
+def test_blocks_that_follow_each_other_are_read():
+    message = parse_completion(f"c\n\n{BLOCK}\n\n{BLOCK}\n{INSIDE}")
+    assert calls_of(message) == [("f", ARGUMENTS)] * 3
+    assert message["content"] == "c"
+    assert any("several blocks of calls" in fault for fault in message["malformed"])
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        '<｜DSML｜invoke nam="g">\n\n</｜DSML｜invoke>',
+        '<｜DSML｜invoke name="g>\n\n</｜DSML｜invoke>',
+        '<｜DSML｜invoke name="">\n\n</｜DSML｜invoke>',
+        '<｜DSML｜invoke name="g" name="h">\n\n</｜DSML｜invoke>',
+        '<｜DSML｜call name="g">\n\n</｜DSML｜call>',
+        '<｜DSML｜invoke name="g">\n\n</｜DSML｜invok>',
+        '<｜DSML｜invoke name="g">\n[1, 2]\n</｜DSML｜invoke>',
+        '<｜DSML｜invoke name="g">\n{"x": 1\n</｜DSML｜invoke>',
+        '<｜DSML｜invoke name="g">\n{"x": NaN}\n</｜DSML｜invoke>',
+        '<｜DSML｜invoke name="g">\n{"x": 1e999}\n</｜DSML｜invoke>',
+        '<｜DSML｜invoke name="g">\n{"x": 1} and\n</｜DSML｜invoke>',
+        '<｜DSML｜invoke name="g">\nls\n</｜DSML｜invoke>',
+        '<｜DSML｜invoke name="g">\n<｜DSML｜parameter name="x" string="yes">1</｜DSML｜parameter>',
+        '<｜DSML｜invoke name="g">\n<｜DSML｜parameter string="true">1</｜DSML｜parameter>',
+        '<｜DSML｜invoke name="g">\n<｜DSML｜arg name="x" string="true">1</｜DSML｜arg>',
+        "Then:",
+        "</｜DSML｜parameter>",
+    ],
+)
+def test_a_bad_call_costs_no_other(bad):
+    other = invoke("h", parameter("z", "3"))
+    for calls in ((bad, CALL), (other, bad, CALL), (CALL, bad)):
+        message = parse_completion(f"c\n\n{block(*calls)}{EOS}")
+        expected = [("h", '{"z": "3"}')] * (other in calls) + [("f", ARGUMENTS)]
+        assert calls_of(message) == expected
+        assert message["malformed"]
+        assert bad.split("\n")[0] in message["content"]
+
+
+def test_a_repeated_key_in_a_json_body_is_reported():
+    bare = '<｜DSML｜invoke name="f">{"x": 1, "y": {"z": [1]}, "x": "</invoke>"}</｜DSML｜invoke>'
+    message = parse_completion(f"\n\n{block(bare)}")
+    assert calls_of(message) == [("f", '{"x": "</invoke>", "y": {"z": [1]}}')]
+    assert "parameter x given twice" in message["malformed"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'Write\n<invoke name="f">\n</invoke>\nto call.',
+        '```xml\n<invoke name="f">\n</invoke>\n```',
+        '```xml\n<tool_calls>\n<invoke name="f">\n</invoke>\n</tool_calls>\n```',
+        'So: <invoke name="f"></invoke>',
+        "<function_calls> and <toolcalls> are names of blocks",
+    ],
+)
+def test_plain_tags_in_talk_are_content(text):
+    message = parse_completion(text)
+    assert (message["content"], message["tool_calls"]) == (text, [])
+    assert message["malformed"] == []
+
+
+def test_an_official_block_quoted_in_plain_calls_is_not_run():
+    value = f"The format:\n\n{BLOCK}\n"
+    markup = f'<tool_calls>\n<invoke name="w">\n<parameter name="t">{value}</parameter>\n'
+    message = parse_completion(f"c\n\n{markup}</invoke>\n</tool_calls>{EOS}")
+    assert [(n, json.loads(a)) for n, a in calls_of(message)] == [("w", {"t": value})]
+
+
+HOSTILE = [
+    *("<", "< ", "</", '"', "</｜DSML｜param>", "<｜DSML｜parameter ", '<｜DSML｜invoke name="f'),
+    '<｜DSML｜invoke name="$f">\n',
+    '<｜DSML｜invoke name="f">\n',
+    '<｜DSML｜invoke name="f">{"a": ',
+    "<｜DSML｜invoke name='f'>{\"",
+    '<｜DSML｜parameter name="x" string="true">',
+    '<｜DSML｜tool_calls>\n<｜DSML｜invoke name="f">\n\n</｜DSML｜invoke>\n</｜DSML｜tool_calls>',
+    '\n<invoke name="f">\n</invoke>x',
+    '\n<invoke name="f">\n<parameter name="x">1</parameter>\n</invoke>\n',
+    '\n<tool_calls>\n<invoke name="f">',
+    "\n```\n<invoke name='f'>",
+    "[" * 50 + "{",
+    "</think>" + EOS,
+]
+
+
+@pytest.mark.parametrize("length", [20_000, pytest.param(1_000_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("piece", HOSTILE, ids=repr)
+def test_reading_takes_a_few_passes_over_a_long_text(piece, length):
+    """It would take hours if the time grew with the square of the length."""
+    long = piece * (length // len(piece))
+    open_value = "\n\n" + CALL.partition("a<b")[0] + long
+    for text in (f"\n\n{block(invoke('f', parameter('x', long)))}", open_value, long):
+        parse_completion(text, "high" if text == long else "none")

@@ -1,6 +1,7 @@
 """The message in a completion: official output exactly, everything else without failing."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -21,8 +22,8 @@ def check_shape(message):
     }
     assert isinstance(message["content"], str)
     assert isinstance(message["reasoning_content"], str)
-    for index, entry in enumerate(message["tool_calls"]):
-        assert entry["id"] == f"call_{index}"
+    for entry in message["tool_calls"]:
+        assert re.fullmatch("call_[0-9a-f]{32}", entry["id"])
         assert isinstance(json.loads(entry["function"]["arguments"]), dict)
     assert all(isinstance(fault, str) for fault in message["malformed"])
 
@@ -30,7 +31,7 @@ def check_shape(message):
 def test_thinking_with_calls():
     message = parse_completion(f"hm\n</think>Let me see.\n\n{BLOCK}{EOS}", "high")
     expected = assistant("Let me see.", reasoning_content="hm\n")
-    expected |= {"tool_calls": [call("call_0", ARGUMENTS)], "malformed": []}
+    expected |= {"tool_calls": [call(message["tool_calls"][0]["id"], ARGUMENTS)], "malformed": []}
     assert message == expected
 
 
@@ -88,6 +89,8 @@ def test_round_trip(reasoning, content, calls, thinking):
     start = encode_messages(history, thinking)
     text = encode_messages([*history, sent], thinking).removeprefix(start)
     message = parse_completion(text, thinking)
+    for given_call, parsed in zip(sent["tool_calls"], message["tool_calls"], strict=True):
+        given_call["id"] = parsed["id"]
     assert message == {**sent, "malformed": []}
     assert encode_messages([*history, message], thinking) == start + text
 
@@ -145,11 +148,23 @@ def test_wrong_markers(text, thinking, expected):
     assert tuple(message[part] for part in parts) == expected
 
 
-@pytest.mark.parametrize("ending", ["", "</think>b"])
+@pytest.mark.parametrize("ending", ["", EOS, "\n", "</think>", "</think>" + EOS, "\n</think>\n"])
+@pytest.mark.parametrize("reasoning", ["r", "", "I call f.\nNow"])
+def test_calls_that_end_the_turn_end_the_reasoning(reasoning, ending):
+    message = parse_completion(f"{reasoning}\n\n{BLOCK}{ending}", "high")
+    assert (message["reasoning_content"], message["content"]) == (reasoning, "")
+    assert calls_of(message) == [("f", ARGUMENTS)]
+    assert message["malformed"][0] == "tool calls before </think>"
+
+
+@pytest.mark.parametrize("ending", ["</think>b", " or not", "</think>\n\n" + BLOCK])
 def test_calls_inside_the_reasoning_stay_there(ending):
     message = parse_completion(f"r\n\n{BLOCK}{ending}", "high")
+    if BLOCK in ending:
+        assert len(message.pop("tool_calls")) == 1
+        message |= {"tool_calls": []}
     assert message["tool_calls"] == []
-    assert message["reasoning_content"] == f"r\n\n{BLOCK}"
+    assert message["reasoning_content"] == f"r\n\n{BLOCK}" + ending.partition("</think>")[0]
     assert "tool markup inside the reasoning" in message["malformed"]
 
 

@@ -5,15 +5,17 @@ Never fails on a model's text: what is malformed is read as well as it can be, a
 
 import json
 import re
+import secrets
 from typing import Any
 
-from ds4mlx.chat.calls import CallBlock, find_calls
+from ds4mlx.chat.calls import CallBlock, ends_turn, find_calls
 from ds4mlx.chat.markup import Call, Parameter, render_calls
 from ds4mlx.chat.prompts import check_thinking
+from ds4mlx.chat.reading import Reading
 from ds4mlx.chat.tokens import CONTROL, DSML, EOS, THINK, THINK_END
 
 _CONTROL = re.compile("|".join(re.escape(token) for token in CONTROL))
-_CALLS_END = f"</{DSML}tool_calls>"
+_CALLS_START, _CALLS_END = f"\n<{DSML}tool_calls>", f"</{DSML}tool_calls>"
 
 
 def parse_completion(text: str, thinking: str = "none") -> dict[str, Any]:
@@ -23,21 +25,24 @@ def parse_completion(text: str, thinking: str = "none") -> dict[str, Any]:
         matters here.
 
     Returns role, content and reasoning_content (text), tool_calls (OpenAI's list; `arguments` is
-    JSON text, ids are call_0, call_1, ...) and malformed: what was wrong, one short text each,
-    empty for official output with or without its EOS. Only complete calls, outside the
-    reasoning, become tool_calls; other tool markup stays in the text. Control tokens are removed
-    from content and reasoning, not from arguments.
+    JSON text; ids are `call_` and 128 random bits, new each time) and malformed: what was wrong
+    or mended, one short text each, empty exactly for official output, with or without its EOS.
+    Only complete calls become tool_calls; a broken one stays in the content, is named in
+    malformed, and costs none of the calls beside it. Calls inside the reasoning stay there,
+    unless the turn ends with them. Control tokens are removed from content and reasoning, not
+    from arguments.
 
     Raises DataError for an unknown `thinking`, never for any `text`.
     """
-    reasoning, body = split_reasoning(text, thinking)
-    malformed = _reasoning_faults(text, reasoning, body, thinking)
+    reasoning, body, malformed = _divided(text, thinking)
+    if DSML in reasoning or find_calls(reasoning):
+        malformed.append("tool markup inside the reasoning")
     content, calls = _split_calls(body, malformed)
     return {
         "role": "assistant",
         "content": _cleaned(content, "content", malformed),
         "reasoning_content": _cleaned(reasoning, "reasoning", malformed),
-        "tool_calls": [_openai(call, index, malformed) for index, call in enumerate(calls)],
+        "tool_calls": [_openai(call, malformed) for call in calls],
         "malformed": malformed,
     }
 
@@ -45,42 +50,75 @@ def parse_completion(text: str, thinking: str = "none") -> dict[str, Any]:
 def split_reasoning(text: str, thinking: str) -> tuple[str, str]:
     """Reasoning and the rest, in the order of the text; their delimiters belong to neither.
 
-    Without `</think>` all is reasoning if thinking is on. If it is off, only a text that opens
-    with `<think>` and closes it has reasoning.
+    Without `</think>` all is reasoning if thinking is on, up to calls that end the turn. If it is
+    off, only a text that opens with `<think>` and closes it has reasoning.
     """
+    return _divided(text, thinking)[:2]
+
+
+def _divided(text: str, thinking: str) -> tuple[str, str, list[str]]:
+    """Reasoning, the rest, and what is wrong with where they part."""
     check_thinking(thinking)
     turn, _, _ = text.partition(EOS)
-    opened = turn.startswith(THINK)
-    if thinking == "none" and not (opened and THINK_END in turn):
-        return "", text
-    reasoning = turn.partition(THINK_END)[0]
-    body = text[len(reasoning) :].removeprefix(THINK_END)
-    return reasoning.removeprefix(THINK), body
-
-
-def _reasoning_faults(text: str, reasoning: str, body: str, thinking: str) -> list[str]:
-    faults = []
     if thinking == "none":
-        faults += ["reasoning although thinking is off"] if body != text else []
-    else:
-        faults += [f"{THINK} repeated"] if text.startswith(THINK) else []
-        faults += [f"missing {THINK_END}"] if THINK_END not in text.partition(EOS)[0] else []
-    if DSML in reasoning or find_calls(reasoning):
-        faults.append("tool markup inside the reasoning")
-    return faults
+        if not (turn.startswith(THINK) and THINK_END in turn):
+            return "", text, []
+        reasoning, _, body = text.removeprefix(THINK).partition(THINK_END)
+        return reasoning, body, ["reasoning although thinking is off"]
+    faults = [f"{THINK} repeated"] if text.startswith(THINK) else []
+    text = text.removeprefix(THINK)
+    if unclosed := _calls_within(text):
+        return *unclosed, [*faults, f"tool calls before {THINK_END}"]
+    reasoning = text.partition(EOS)[0].partition(THINK_END)[0]
+    rest = text[len(reasoning) :]
+    if not rest.startswith(THINK_END):
+        faults.append(f"missing {THINK_END}")
+    return reasoning, rest.removeprefix(THINK_END), faults
 
 
-def _split_calls(body: str, malformed: list[str]) -> tuple[str, tuple[Call, ...]]:
-    block = find_calls(body)
-    end_of_turn = body.find(EOS)
-    if block is None or -1 < end_of_turn < block.start:
-        return _until_eos(body, malformed), ()
-    if not block.calls and not block.closed:
+def _calls_within(text: str) -> tuple[str, str] | None:
+    """Reasoning, and calls that end the turn although the reasoning before them is not closed.
+
+    Only marked calls in a block, of which nothing is amiss: others the model may think about.
+    """
+    thought = text.partition(EOS)[0].partition(THINK_END)[0]
+    if "DSML" not in thought:
+        return None
+    block = find_calls(text, len(thought))
+    if block is None or not (block.calls and block.is_sound and block.has_closing):
+        return None
+    rest = text[block.end :].lstrip().removeprefix(THINK_END)
+    if not ends_turn(rest, 0) or "DSML" not in text[block.start : block.end]:
+        return None
+    start = len(text[: block.start].removesuffix("\n").removesuffix("\n"))
+    return text[:start], text[start : block.end] + rest.lstrip()
+
+
+def _split_calls(body: str, malformed: list[str]) -> tuple[str, list[Call]]:
+    block = find_calls(body, _turn_end(body))
+    if block is None:
+        return _until_eos(body, malformed), []
+    malformed += [_described(*broken) for broken in block.broken]
+    if not block.calls and not block.has_closing:
         malformed.append("incomplete tool call")
-        return _until_eos(body, malformed), ()
+        return _until_eos(body, malformed), []
     before = _before_block(body[: block.start], malformed)
+    between = [body[slice(*span)].strip() for span in block.between]
+    if len(between) > len(block.broken):
+        malformed.append("text between the tool calls")
     after = _after_block(body, block, malformed)
-    return "\n\n".join(part for part in (before, after) if part), block.calls
+    return "\n\n".join(part for part in (before, *between, after) if part), block.calls
+
+
+def _turn_end(body: str) -> int | None:
+    """Where the turn ends; None where it never does, or a block is open that may hold its token."""
+    end = body.find(EOS)
+    return None if end < 0 or _CALLS_START in body[:end] else end
+
+
+def _described(calls_before: int, broken: Reading) -> str:
+    place = f"after {calls_before} calls" if calls_before else "before any other"
+    return f"the call of {broken.name:.80} {place} is broken and left as text: {broken.fault}"
 
 
 def _until_eos(text: str, malformed: list[str]) -> str:
@@ -100,13 +138,19 @@ def _before_block(text: str, malformed: list[str]) -> str:
 def _after_block(body: str, block: CallBlock, malformed: list[str]) -> str:
     after = _until_eos(body[block.end :], malformed)
     rest = after.strip()
-    if not block.closed:
-        was_cut = _CALLS_END.startswith(rest)
-        malformed.append("tool calls not closed" if was_cut else "incomplete tool call")
-        return "" if was_cut else rest
-    if _canonical(body[block.start : block.end]) != _canonical(render_calls(block.calls)):
-        malformed.append("tool markup not in the official form")
-    if after:
+    markup = body[block.start : block.end]
+    if block.has_opening and not block.has_closing:
+        if _CALLS_END.startswith(rest):
+            malformed.append("tool calls not closed")
+            rest = after = ""
+        else:
+            malformed.append("incomplete tool call")
+    official = _canonical(render_calls(tuple(block.calls)))
+    whole = block.is_sound and block.has_closing
+    if block.slips or (whole and _canonical(markup) != official):
+        slips = "; ".join(dict.fromkeys(block.slips))
+        malformed.append("tool markup not in the official form" + (slips and f": {slips}"))
+    if after and block.has_closing >= block.has_opening:
         malformed.append("text after the tool calls")
     return rest
 
@@ -124,7 +168,7 @@ def _cleaned(text: str, part: str, malformed: list[str]) -> str:
     return _CONTROL.sub("", text)
 
 
-def _openai(call: Call, index: int, malformed: list[str]) -> dict[str, Any]:
+def _openai(call: Call, malformed: list[str]) -> dict[str, Any]:
     values: dict[str, str] = {}
     for parameter in call.parameters:
         if parameter.key in values:
@@ -132,7 +176,7 @@ def _openai(call: Call, index: int, malformed: list[str]) -> dict[str, Any]:
         values[parameter.key] = _json_value(parameter, malformed)
     pairs = (f"{json.dumps(key, ensure_ascii=False)}: {value}" for key, value in values.items())
     function = {"name": call.name, "arguments": "{" + ", ".join(pairs) + "}"}
-    return {"id": f"call_{index}", "type": "function", "function": function}
+    return {"id": f"call_{secrets.token_hex(16)}", "type": "function", "function": function}
 
 
 def _json_value(parameter: Parameter, malformed: list[str]) -> str:

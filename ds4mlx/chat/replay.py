@@ -17,7 +17,7 @@ def sampled_calls(text: str, thinking: str = "none") -> str:
     _, body = split_reasoning(text, thinking)
     turn = body.partition(EOS)[0]
     block = find_calls(turn)
-    if block is None or not block.calls or not block.closed or turn[block.end :].strip():
+    if block is None or not (block.calls and block.is_sound) or turn[block.end :].strip():
         return ""
     before = turn[: block.start]
     content = before[:-2] if before.endswith("\n\n") else before.removesuffix("\n")
