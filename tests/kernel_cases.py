@@ -12,7 +12,6 @@ import mlx.core as mx
 import numpy as np
 
 from ds4mlx.bench.random_weights import random_planes, random_words
-from ds4mlx.config import ModelConfig
 from ds4mlx.custom_kernels import read_speed
 from ds4mlx.custom_kernels.codes import staging
 from ds4mlx.custom_kernels.layer import hyper_post, hyper_pre, router
@@ -27,7 +26,6 @@ from ds4mlx.custom_kernels.products import (
     tiles,
 )
 from ds4mlx.formats import FORMATS
-from ds4mlx.model.hyper import HyperConnection, collapse
 
 UP, DOWN = ("iq2_xxs", "q4_k", "mxfp4"), ("q2_k", "q4_k", "mxfp4")
 TOLERANCE = {mx.float32: 1e-5, mx.bfloat16: 4e-3}
@@ -175,7 +173,7 @@ def route(dtype: mx.Dtype, experts: int, width: int, tokens: int, hashed: bool) 
     else:
         options = {"bias": normal((experts,), mx.float32, 3)}
     sides = []
-    for side in (router.route, router.reference):
+    for side in (router.by_kernel, router.plain):
         found, weights = side(x, weight, 1.5, 6, **options)
         order = mx.argsort(found, axis=-1)  # which comes first is no part of the answer
         sides.append([mx.take_along_axis(a, order, axis=-1) for a in (found, weights)])
@@ -183,27 +181,20 @@ def route(dtype: mx.Dtype, experts: int, width: int, tokens: int, hashed: bool) 
 
 
 def pre(dtype: mx.Dtype, width: int, tokens: int, scale: float = 1.0) -> Pairs:
-    config = ModelConfig(hidden_size=width)
-    site = HyperConnection(config)
-    site.fn = normal(site.fn.shape, mx.float32, 1, width**-0.5)
-    site.base, site.scale = normal((24,), mx.float32, 2), normal((3,), mx.float32, 3)
+    fn = normal((hyper_pre.MIXES, 4 * width), mx.float32, 1, width**-0.5)
+    weights = fn, normal((24,), mx.float32, 2), normal((3,), mx.float32, 3)
     streams = normal((tokens, 4, width), dtype, 4, scale)
-    out, post, comb = hyper_pre.hyper_pre(
-        *(streams, site.fn, site.base, site.scale),
-        iterations=config.hc_sinkhorn_iters,
-        eps=config.hc_eps,
-        norm_eps=config.rms_norm_eps,
-    )
-    weights, want_post, want_comb = site.mixes(streams)
-    collapsed = collapse(streams.astype(mx.float32), weights)
-    return [(out, collapsed), (post, want_post), (comb, want_comb)]
+    options = {"iterations": 20, "eps": 1e-6, "norm_eps": 1e-6}
+    got = hyper_pre.by_kernel(streams, *weights, **options)
+    want = hyper_pre.plain(streams.astype(mx.float32), *weights, **options)
+    return list(zip(got, want, strict=True))
 
 
 def post(dtype: mx.Dtype, width: int, tokens: int) -> Pairs:
     streams, out = normal((tokens, 4, width), dtype, 1), normal((tokens, width), dtype, 2)
     weights, comb = normal((tokens, 4), mx.float32, 3), normal((tokens, 4, 4), mx.float32, 4)
-    got = hyper_post.hyper_post(streams, out, weights, comb)
-    return [(got, hyper_post.reference(streams, out, weights, comb))]
+    got = hyper_post.by_kernel(streams, out, weights, comb)
+    return [(got, hyper_post.plain(streams.astype(mx.float32), out, weights, comb))]
 
 
 def reading(words: int) -> Pairs:

@@ -1,7 +1,7 @@
 """The model through its kernels equals the model through plain operations."""
 
-import runpy
 import sys
+from contextvars import Context
 
 import mlx.core as mx
 import numpy as np
@@ -28,12 +28,12 @@ def metal(monkeypatch):
         launched.append(self.name)
         return call(self, *arguments, **options)
 
-    monkeypatch.setattr(dispatch, "_forced", True)
     if sys.platform != "darwin":
         monkeypatch.setattr(dialect, "target", lambda: "metal")
         monkeypatch.setattr(mx.fast, "metal_kernel", metal_kernel)
     monkeypatch.setattr(dialect.Kernel, "__call__", noted)
-    return launched
+    with dispatch.kernels():
+        yield launched
 
 
 def fill(module, storage: str, seed: int):
@@ -93,12 +93,12 @@ def test_where_kernels_are_used(target, used, monkeypatch):
         monkeypatch.setenv("DS4MLX_KERNELS", setting)
         if setting == " ":
             monkeypatch.delenv("DS4MLX_KERNELS")
-        fresh = runpy.run_path(dispatch.__file__)
-        assert fresh["in_use"]() == (setting in used)
-        with fresh["kernels"]():
-            assert fresh["in_use"]() == (target is not None)
-        with fresh["plain_operations"]():
-            assert not fresh["in_use"]()
+        assert Context().run(dispatch.in_use) == (setting in used)
+        with dispatch.kernels():
+            assert dispatch.in_use() == (target is not None)
+            with dispatch.plain_operations():
+                assert not dispatch.in_use()
+            assert dispatch.in_use() == (target is not None)
 
 
 @pytest.fixture(scope="module")

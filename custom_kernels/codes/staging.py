@@ -56,12 +56,15 @@ inline void pairs(uint4 v, thread pair* p) {
 
 # What both ways of staging begin with.
 _GROUP = """
-// 32 columns, and the largest magnitude among them.
+// 32 columns, and the largest magnitude among them; NaN if one of them is.
 template <typename T>
 inline float load_group(const device T* x, thread float* v) {
   for (int i = 0; i < 4; i++) load8(x + 8 * i, v + 8 * i);
   float most = 0;
-  for (int i = 0; i < 32; i++) most = max(most, fabs(v[i]));
+  for (int i = 0; i < 32; i++) {
+    float a = fabs(v[i]);
+    most = a > most || a != a ? a : most;
+  }
   return most;
 }
 inline float sum16(const thread float* v) {
@@ -114,7 +117,8 @@ inline void stage(const device T* x, uint columns, threadgroup uint4* xs, thread
     float v[32];
     float most = load_group(x + 32 * g, v);
     float down = most > 1e-30f ? 127.0f / most : 0.0f, scale = most / 127.0f;
-    for (int i = 0; i < 32; i++) v[i] = rint(v[i] * down);
+    // Of a group with a NaN or an infinity all steps are 0, and its scale makes the products NaN.
+    for (int i = 0; i < 32; i++) v[i] = down > 0 ? rint(v[i] * down) : 0.0f;
     uint c = g / 2, h = g % 2;
     scales[h * chunks + c] = scale;
     for (int s = 0; s < 2; s++) {

@@ -1,11 +1,13 @@
-"""What a hyper-connection does after its sublayer, in one launch: new streams out of old ones."""
+"""What a hyper-connection does after its sublayer: new streams out of old ones; one launch."""
 
 from functools import lru_cache
 
 import mlx.core as mx
 
+from ds4mlx.custom_kernels import dispatch
 from ds4mlx.custom_kernels.dialect import Kernel
 
+STREAMS = 4
 THREADS = 256
 
 BODY = """
@@ -28,11 +30,32 @@ def kernel() -> Kernel:
     return Kernel("hyper_post", ["streams", "out", "post", "comb"], ["merged"], BODY)
 
 
-def hyper_post(streams: mx.array, out: mx.array, post: mx.array, comb: mx.array) -> mx.array:
-    """new_k = post_k out + sum_j comb[j, k] stream_j.
+def after_sublayer(streams: mx.array, out: mx.array, post: mx.array, comb: mx.array) -> mx.array:
+    """new_k = post_k out + sum_j comb[j, k] stream_j, computed in float32.
 
-    streams (N, 4, D), out (N, D), post float32 (N, 4), comb float32 (N, 4, 4) -> (N, 4, D).
+    streams (N, n, D), out (N, D), post float32 (N, n), comb float32 (N, n, n) -> (N, n, D) in the
+    streams' type. comb goes from stream j to stream k.
     """
+    if not takes(streams):
+        return plain(streams, out, post, comb)
+    most = dispatch.most_tokens(streams.shape[1] * streams.shape[2])
+    return dispatch.in_pieces(by_kernel, most, streams, out, post, comb)
+
+
+def takes(streams: mx.array) -> bool:
+    """Whether the kernel makes new streams of (N, n, D)."""
+    return streams.shape[1] == STREAMS and dispatch.active(streams)
+
+
+def plain(streams: mx.array, out: mx.array, post: mx.array, comb: mx.array) -> mx.array:
+    """`after_sublayer` by MLX's own operations."""
+    spread = post[..., None] * out[..., None, :].astype(mx.float32)
+    kept = mx.swapaxes(comb, -1, -2) @ streams.astype(mx.float32)
+    return (spread + kept).astype(streams.dtype)
+
+
+def by_kernel(streams: mx.array, out: mx.array, post: mx.array, comb: mx.array) -> mx.array:
+    """`after_sublayer` in one launch, of four streams, and of as many tokens as it can number."""
     count, _, width = streams.shape
     return kernel()(
         [streams, out, post, comb],
@@ -41,9 +64,3 @@ def hyper_post(streams: mx.array, out: mx.array, post: mx.array, comb: mx.array)
         threads=THREADS,
         template=[("T", streams.dtype), ("WIDTH", width), ("THREADS", THREADS)],
     )[0]
-
-
-def reference(streams: mx.array, out: mx.array, post: mx.array, comb: mx.array) -> mx.array:
-    """The same by MLX's own operations, float32."""
-    spread = post[..., None] * out[..., None, :].astype(mx.float32)
-    return spread + mx.swapaxes(comb, -1, -2) @ streams.astype(mx.float32)

@@ -1,4 +1,4 @@
-"""What a hyper-connection does before its sublayer, for a few tokens, in one launch.
+"""What a hyper-connection does before its sublayer; for a few tokens in one launch.
 
 A threadgroup a token: the mixes (a product with all streams, normed), their sigmoids, Sinkhorn's
 iterations by one SIMD-group, a lane for each of the 16 weights, and the collapse of the streams.
@@ -8,6 +8,7 @@ from functools import lru_cache
 
 import mlx.core as mx
 
+from ds4mlx.custom_kernels import dispatch
 from ds4mlx.custom_kernels.codes.tables import bits
 from ds4mlx.custom_kernels.dialect import LOAD8, Kernel
 
@@ -92,7 +93,7 @@ def kernel() -> Kernel:
     return Kernel("hyper_pre", inputs, outputs, BODY, LOAD8 + HEADER)
 
 
-def hyper_pre(
+def before_sublayer(
     streams: mx.array,
     fn: mx.array,
     base: mx.array,
@@ -102,10 +103,78 @@ def hyper_pre(
     eps: float,
     norm_eps: float,
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """streams (N, 4, D) -> their collapse (N, D) in their type, post (N, 4), comb (N, 4, 4) float32.
+    """streams (N, n, D) -> their collapse (N, D) in their type, post (N, n), comb (N, n, n) float32.
 
-    fn (24, 4 D), base (24,), scale (3,): those of HyperConnection, which is the plain form of this.
+    fn ((2 + n) n, n D), base ((2 + n) n,), scale (3,), float32: a hyper-connection's weights.
     """
+    made = by_kernel if takes(streams) else plain
+    return made(streams, fn, base, scale, iterations=iterations, eps=eps, norm_eps=norm_eps)
+
+
+def takes(streams: mx.array) -> bool:
+    """Whether the kernel takes streams (N, n, D)."""
+    count, streams_each, width = streams.shape
+    suits = count <= dispatch.FEW and streams_each == STREAMS and width % 8 == 0
+    return suits and dispatch.active(streams)
+
+
+def plain(
+    streams: mx.array,
+    fn: mx.array,
+    base: mx.array,
+    scale: mx.array,
+    *,
+    iterations: int,
+    eps: float,
+    norm_eps: float,
+) -> tuple[mx.array, mx.array, mx.array]:
+    """`before_sublayer` by MLX's own operations."""
+    n = streams.shape[-2]
+    mix = project(streams, fn, norm_eps)
+    to_pre, to_post, to_comb = mx.split(mix, [n, 2 * n], axis=-1)
+    base_pre, base_post, base_comb = mx.split(base, [n, 2 * n])
+    pre = mx.sigmoid(to_pre * scale[0] + base_pre) + eps
+    post = 2 * mx.sigmoid(to_post * scale[1] + base_post)
+    logits = to_comb * scale[2] + base_comb
+    comb = sinkhorn(logits.reshape(*logits.shape[:-1], n, n), iterations, eps)
+    return collapse(streams, pre), post, comb
+
+
+def project(streams: mx.array, fn: mx.array, eps: float) -> mx.array:
+    """fn . RMSNorm(flattened streams), float32: (..., n, D) -> (..., rows of fn)."""
+    return mx.fast.rms_norm(streams.astype(mx.float32).flatten(-2), None, eps) @ fn.T
+
+
+def collapse(streams: mx.array, pre: mx.array) -> mx.array:
+    """sum_j pre_j stream_j: (..., n, D), (..., n) -> (..., D) in the streams' type."""
+    mixed = pre[..., None, :] @ streams.astype(mx.float32)
+    return mixed.squeeze(-2).astype(streams.dtype)
+
+
+def sinkhorn(logits: mx.array, iterations: int, eps: float) -> mx.array:
+    """Nearly doubly stochastic (..., n, n): softmax of rows, then columns and rows in turn.
+
+    Ends on columns, so each destination's weights sum to about 1.
+    """
+    comb = mx.softmax(logits, axis=-1, precise=True) + eps
+    comb = comb / (comb.sum(-2, keepdims=True) + eps)
+    for _ in range(iterations - 1):
+        comb = comb / (comb.sum(-1, keepdims=True) + eps)
+        comb = comb / (comb.sum(-2, keepdims=True) + eps)
+    return comb
+
+
+def by_kernel(
+    streams: mx.array,
+    fn: mx.array,
+    base: mx.array,
+    scale: mx.array,
+    *,
+    iterations: int,
+    eps: float,
+    norm_eps: float,
+) -> tuple[mx.array, mx.array, mx.array]:
+    """`before_sublayer` in one launch, of four streams whose width is a multiple of 8."""
     count, _, width = streams.shape
     out, post, comb = kernel()(
         [streams, fn, base, scale],

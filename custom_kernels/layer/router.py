@@ -1,17 +1,20 @@
-"""The router of a few tokens: scores, choice and weights of the experts in one launch.
+"""The router: scores, choice and weights of the experts; for a few tokens in one launch.
 
-A threadgroup a token. Every SIMD-group scores experts; one then picks the best, k times over.
+A threadgroup a token. Every SIMD-group scores experts; one then picks the best, k times over. A NaN
+has no place in an order of scores: where there is one, all of the token's weights are NaN.
 """
 
 from functools import lru_cache
 
 import mlx.core as mx
 
+from ds4mlx.custom_kernels import dispatch
 from ds4mlx.custom_kernels.codes.tables import bits
 from ds4mlx.custom_kernels.dialect import LOAD8, Kernel
 
 GROUPS = 32  # SIMD-groups of a threadgroup
 ROWS = 4  # experts a SIMD-group scores at a time
+MOST_EXPERTS = 1024  # whose scores stay in threadgroup memory and registers
 
 HEADER = """
 // sqrt(log(1 + e^v)); log1p by the way that keeps its digits for a small argument.
@@ -55,10 +58,13 @@ CHOOSE = (
     + """
     if (simdgroup_index_in_threadgroup > 0) return;
     float biased[(SCORED + 31) / 32];
+    int unordered = 0;
     for (uint i = 0; i * 32 < SCORED; i++) {
         uint e = 32 * i + lane;
         biased[i] = e < SCORED ? scores[e] + bias[e] : -INFINITY;
+        if (biased[i] != biased[i]) unordered = 1;
     }
+    unordered = simd_max(unordered);
     float mine = 0, total = 0;
     uint chosen = 0;
     for (uint k = 0; k < TOPK; k++) {
@@ -77,7 +83,8 @@ CHOOSE = (
     }
     if (lane < TOPK) {
         experts[token * TOPK + lane] = int(chosen);
-        weights[token * TOPK + lane] = mine / total * as_type<float>(SCALE);
+        float weight = mine / total * as_type<float>(SCALE);
+        weights[token * TOPK + lane] = unordered ? as_type<float>(0x7fc00000u) : weight;
     }
 """
 )
@@ -122,12 +129,72 @@ def route(
     table: mx.array | None = None,
     ids: mx.array | None = None,
 ) -> tuple[mx.array, mx.array]:
-    """Experts int32 (N, k) and their weights float32 (N, k) of tokens x (N, D).
+    """Experts int (N, k) and their weights float32 (N, k) of tokens x (N, D).
 
-    weight (E, D). With `bias` (E,) the experts of highest score + bias, best first; with `table` int32
-    (vocab, k) and `ids` int32 (N,) those listed for the token. Weights are scores over their sum, times
-    scale; a score is sqrt(softplus(weight . x)). D is a multiple of 8, k at most 32.
+    weight (E, D). With `bias` (E,) the experts of highest score + bias, in any order; with `table`
+    int32 (vocab, k) and `ids` int (N,) those listed for the token. Weights are scores over their sum,
+    times scale; a score is sqrt(softplus(weight . x)). A NaN among what is compared makes all weights
+    of the token NaN.
     """
+    routed = by_kernel if takes(x, weight, topk) else plain
+    return routed(x, weight, scale, topk, bias=bias, table=table, ids=ids)
+
+
+def takes(x: mx.array, weight: mx.array, topk: int) -> bool:
+    """Whether the kernel routes tokens x (N, D) among the rows of weight."""
+    suits = x.shape[1] % 8 == 0 and topk <= dispatch.MOST_CHOSEN and len(weight) <= MOST_EXPERTS
+    return suits and len(x) <= dispatch.FEW and dispatch.active(x)
+
+
+def plain(
+    x: mx.array,
+    weight: mx.array,
+    scale: float,
+    topk: int,
+    *,
+    bias: mx.array | None = None,
+    table: mx.array | None = None,
+    ids: mx.array | None = None,
+) -> tuple[mx.array, mx.array]:
+    """`route` by MLX's own operations."""
+    each = scores(x, weight)
+    if table is not None:
+        assert ids is not None
+        experts = table[ids]
+    else:
+        assert bias is not None
+        experts = choose(each, bias, topk)
+    weights = mx.take_along_axis(each, experts, axis=-1)
+    weights = weights / weights.sum(-1, keepdims=True) * scale
+    if bias is not None:
+        unordered = mx.isnan(each + bias).any(-1, keepdims=True)
+        weights = mx.where(unordered, mx.nan, weights)
+    return experts, weights
+
+
+def scores(x: mx.array, weight: mx.array) -> mx.array:
+    """sqrt(softplus(logit)) of every expert, float32 (N, E)."""
+    logits = x.astype(mx.float32) @ weight.astype(mx.float32).T
+    return mx.sqrt(mx.logaddexp(logits, 0))
+
+
+def choose(scores: mx.array, bias: mx.array, topk: int) -> mx.array:
+    """The k experts with the highest score + bias; the bias moves the choice only."""
+    biased = scores + bias
+    return mx.argpartition(-biased, topk - 1, axis=-1)[..., :topk]
+
+
+def by_kernel(
+    x: mx.array,
+    weight: mx.array,
+    scale: float,
+    topk: int,
+    *,
+    bias: mx.array | None = None,
+    table: mx.array | None = None,
+    ids: mx.array | None = None,
+) -> tuple[mx.array, mx.array]:
+    """`route` in one launch; the best expert comes first. D is a multiple of 8, k at most 32."""
     hashed = table is not None
     extra = [table, ids] if hashed else [bias]
     shape = (x.shape[0], topk)
@@ -147,25 +214,3 @@ def route(
         ],
     )
     return experts, weights
-
-
-def reference(
-    x: mx.array,
-    weight: mx.array,
-    scale: float,
-    topk: int,
-    *,
-    bias: mx.array | None = None,
-    table: mx.array | None = None,
-    ids: mx.array | None = None,
-) -> tuple[mx.array, mx.array]:
-    """The same by MLX's own operations; experts in any order."""
-    logits = x.astype(mx.float32) @ weight.astype(mx.float32).T
-    scores = mx.sqrt(mx.logaddexp(logits, 0))
-    if table is not None:
-        assert ids is not None
-        experts = table[ids]
-    else:
-        experts = mx.argpartition(-(scores + bias), topk - 1, axis=-1)[..., :topk]
-    weights = mx.take_along_axis(scores, experts, axis=-1)
-    return experts, weights / weights.sum(-1, keepdims=True) * scale

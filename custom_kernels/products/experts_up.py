@@ -12,6 +12,7 @@ from ds4mlx.custom_kernels.codes import staging
 from ds4mlx.custom_kernels.codes.packs import PACKINGS
 from ds4mlx.custom_kernels.codes.tables import bits, lut
 from ds4mlx.custom_kernels.dialect import Kernel
+from ds4mlx.custom_kernels.products import swiglu
 from ds4mlx.formats.base import Format, Planes
 
 ROWS = 2  # hidden values a SIMD-group makes
@@ -79,10 +80,9 @@ BODY = """
     float limit = as_type<float>(LIMIT);
     #pragma unroll
     for (uint r = 0; r < ROWS; r++) {
-        float g = min(simd_sum(gates[r]), limit);
-        float u = min(max(simd_sum(ups[r]), -limit), limit);
+        float y = swiglu(simd_sum(gates[r]), simd_sum(ups[r]), limit);
         if (lane == 0 && row0 + r < HIDDEN) {
-            float y = g / (1.0f + exp(-g)) * u * float(weights[job]);
+            y *= float(weights[job]);
             hidden[job * HIDDEN + row0 + r] = static_cast<T>(y);
         }
     }
@@ -95,7 +95,7 @@ def kernel(storage: str, dtype: mx.Dtype, eight: bool) -> Kernel:
     packing = PACKINGS[storage]
     gate, up = packing.names("gate"), packing.names("up")
     names = f"#define GATE {', '.join(gate)}\n#define UP {', '.join(up)}\n"
-    text = staging.products(packing, dtype, eight)
+    text = swiglu.HEADER + staging.products(packing, dtype, eight)
     name = f"experts_up_{storage}_{staging.arithmetic(dtype, eight)}"
     inputs = ["x", "experts", "weights", "table", *gate, *up]
     return Kernel(name, inputs, ["hidden"], BODY, names + text)
@@ -153,5 +153,4 @@ def reference(
         (x @ mx.swapaxes(found.decode({p: a[experts.flatten()] for p, a in m.items()}), -1, -2))
         for m in (gate, up)
     )
-    g, u = mx.minimum(gates, limit), mx.clip(ups, -limit, limit)
-    return (g * mx.sigmoid(g) * u * weights.reshape(-1, 1, 1)).squeeze(1)
+    return (swiglu.swiglu(gates, ups, limit) * weights.reshape(-1, 1, 1)).squeeze(1)

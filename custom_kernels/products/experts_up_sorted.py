@@ -11,7 +11,7 @@ import mlx.core as mx
 from ds4mlx.custom_kernels.codes.packs import PACKINGS
 from ds4mlx.custom_kernels.codes.tables import bits, lut
 from ds4mlx.custom_kernels.dialect import Kernel
-from ds4mlx.custom_kernels.products import matmul
+from ds4mlx.custom_kernels.products import matmul, swiglu
 from ds4mlx.formats.base import Planes
 
 BODY = (
@@ -38,9 +38,8 @@ BODY = (
                 float weight = float(weights[order[row0 + r]]);
                 uint column = column0 + right / 2 + 16 * j + lane % 2 * 8;
                 for (uint n = 0; n < 8 && column + n < HIDDEN; n++) {
-                    float g = min(own[e + n], limit), u = min(max(own[256 + e + n], -limit), limit);
-                    hidden[(row0 + r) * HIDDEN + column + n] =
-                        static_cast<T>(g / (1.0f + exp(-g)) * u * weight);
+                    float y = swiglu(own[e + n], own[256 + e + n], limit);
+                    hidden[(row0 + r) * HIDDEN + column + n] = static_cast<T>(y * weight);
                 }
             }
             simdgroup_barrier(mem_flags::mem_threadgroup);
@@ -70,7 +69,9 @@ def kernel(storage: str, dtype: mx.Dtype) -> Kernel:
     names = f"#define PICKED {', '.join(picked)}\n#define PICK_PLANES {'; '.join(picks)}\n"
     inputs = ["x", "order", "tiles", "weights", "table", *gate, *up]
     name = "experts_up_sorted"
-    return matmul.kernel(name, storage, dtype, inputs, "hidden", BODY, names + DEFINED)
+    return matmul.kernel(
+        name, storage, dtype, inputs, "hidden", BODY, swiglu.HEADER + names + DEFINED
+    )
 
 
 def experts_up_sorted(

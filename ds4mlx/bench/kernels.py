@@ -18,11 +18,12 @@ from ds4mlx.config import ModelConfig
 from ds4mlx.custom_kernels import dialect, dispatch, read_speed
 from ds4mlx.custom_kernels.layer.hyper_pre import MIXES
 from ds4mlx.custom_kernels.products import experts_down, experts_up
+from ds4mlx.custom_kernels.products.dense import product
+from ds4mlx.custom_kernels.products.swiglu import swiglu
 from ds4mlx.errors import DataError
 from ds4mlx.formats import FORMATS
 from ds4mlx.model.hyper import HyperConnection
-from ds4mlx.model.linear import product
-from ds4mlx.model.moe import RoutedExperts, Router, swiglu
+from ds4mlx.model.moe import RoutedExperts, Router
 
 FLASH = ModelConfig()
 PAIRS = (("iq2_xxs", "q2_k"), ("q4_k", "q4_k"), ("mxfp4", "mxfp4"))

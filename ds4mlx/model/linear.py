@@ -6,8 +6,9 @@ Their planes are the module's parameters; `storage` says which format reads them
 import mlx.core as mx
 import mlx.nn as nn
 
-from ds4mlx.custom_kernels import dispatch
-from ds4mlx.formats import FORMATS, Format, Planes
+from ds4mlx.custom_kernels.products.dense import product
+from ds4mlx.custom_kernels.products.experts import Operand
+from ds4mlx.formats import FORMATS, Format
 
 
 class Matrix(nn.Module):
@@ -20,9 +21,8 @@ class Matrix(nn.Module):
 
     def store(self, storage: str) -> None:
         """Hold the weight in format `storage`, a key of FORMATS, from now on; its values are unset."""
-        if "storage" in self:
-            for plane in self.planes:
-                del self[plane]
+        for plane in [name for name, value in self.items() if isinstance(value, mx.array)]:
+            del self[plane]
         self.storage = storage
         for plane, empty in self.format.empty(self._shape).items():
             self[plane] = empty
@@ -36,6 +36,9 @@ class Matrix(nn.Module):
     def format(self) -> Format:
         """How the planes are read."""
         return FORMATS[self.storage]
+
+    def _extra_repr(self) -> str:
+        return f"{', '.join(map(str, self._shape))}, {self.storage}"
 
     def decode(self) -> mx.array:
         """The weight's values, float32, in its logical shape."""
@@ -80,12 +83,12 @@ class ExpertStack(Matrix):
         """x: (..., 1, in), experts: int (...) -> (..., 1, out); `ordered`: experts ascend."""
         return self.format.gather(self.planes, x, experts, ordered)
 
-
-def product(storage: str, planes: Planes, x: mx.array) -> mx.array:
-    """x . W^T by a kernel where the format has one: shapes as in `Format.matmul`."""
-    if storage == "q8_0" and dispatch.takes_q8(x):
-        return dispatch.q8_product(planes, x)
-    return FORMATS[storage].matmul(planes, x)
+    @property
+    def operand(self) -> Operand | None:
+        """What a kernel may multiply by instead of calling this; none where a subclass is called."""
+        if type(self).__call__ is not ExpertStack.__call__:
+            return None
+        return Operand(self.storage, self.planes, self._shape)
 
 
 class RMSNorm(nn.Module):

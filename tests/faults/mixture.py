@@ -2,37 +2,14 @@
 
 import mlx.core as mx
 
+from ds4mlx.custom_kernels.layer import router
+from ds4mlx.custom_kernels.products import experts as routed
 from ds4mlx.model import moe
 from faults.listing import experts, fault
 
 
 def rescore(patch, function):
-    patch.setattr(moe.Router, "scores", function)
-
-
-@fault
-def no_square_root(patch, model):
-    scores = moe.Router.scores
-    rescore(patch, lambda self, x: scores(self, x) ** 2)
-
-
-@fault
-def softmax_scores(patch, model):
-    rescore(patch, lambda self, x: mx.softmax(x @ self.weight.astype(mx.float32).T, axis=-1))
-
-
-@fault
-def bias_also_in_the_weights(patch, model):
-    scores = moe.Router.scores
-    rescore(patch, lambda self, x: scores(self, x) + (0 if self.hashed else self.bias))
-    choose = moe.Router.choose
-    patch.setattr(moe.Router, "choose", lambda self, s: choose(self, s - self.bias))
-
-
-@fault
-def bias_not_used_in_the_choice(patch, model):
-    choose = moe.Router.choose
-    patch.setattr(moe.Router, "choose", lambda self, s: choose(self, s - self.bias))
+    patch.setattr(router, "scores", function)
 
 
 def reroute(patch, function):
@@ -41,10 +18,42 @@ def reroute(patch, function):
 
 
 @fault
+def no_square_root(patch, model):
+    scores = router.scores
+    rescore(patch, lambda x, weight: scores(x, weight) ** 2)
+
+
+@fault
+def softmax_scores(patch, model):
+    rescore(patch, lambda x, weight: mx.softmax(x @ weight.astype(mx.float32).T, axis=-1))
+
+
+@fault
+def bias_also_in_the_weights(patch, model):
+    def biased(self, x, ids, call):
+        experts, weights = call(self, x, ids)
+        if self.hashed:
+            return experts, weights
+        scores = router.scores(x, self.weight) + self.bias
+        weights = mx.take_along_axis(scores, experts, axis=-1)
+        return experts, weights / weights.sum(-1, keepdims=True) * self.scale
+
+    reroute(patch, biased)
+
+
+@fault
+def bias_not_used_in_the_choice(patch, model):
+    choose = router.choose
+    patch.setattr(router, "choose", lambda scores, bias, k: choose(scores, 0 * bias, k))
+
+
+@fault
 def weights_not_normalised(patch, model):
     def raw(self, x, ids, call):
         experts, _ = call(self, x, ids)
-        return experts, mx.take_along_axis(self.scores(x), experts, axis=-1) * self.scale
+        return experts, mx.take_along_axis(
+            router.scores(x, self.weight), experts, axis=-1
+        ) * self.scale
 
     reroute(patch, raw)
 
@@ -93,7 +102,8 @@ def shared_clamp_missing(patch, model):
 @fault
 def gate_clamped_from_below_too(patch, model):
     swiglu = moe.swiglu
-    patch.setattr(moe, "swiglu", lambda g, u, limit: swiglu(mx.maximum(g, -limit), u, limit))
+    for module in (moe, routed):
+        patch.setattr(module, "swiglu", lambda g, u, limit: swiglu(mx.maximum(g, -limit), u, limit))
 
 
 @fault

@@ -2,6 +2,7 @@
 
 import mlx.core as mx
 
+from ds4mlx.custom_kernels.layer import hyper_pre
 from ds4mlx.model import hyper
 from faults.listing import fault
 
@@ -18,26 +19,26 @@ def comb_transposed(patch, model):
 
 @fault
 def post_without_the_factor_two(patch, model):
-    mixes = hyper.HyperConnection.mixes
+    before = hyper.HyperConnection.before
 
     def halved(self, streams):
-        pre, post, comb = mixes(self, streams)
-        return pre, post / 2, comb
+        out, post, comb = before(self, streams)
+        return out, post / 2, comb
 
-    patch.setattr(hyper.HyperConnection, "mixes", halved)
+    patch.setattr(hyper.HyperConnection, "before", halved)
 
 
 @fault
 def streams_in_reverse_order(patch, model):
-    project = hyper.project
-    patch.setattr(hyper, "project", lambda s, fn, eps: project(s[..., ::-1, :], fn, eps))
+    project = hyper_pre.project
+    patch.setattr(hyper_pre, "project", lambda s, fn, eps: project(s[..., ::-1, :], fn, eps))
 
 
 @fault
 def streams_flattened_channel_major(patch, model):
-    project = hyper.project
+    project = hyper_pre.project
     patch.setattr(
-        hyper,
+        hyper_pre,
         "project",
         lambda s, fn, eps: project(mx.swapaxes(s, -1, -2).reshape(s.shape), fn, eps),
     )
@@ -45,15 +46,15 @@ def streams_flattened_channel_major(patch, model):
 
 @fault
 def one_sinkhorn_iteration(patch, model):
-    sinkhorn = hyper.sinkhorn
-    patch.setattr(hyper, "sinkhorn", lambda logits, n, eps: sinkhorn(logits, 1, eps))
+    sinkhorn = hyper_pre.sinkhorn
+    patch.setattr(hyper_pre, "sinkhorn", lambda logits, n, eps: sinkhorn(logits, 1, eps))
 
 
 @fault
 def sinkhorn_rows_and_columns_swapped(patch, model):
-    sinkhorn = hyper.sinkhorn
+    sinkhorn = hyper_pre.sinkhorn
     patch.setattr(
-        hyper,
+        hyper_pre,
         "sinkhorn",
         lambda c, n, eps: mx.swapaxes(sinkhorn(mx.swapaxes(c, -1, -2), n, eps), -1, -2),
     )
@@ -61,7 +62,7 @@ def sinkhorn_rows_and_columns_swapped(patch, model):
 
 @fault
 def no_rms_before_the_projection(patch, model):
-    patch.setattr(hyper, "project", lambda s, fn, eps: s.astype(mx.float32).flatten(-2) @ fn.T)
+    patch.setattr(hyper_pre, "project", lambda s, fn, eps: s.astype(mx.float32).flatten(-2) @ fn.T)
 
 
 @fault
