@@ -12,11 +12,12 @@ import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, TextIO
 
 import typer
 
 from ds4mlx.cli.terminal import note, progress
+from ds4mlx.durable import check_writable, put_in_place
 from ds4mlx.errors import DataError
 
 if TYPE_CHECKING:
@@ -158,6 +159,22 @@ def size(text: str) -> int:
     if number < 1:
         raise typer.BadParameter(f"{text!r} is not a size such as 512M or 8G")
     return number
+
+
+@contextlib.contextmanager
+def output(path: Path | None) -> Iterator[TextIO | None]:
+    """A text file to write, if there is to be one; it is put in place when the block has ended well."""
+    if path is None:
+        yield None
+        return
+    with put_in_place(path) as aside, aside.open("w", encoding="utf-8", newline="") as file:
+        yield file
+
+
+def check_output(path: Path | None) -> None:
+    """Raises OSError if a file that a command is to write cannot be written."""
+    if path is not None:
+        check_writable(path)
 
 
 @contextlib.contextmanager

@@ -79,6 +79,7 @@ def bench(
     from ds4mlx.weights.directory import ModelDirectory
 
     asked = Measurement(depths, gen, ctx, fill, as_json, csv, plain)
+    arg.check_output(csv)
     directory = ModelDirectory.open(arg.find_model(model))
     weights = sum((directory.path / file).stat().st_size for file in directory.files)
     check_room(directory.config, max(depths), gen, ctx, weights)
@@ -128,6 +129,7 @@ def synth(
     if bench and not in_memory:
         raise typer.BadParameter("--bench measures a model that is made --in-memory")
     asked = Measurement(_depths(prompt), gen, ctx, fill, as_json, csv, plain)
+    arg.check_output(csv)
 
     from ds4mlx.bench.synth import check_recipe, config_like
     from ds4mlx.bench.synth_directory import write_synth
@@ -188,8 +190,9 @@ def _report(model: Model, asked: Measurement) -> None:
     way = dispatch.plain_operations() if asked.plain else nullcontext()
     with way:
         rows = measure(model, asked.depths, asked.gen, asked.fill, note)
-    if asked.csv is not None:
-        asked.csv.write_text(csv_text(rows))
+    with arg.output(asked.csv) as file:
+        if file is not None:
+            file.write(csv_text(rows))
     if asked.as_json:
         device = str(mx.device_info()["device_name"]) if mx.default_device() == mx.gpu else "cpu"
         used = not asked.plain and dispatch.in_use()

@@ -78,6 +78,7 @@ def evaluate(
 
     if mx.default_device() == mx.cpu and not FAST_BLAS and sys.stderr.isatty():
         print("note: several times slower without OpenBLAS (package libopenblas0)", file=sys.stderr)
+    arg.check_output(save_logits)
     path = arg.find_model(model)
     directory = ModelDirectory.open(path)
     opened = partial(open_to_measure, dtype=dtype, rounding=rounding)

@@ -75,7 +75,8 @@ def generate(
     from ds4mlx.cli.printer import Printer
     from ds4mlx.engine.generation import stream_generate
 
-    with LogProbs(logprobs) as log, contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
+        log = stack.enter_context(arg.output(logprobs))
         loaded, tokenizer = arg.open_model(model)
         opened = arg.open_store(kv_dir, kv_budget, kv_text, (loaded, tokenizer), model)
         store = stack.enter_context(opened)
@@ -94,7 +95,8 @@ def generate(
             store=store,
         )
         printer = Printer(sys.stdout, not raw and think != "none", arg.shown(reasoning))
-        _, interrupted = show(responses, printer, partial(log.add, tokenizer))
+        keep = LogProbs(log, tokenizer).add if log else None
+        _, interrupted = show(responses, printer, keep)
     if interrupted:
         raise typer.Exit(INTERRUPTED)
 
