@@ -160,6 +160,17 @@ def test_calls_are_rendered_as_they_were_sampled_in_another_process_too(
     assert "call_other" not in replay and len(replay) == 1
 
 
+def test_an_id_of_two_texts_names_neither(small_model, tmp_path):
+    first, second = (KVStore(tmp_path, model=small_model).calls for _ in range(2))
+    first.remember(["call_a", "call_b"], "one")
+    first.remember(["call_a"], "one")
+    assert second["call_a"] == "one"
+    second.remember(["call_a"], "two")
+    for calls in (second, KVStore(tmp_path, model=small_model).calls):
+        assert sorted(calls) == ["call_b"] and len(calls) == 1
+        assert "call_a" not in calls and calls.get("call_a") is None
+
+
 @pytest.mark.parametrize("text", ["no calls", CALLS + "behind", CALLS[:-9], "<think>" + CALLS])
 def test_what_cannot_be_replayed(text):
     assert sampled_calls(text) == "" or text.startswith("<think>")

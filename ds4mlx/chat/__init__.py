@@ -1,14 +1,16 @@
-"""The official prompt text of a conversation, and the message in a completion.
+"""The official prompt of a conversation, as text and as token ids, and the message in a completion.
 
-    from ds4mlx.chat import encode_messages, parse_completion
+    from ds4mlx.chat import encode_ids, encode_messages, parse_completion
 
-    prompt = encode_messages([{"role": "user", "content": "2+2?"}], thinking="high")
+    ids = encode_ids([{"role": "user", "content": "2+2?"}], tokenizer, thinking="high")
+    text = encode_messages([{"role": "user", "content": "2+2?"}], thinking="high")
     message = parse_completion("Easy.</think>4", thinking="high")
 
-Knows text only: tokens and sampling are elsewhere.
+`encode_ids` is for a model: no text of a message becomes a special token, and it ends where the
+model's words begin. `encode_messages` is the official text, for comparison and for training.
 """
 
-from ds4mlx.chat.encode import encode_messages
+from ds4mlx.chat.encode import encode_ids, encode_messages
 from ds4mlx.chat.parse import parse_completion, split_reasoning
 
-__all__ = ["encode_messages", "parse_completion", "split_reasoning"]
+__all__ = ["encode_ids", "encode_messages", "parse_completion", "split_reasoning"]

@@ -54,10 +54,27 @@ def last_user(turns: Sequence[Turn]) -> int:
 
 
 def forget_developers(turns: Sequence[Turn], start: int) -> tuple[list[Turn], int]:
-    """Leaves out developer turns before the last question; `start` moves with its turn."""
+    """Leaves out developer turns before the last question; `start` moves with its turn.
+
+    Those between a call and its result stay: they belong to a question that is still open.
+    """
     last = last_user(turns)
-    kept = [i for i, turn in enumerate(turns) if turn.role != "developer" or i == last]
+    kept = [
+        index
+        for index, turn in enumerate(turns)
+        if turn.role != "developer" or index == last or _is_inside_call(turns, index)
+    ]
     return [turns[i] for i in kept], sum(i < start for i in kept)
+
+
+def _is_inside_call(turns: Sequence[Turn], index: int) -> bool:
+    """Whether the turns next to this one, of those that talk, are a call and its result."""
+    telling = ("developer", "system", "latest_reminder")
+    before = next((turn for turn in reversed(turns[:index]) if turn.role not in telling), None)
+    after = next((turn for turn in turns[index + 1 :] if turn.role not in telling), None)
+    if before is None or after is None or not before.calls:
+        return False
+    return any(block.call_id is not None for block in after.blocks)
 
 
 def _joins(last: Turn, turn: Turn) -> bool:

@@ -7,6 +7,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from ds4mlx.chat.segments import Segment, joined, markup, outside
 from ds4mlx.chat.tokens import DSML
 
 
@@ -54,10 +55,41 @@ def parameters_of(arguments: str) -> tuple[Parameter, ...]:
     return tuple(_parameter(key, value) for key, value in values.items())
 
 
+def is_json(text: str) -> bool:
+    """Whether a text is JSON that can be read here: no numbers too long, no nesting too deep."""
+    try:
+        json.loads(text, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def value_of(parameter: Parameter) -> Any:
+    """The JSON value of an argument; what is no JSON is its text."""
+    if parameter.is_string or not is_json(parameter.text):
+        return parameter.text
+    return json.loads(parameter.text)
+
+
 def render_calls(calls: tuple[Call, ...]) -> str:
     """The block of all calls of one message, without the blank line before it."""
-    lines = "".join(_render_call(call) + "\n" for call in calls)
-    return f"<{DSML}tool_calls>\n{lines}</{DSML}tool_calls>"
+    return joined(call_segments(calls))
+
+
+def call_segments(calls: tuple[Call, ...]) -> list[Segment]:
+    """The same in pieces: names, keys and values are from outside."""
+    segments = [markup(f"<{DSML}tool_calls>\n")]
+    for call in calls:
+        segments += [markup(f'<{DSML}invoke name="'), outside(call.name), markup('">\n')]
+        for index, parameter in enumerate(call.parameters):
+            segments += _parameter_segments(parameter, "\n" if index else "")
+        segments.append(markup(f"\n</{DSML}invoke>\n"))
+    return [*segments, markup(f"</{DSML}tool_calls>")]
+
+
+def _refuse_constant(name: str) -> None:
+    """Python reads NaN and Infinity, which are not JSON."""
+    raise ValueError(name)
 
 
 def _parameter(key: str, value: Any) -> Parameter:
@@ -66,14 +98,12 @@ def _parameter(key: str, value: Any) -> Parameter:
     return Parameter(key, to_json(value), False)
 
 
-def _render_call(call: Call) -> str:
-    body = "\n".join(_render_parameter(parameter) for parameter in call.parameters)
-    return f'<{DSML}invoke name="{call.name}">\n{body}\n</{DSML}invoke>'
-
-
-def _render_parameter(parameter: Parameter) -> str:
+def _parameter_segments(parameter: Parameter, gap: str) -> list[Segment]:
     kind = "true" if parameter.is_string else "false"
-    return (
-        f'<{DSML}parameter name="{parameter.key}" string="{kind}">'
-        f"{parameter.text}</{DSML}parameter>"
-    )
+    return [
+        markup(f'{gap}<{DSML}parameter name="'),
+        outside(parameter.key),
+        markup(f'" string="{kind}">'),
+        outside(parameter.text),
+        markup(f"</{DSML}parameter>"),
+    ]

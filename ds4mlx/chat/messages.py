@@ -1,6 +1,7 @@
 """Messages as clients send them, checked and turned into `Turn`s.
 
-Owns every check: what comes after trusts a Turn. Reads the given messages, never changes them.
+Owns every check: what comes after trusts a Turn. What is known is read under any of its usual
+names; a key that would be lost is refused by name. Reads the given messages, never changes them.
 """
 
 from collections.abc import Sequence
@@ -8,19 +9,32 @@ from dataclasses import dataclass
 from reprlib import repr as short
 from typing import Any
 
-from ds4mlx.chat.markup import Call, parameters_of, to_json
+from ds4mlx.chat import fields
+from ds4mlx.chat.content import Block, Content, read_call, read_content
+from ds4mlx.chat.markup import Call
 from ds4mlx.chat.tokens import TASKS
 from ds4mlx.errors import DataError
 
 Message = dict[str, Any]
 
-
-@dataclass(frozen=True)
-class Block:
-    """A piece of a user turn: text, or a tool's result where `call_id` is not None."""
-
-    text: str
-    call_id: str | None = None
+_REASONING = ("reasoning_content", "reasoning", "reasoning_text", "thinking")
+# Keys that say nothing to the model: names of things, and what servers note beside a message.
+_LABELS = ("role", "content", "id", "name", "type", "index", "status", "created", "created_at")
+_LABELS += ("timestamp", "metadata", "cache_control", "annotations", "logprobs", "finish_reason")
+_LABELS += ("stop_reason", "usage", "model", "mask", "malformed", "task", "wo_eos")
+_SECTIONS = ("tools", "response_format")
+_KEYS = {
+    "system": _SECTIONS,
+    "developer": _SECTIONS,
+    "latest_reminder": (),
+    "user": ("content_blocks",),
+    "assistant": (
+        *(*_REASONING, "reasoning_details", "tool_calls", "function_call", "refusal", "prefix"),
+        *_SECTIONS,
+    ),
+    "tool": ("tool_call_id", "is_error"),
+    "function": (),
+}
 
 
 @dataclass(frozen=True)
@@ -38,97 +52,126 @@ class Turn:
     wo_eos: bool = False
 
 
-def read_turns(messages: Sequence[Message], what: str = "message") -> list[Turn]:
+def read_turns(
+    messages: Sequence[Message], what: str = "message", strict: bool = False
+) -> list[Turn]:
     """One Turn per message.
 
+    strict: refuse also what the official encoder leaves out or only names: pictures and the like,
+        tools and response formats of users, keys given twice in arguments.
     Raises DataError, naming the message by `what` and its index, where one has an unknown role,
-    a field of the wrong type, or something that has no JSON.
+    a key that is not read, a field of the wrong type, or something that has no JSON.
     """
     if not isinstance(messages, list | tuple):
         raise DataError(f"the {what}s must be a list, not {type(messages).__name__}")
-    return [_turn(message, f"{what} {index}") for index, message in enumerate(messages)]
+    return [_turn(message, f"{what} {index}", strict) for index, message in enumerate(messages)]
 
 
 def read_tools(tools: Any, where: str) -> tuple[str, ...]:
     """The JSON of each tool's `function`, from an OpenAI list of tools or None."""
+    places = [
+        (tool, f"{where}: tool {index}")
+        for index, tool in enumerate(fields.items(tools, "tools", where))
+    ]
     return tuple(
-        _json(_field(tool, "function", dict, f"{where}: tool {index}"), f"{where}: tool {index}")
-        for index, tool in enumerate(_list(tools, "tools", where))
+        fields.as_json(fields.field(tool, "function", dict, place), place) for tool, place in places
     )
 
 
-def _turn(message: Any, where: str) -> Turn:
-    role = _field(message, "role", str, where)
-    content = message.get("content")
-    if role == "tool":
-        call_id = _text(message.get("tool_call_id"), "tool_call_id", where)
-        return Turn(role, blocks=(Block(_joined(content, where), call_id),))
-    if role == "user":
-        return Turn(role, blocks=_user_blocks(message, where), task=_task(message, where))
-    if role not in ("system", "developer", "assistant", "latest_reminder"):
+def _turn(message: Any, where: str, strict: bool) -> Turn:
+    role = fields.field(message, "role", str, where)
+    if role not in _KEYS:
         raise DataError(f"{where} has the unknown role {short(role)}")
-    text = _joined(content, where)
-    if role == "developer" and not text:
+    lost = () if strict or role not in ("user", "tool") else _SECTIONS  # as officially
+    fields.only(message, (*_LABELS, *_KEYS[role], *lost), where)
+    if role in ("tool", "function"):
+        return _result(message, where, strict)
+    content = message.get("content")
+    if role == "user" and content is None:
+        content = message.get("content_blocks")
+    read = read_content(content, role, where, strict)
+    task = _task(message, where)
+    if role == "user":
+        return Turn(role, blocks=tuple(read.blocks) or (Block(""),), task=task)
+    if role == "assistant":
+        return _answer(message, read, where, strict)
+    if role == "developer" and not read.text:
         raise DataError(f"{where}: a developer message needs content")
-    form = message.get("response_format")
+    return Turn(role, read.text, task=task, **_sections(message, where))
+
+
+def _result(message: Message, where: str, strict: bool) -> Turn:
+    """A tool's result; one of the older role `function` belongs to the call before it."""
+    read = read_content(message.get("content"), "tool", where, strict)
+    call_id = fields.text(message.get("tool_call_id"), "tool_call_id", where)
+    return Turn("tool", blocks=(Block(read.text, call_id),))
+
+
+def _answer(message: Message, read: Content, where: str, strict: bool) -> Turn:
+    refusal = fields.text(message.get("refusal"), "refusal", where)
     return Turn(
-        role,
-        text,
-        reasoning=_text(message.get("reasoning_content"), "reasoning_content", where),
-        calls=_calls(message, where),
-        tools=read_tools(message.get("tools"), where),
-        response_format=_json(form, where) if form else "",
+        "assistant",
+        "\n\n".join(text for text in (read.text, refusal) if text),
+        reasoning=_reasoning(message, read, where),
+        calls=_calls(message, read, where, strict),
         task=_task(message, where),
-        wo_eos=bool(message.get("wo_eos")),
+        wo_eos=bool(message.get("wo_eos") or message.get("prefix")),
+        **_sections(message, where),
     )
 
 
-def _user_blocks(message: Message, where: str) -> tuple[Block, ...]:
-    content = message.get("content")
-    if content is None:
-        content = message.get("content_blocks")
-    if not isinstance(content, list):
-        return (Block(_text(content, "content", where)),)
-    return tuple(_block(part, where) for part in content) or (Block(""),)
+def _sections(message: Message, where: str) -> dict[str, Any]:
+    form = message.get("response_format")
+    return {
+        "tools": read_tools(message.get("tools"), where),
+        "response_format": fields.as_json(form, where) if form else "",
+    }
 
 
-def _block(part: Any, where: str) -> Block:
-    if isinstance(part, dict) and part.get("type") == "tool_result":
-        call_id = _text(part.get("tool_use_id"), "tool_use_id", where)
-        return Block(_joined(part.get("content"), where), call_id)
-    return Block(_part(part, where))
+def _reasoning(message: Message, read: Content, where: str) -> str:
+    """The thought before an answer, under whatever name; two names must say the same."""
+    said = {key: fields.text(message.get(key), key, where) for key in _REASONING}
+    said["content"] = "\n\n".join(read.reasoning)
+    said = {key: text for key, text in said.items() if text}
+    if len(set(said.values())) > 1:
+        raise DataError(f"{where}: {' and '.join(said)} hold different reasoning")
+    details = fields.items(message.get("reasoning_details"), "reasoning_details", where)
+    if not said and details:
+        place = f"{where}: reasoning_details"
+        return "\n\n".join(_detail(detail, place) for detail in details)
+    return next(iter(said.values()), "")
 
 
-def _joined(content: Any, where: str) -> str:
-    if isinstance(content, list):
-        return "\n\n".join(_part(part, where) for part in content)
-    return _text(content, "content", where)
+def _detail(detail: Any, where: str) -> str:
+    key = "summary" if isinstance(detail, dict) and "summary" in detail else "text"
+    return fields.text(fields.field(detail, key, str, where), key, where)
 
 
-def _part(part: Any, where: str) -> str:
-    if not isinstance(part, dict):
-        raise DataError(f"{where}: a part of the content must be an object, not {short(part)}")
-    if part.get("type") == "text":
-        return _text(part.get("text"), "text", where)
-    return f"[Unsupported {_text(part.get('type'), 'type', where) or None}]"
+def _calls(message: Message, read: Content, where: str, strict: bool) -> tuple[Call, ...]:
+    calls = [
+        _call(call, f"{where}: tool call {index}", strict)
+        for index, call in enumerate(fields.items(message.get("tool_calls"), "tool_calls", where))
+    ]
+    kinds = {"tool_calls": calls, "tool_use": read.calls, "function_call": []}
+    if function := message.get("function_call"):
+        inside = f"{where}: function_call"
+        name = fields.field(function, "name", str, inside)
+        fields.only(function, ("name", "arguments"), inside)
+        arguments = function.get("arguments")
+        kinds["function_call"] = [read_call(name, arguments, "", inside, strict)]
+    used = [kind for kind, given in kinds.items() if given]
+    if len(used) > 1:
+        raise DataError(f"{where} has calls both as {' and as '.join(used)}")
+    return tuple(kinds[used[0]]) if used else ()
 
 
-def _calls(message: Message, where: str) -> tuple[Call, ...]:
-    calls = _list(message.get("tool_calls"), "tool_calls", where)
-    return tuple(_call(call, f"{where}: tool call {index}") for index, call in enumerate(calls))
-
-
-def _call(call: Any, where: str) -> Call:
-    function = _field(call, "function", dict, where)
-    name = _text(_field(function, "name", str, where), "name", where)
-    arguments = function.get("arguments")
-    if isinstance(arguments, dict):
-        arguments = _json(arguments, where)
-    elif not isinstance(arguments, str):
-        raise DataError(f"{where} needs arguments, as JSON text or as an object")
+def _call(call: Any, where: str, strict: bool) -> Call:
+    function = fields.field(call, "function", dict, where)
+    name = fields.field(function, "name", str, where)
+    fields.only(call, ("id", "type", "index", "function", "status", "cache_control"), where)
+    fields.only(function, ("id", "name", "arguments", "strict", "parsed_arguments"), where)
     call_id = call.get("id") or function.get("id")
-    arguments = _text(arguments, "arguments", where)
-    return Call(name, parameters_of(arguments), _text(call_id, "id", where))
+    return read_call(name, function.get("arguments"), call_id, where, strict)
 
 
 def _task(message: Message, where: str) -> str | None:
@@ -138,36 +181,3 @@ def _task(message: Message, where: str) -> str | None:
             f"{where} has the unknown task {short(task)}, not one of {', '.join(TASKS)}"
         )
     return task
-
-
-def _field(value: Any, key: str, kind: type, where: str) -> Any:
-    if not isinstance(value, dict):
-        raise DataError(f"{where} must be an object, not {short(value)}")
-    if not isinstance(value.get(key), kind):
-        noun = "text" if kind is str else "an object"
-        raise DataError(f"{where} needs {noun} as its {key}, not {short(value.get(key))}")
-    return value[key]
-
-
-def _list(value: Any, key: str, where: str) -> list[Any]:
-    if value is not None and not isinstance(value, list | tuple):
-        raise DataError(f"{where}: {key} must be a list, not {short(value)}")
-    return list(value or ())
-
-
-def _text(value: Any, key: str, where: str) -> str:
-    """The text, "" for None; half a surrogate pair could not be tokenised later."""
-    if value is not None and not isinstance(value, str):
-        raise DataError(f"{where}: {key} must be text, not {short(value)}")
-    try:
-        (value or "").encode()
-    except UnicodeEncodeError as error:
-        raise DataError(f"{where}: {key} is not Unicode text: {error.reason}") from error
-    return value or ""
-
-
-def _json(value: Any, where: str) -> str:
-    try:
-        return to_json(value)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise DataError(f"{where} holds what JSON cannot: {error}") from error

@@ -9,7 +9,7 @@ import secrets
 from typing import Any
 
 from ds4mlx.chat.calls import CallBlock, ends_turn, find_calls
-from ds4mlx.chat.markup import Call, Parameter, render_calls
+from ds4mlx.chat.markup import Call, Parameter, is_json, render_calls
 from ds4mlx.chat.prompts import check_thinking
 from ds4mlx.chat.reading import Reading
 from ds4mlx.chat.tokens import CONTROL, DSML, EOS, THINK, THINK_END
@@ -181,20 +181,7 @@ def _openai(call: Call, malformed: list[str]) -> dict[str, Any]:
 
 def _json_value(parameter: Parameter, malformed: list[str]) -> str:
     if not parameter.is_string:
-        if _is_json(parameter.text):
+        if is_json(parameter.text):
             return parameter.text
         malformed.append(f"parameter {parameter.key:.80} is not JSON")
     return json.dumps(parameter.text, ensure_ascii=False)
-
-
-def _is_json(text: str) -> bool:
-    try:
-        json.loads(text, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError):
-        return False
-    return True
-
-
-def _refuse_constant(name: str) -> None:
-    """Python reads NaN and Infinity, which are not JSON."""
-    raise ValueError(name)

@@ -5,6 +5,7 @@ The wording is the protocol the model was trained on: every character counts.
 
 from collections.abc import Collection
 
+from ds4mlx.chat.segments import Segment, markup, outside
 from ds4mlx.chat.tokens import DSML, THINK, THINK_END
 from ds4mlx.errors import DataError
 
@@ -79,14 +80,14 @@ def effort_prefix(thinking: str, release: str) -> str:
     return _EFFORTS[release][thinking]
 
 
-def tools_section(schemas: tuple[str, ...]) -> str:
+def tools_section(schemas: tuple[str, ...]) -> list[Segment]:
     """What announces the tools; one schema is one line of JSON."""
-    return _TOOLS_HEAD + "\n".join(schemas) + _TOOLS_TAIL
+    return [markup(_TOOLS_HEAD), outside("\n".join(schemas)), markup(_TOOLS_TAIL)]
 
 
-def response_format_section(schema: str) -> str:
+def response_format_section(schema: str) -> list[Segment]:
     """What announces the wanted form of the answer; `schema` is JSON."""
-    return _RESPONSE_FORMAT + schema
+    return [markup(_RESPONSE_FORMAT), outside(schema)]
 
 
 def _check(option: str, value: str, choices: Collection[str]) -> None:

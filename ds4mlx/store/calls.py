@@ -1,7 +1,8 @@
 """The replay map: a tool call's id -> exactly the text that the model wrote for the calls.
 
 A client sends calls back as JSON, from which the model's own spelling cannot be told. With the map
-a history is rendered byte for byte as it was generated, in another process too.
+a history is rendered byte for byte as it was generated, in another process too. Ids are random, so
+conversations do not share any; one that was given to two texts all the same names neither.
 """
 
 from collections.abc import Iterator, Mapping
@@ -17,7 +18,7 @@ class Calls(Mapping[str, str]):
 
     def __init__(self, path: Path):
         self._journal = Journal(path)
-        self._texts: dict[str, str] = {}
+        self._texts: dict[str, str | None] = {}  # None: of an id with two texts
 
     def remember(self, ids: list[str], text: str) -> None:
         """Note, durably, the text of the block of calls with these ids. Raises OSError."""
@@ -26,15 +27,17 @@ class Calls(Mapping[str, str]):
     def __getitem__(self, call: str) -> str:
         if call not in self._texts:
             self._refresh()
-        return self._texts[call]
+        text = self._texts[call]
+        if text is None:
+            raise KeyError(call)
+        return text
 
     def __iter__(self) -> Iterator[str]:
         self._refresh()
-        return iter(self._texts)
+        return (call for call, text in self._texts.items() if text is not None)
 
     def __len__(self) -> int:
-        self._refresh()
-        return len(self._texts)
+        return sum(1 for _ in self)
 
     def _refresh(self) -> None:
         news, anew = self._journal.news()
@@ -42,7 +45,7 @@ class Calls(Mapping[str, str]):
             self._texts = {}
         for entry in news:
             if isinstance(entry.get("call"), str) and isinstance(entry.get("text"), str):
-                self._texts.pop(entry["call"], None)
-                self._texts[entry["call"]] = entry["text"]
+                known = self._texts.pop(entry["call"], entry["text"])
+                self._texts[entry["call"]] = known if known == entry["text"] else None
         for call in list(self._texts)[:-MOST]:
             del self._texts[call]

@@ -1,6 +1,9 @@
 """Text to token ids and back, by `tokenizer.json`; and text from a growing list of tokens."""
 
 import codecs
+import re
+from collections.abc import Iterable, Sequence
+from operator import index
 from pathlib import Path
 
 from tokenizers import Tokenizer as Encoder
@@ -13,7 +16,8 @@ from ds4mlx.weights.directory import CONFIG
 
 
 class Tokenizer:
-    """The model's byte-level BPE. Special tokens in a text are recognised; none is ever added."""
+    """The model's byte-level BPE. Special tokens in a text are recognised, and none is added
+    unless asked for."""
 
     def __init__(self, encoder: Encoder, bos_token_id: int, eos_token_id: int):
         self.encoder = encoder
@@ -22,6 +26,10 @@ class Tokenizer:
         # Added tokens are spelled as they are, also where a letter could stand for a byte.
         added = encoder.get_added_tokens_decoder()
         self._added = {token: spelling.content.encode() for token, spelling in added.items()}
+        specials = [s.content for s in added.values() if s.special or _is_mark(s.content)]
+        self._special_ids = {s.content: token for token, s in added.items()}
+        by_length = sorted(specials, key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, by_length)) or r"(?!)")
 
     @classmethod
     def from_dir(cls, path: str | Path) -> "Tokenizer":
@@ -53,20 +61,64 @@ class Tokenizer:
         """Number of tokens, special ones included."""
         return self.encoder.get_vocab_size()
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a text. Raises DataError for half a surrogate pair, which is no text."""
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise DataError(f"the text is not Unicode: {error.reason}") from None
-        return self.encoder.encode(text, add_special_tokens=False).ids
+    def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        """Token ids of a text; with `add_special_tokens` behind a BOS, which it may have already.
 
-    def decode(self, ids: list[int]) -> str:
-        """The text of token ids, special tokens spelled out; ids without a token give nothing."""
+        Raises DataError for half a surrogate pair, which is no text.
+        """
+        ids = self.encoder.encode(_checked(text), add_special_tokens=False).ids
+        if add_special_tokens and ids[:1] != [self.bos_token_id]:
+            return [self.bos_token_id, *ids]
+        return ids
+
+    def encode_segments(self, segments: Iterable[tuple[str, bool]]) -> list[int]:
+        """Token ids of a text in pieces; only in those that are marked a special token counts.
+
+        Where no other piece holds one, the ids are those of `encode` of the pieces joined: text
+        between two special tokens is split into words as a whole, wherever it comes from.
+        Raises DataError for half a surrogate pair.
+        """
+        ids: list[int] = []
+        run: list[str] = []
+        for text, is_markup in segments:
+            at = 0
+            for special in self._special.finditer(text) if is_markup else ():
+                ids += self._literal("".join([*run, text[at : special.start()]]))
+                ids.append(self._special_ids[special[0]])
+                run, at = [], special.end()
+            run.append(text[at:])
+        return ids + self._literal("".join(run))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids, special tokens spelled out; ids without a token give nothing.
+
+        Raises DataError for what is no token id: a negative or huge number, or no whole number.
+        """
         return b"".join(map(self.token_bytes, ids)).decode("utf-8", errors="replace")
 
+    def _literal(self, text: str) -> list[int]:
+        """Token ids of a text in which nothing is special."""
+        if not self._special.search(_checked(text)):
+            return self.encoder.encode(text, add_special_tokens=False).ids
+        if self.encoder.normalizer is not None:
+            text = self.encoder.normalizer.normalize_str(text)
+        splitter = self.encoder.pre_tokenizer
+        words = splitter.pre_tokenize_str(text) if splitter is not None else [(text, None)]
+        model = self.encoder.model
+        return [token.id for word, _ in words for token in model.tokenize(word)]
+
     def token_bytes(self, token: int) -> bytes:
-        """The bytes a token stands for; they need not be whole characters."""
+        """The bytes a token stands for; they need not be whole characters.
+
+        None for an id beyond the vocabulary, as a model's head may be wider than its tokenizer.
+        Raises DataError for what is no token id.
+        """
+        try:
+            token = index(token)
+        except TypeError:
+            raise DataError(f"{token!r:.80} is not a token id") from None
+        if not 0 <= token < 1 << 32:
+            raise DataError(f"{token} is not a token id")
         if token in self._added:
             return self._added[token]
         spelling = self.encoder.id_to_token(token) or ""
@@ -79,6 +131,20 @@ class Tokenizer:
         return TextStream(self)
 
 
+def _checked(text: str) -> str:
+    """Text that has a UTF-8 form; half a surrogate pair has none."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"the text is not Unicode: {error.reason}") from None
+    return text
+
+
+def _is_mark(text: str) -> bool:
+    """Whether an added token marks something, as files do not call all of these special."""
+    return "｜" in text or (text.startswith("<") and text.endswith(">"))
+
+
 class NoTokenizer(Tokenizer):
     """Stands in for one that a directory lacks: no text is encoded, token ids decode to nothing."""
 
@@ -86,8 +152,11 @@ class NoTokenizer(Tokenizer):
         super().__init__(Encoder(BPE()), bos_token_id, eos_token_id)
         self._file = file
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
         raise DataError(f"{self._file}: no such file, so text cannot be encoded")
+
+    def encode_segments(self, segments: Iterable[tuple[str, bool]]) -> list[int]:
+        return self.encode("")
 
 
 class TextStream:
