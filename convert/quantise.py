@@ -11,6 +11,7 @@ from ds4mlx.convert.quantise_k import Q2_K, Q4_K, q2_k_planes, q4_k_planes, quan
 from ds4mlx.errors import DataError
 from ds4mlx.formats import DTYPES, FORMATS
 from ds4mlx.formats.gguf_blocks import BLOCK_BYTES, block_planes
+from ds4mlx.precision import keep_float32
 
 BLOCK = 256
 # Blocks quantised at a time: the search of IQ2_XXS takes about 64 KB of scratch a block.
@@ -49,6 +50,7 @@ def quantise(
     of to zeros. The error is weighted by the importance that was used.
     Raises DataError if half precision cannot hold the scales.
     """
+    keep_float32()
     weight = None if importance is None else mx.array(importance)
     if importance is None and storage == "iq2_xxs":
         weight = (values * values).sum(0)

@@ -15,18 +15,24 @@ import sys
 OPENBLAS = "libopenblas.so.0"
 
 
-def choose_blas() -> bool:
-    """Load OpenBLAS if it is wanted and installed; too late once MLX is imported.
+def use_openblas(*, unasked: bool = False) -> None:
+    """Load OpenBLAS for MLX to use, where it is installed and asked for.
 
-    Returns whether products are fast on this machine's CPU, as far as depends on that.
+    unasked: also where $DS4MLX_OPENBLAS says nothing. Does nothing once MLX is imported, which has
+    its products by then.
     """
-    if sys.platform != "linux":
-        return True
-    program = "".join(sys.argv[:1])  # "-m" while `python -m ds4mlx` imports the package
-    evaluates = (program == "-m" or program.endswith("ds4mlx")) and "eval" in sys.argv[1:3]
-    wanted = os.environ.get("DS4MLX_OPENBLAS", "1" if evaluates else "0") != "0"
-    if wanted and "mlx.core" not in sys.modules:
+    wanted = os.environ.get("DS4MLX_OPENBLAS", "1" if unasked else "0") != "0"
+    if wanted and sys.platform == "linux" and "mlx.core" not in sys.modules:
         with contextlib.suppress(OSError):
             ctypes.CDLL(OPENBLAS, mode=ctypes.RTLD_GLOBAL)
-            return True
-    return False
+
+
+def is_fast() -> bool:
+    """Whether products are fast on this machine's CPU, as far as the BLAS decides."""
+    if sys.platform != "linux":
+        return True
+    try:
+        ctypes.CDLL(OPENBLAS, mode=os.RTLD_NOLOAD)
+    except OSError:
+        return False
+    return True

@@ -71,7 +71,9 @@ def test_other_numbers_of_streams():
     assert hyper_post.takes(mx.zeros((9, 4, 68)))
 
 
-@pytest.mark.parametrize("stored, width, takes", [("q8_0", 192, 1), ("q8_0", 160, 0), ("f32", 64, 0)])
+@pytest.mark.parametrize(
+    "stored, width, takes", [("q8_0", 192, 1), ("q8_0", 160, 0), ("f32", 64, 0)]
+)
 def test_dense(stored, width, takes):
     assert dense.takes(stored, mx.zeros((1, width))) == takes
 

@@ -24,6 +24,7 @@ from ds4mlx.errors import DataError
 from ds4mlx.formats import FORMATS
 from ds4mlx.model.hyper import HyperConnection
 from ds4mlx.model.moe import RoutedExperts, Router
+from ds4mlx.precision import keep_float32
 
 FLASH = ModelConfig()
 PAIRS = (("iq2_xxs", "q2_k"), ("q4_k", "q4_k"), ("mxfp4", "mxfp4"))
@@ -253,6 +254,7 @@ def bench(note: Callable[[str], None]) -> dict:
     """Measure everything; `note` is told what is being measured. Raises DataError without a GPU."""
     if dialect.target() is None:
         raise DataError("kernels run on a GPU, and MLX has none here")
+    keep_float32()
     read, matmul = read_bandwidth(), matmul_rate()
     rows: list[dict] = []
     with dispatch.kernels():  # on Metal too

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from ds4mlx import blas
 from ds4mlx.cli import arguments as arg
 from ds4mlx.cli.terminal import progress
 
@@ -70,13 +71,13 @@ def evaluate(
     A file of saved logits is a safetensors file with tokens, (T,) or (B, T), and logits or
     NAME.logits, (..., vocabulary).
     """
+    blas.use_openblas(unasked=True)
     import mlx.core as mx
 
-    from ds4mlx import FAST_BLAS
     from ds4mlx.evaluation import suite
     from ds4mlx.weights.directory import ModelDirectory
 
-    if mx.default_device() == mx.cpu and not FAST_BLAS and sys.stderr.isatty():
+    if mx.default_device() == mx.cpu and not blas.is_fast() and sys.stderr.isatty():
         print("note: several times slower without OpenBLAS (package libopenblas0)", file=sys.stderr)
     arg.check_output(save_logits)
     path = arg.find_model(model)

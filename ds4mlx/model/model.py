@@ -15,6 +15,7 @@ from ds4mlx.model.draft import MTP
 from ds4mlx.model.hyper import HyperHead
 from ds4mlx.model.linear import Embedding, Linear, RMSNorm
 from ds4mlx.model.rope import Rotary
+from ds4mlx.precision import keep_float32
 from ds4mlx.state.decode_state import DecodeState
 from ds4mlx.state.layer import LayerState
 from ds4mlx.state.rounding import Rounding
@@ -34,6 +35,7 @@ class Model(nn.Module):
         dtype: mx.Dtype = mx.bfloat16,
         rounding: Rounding = "official",
     ):
+        keep_float32()
         super().__init__()
         self.args, self.dtype = args, dtype
         self.rounding: Rounding = rounding
