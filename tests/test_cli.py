@@ -243,9 +243,7 @@ def test_the_command_is_also_a_module():
     done = processes.run("inspect", "/nowhere")
     assert done.returncode == 1 and done.stdout == b""
     assert done.stderr.startswith(b"error: /nowhere") and done.stderr.count(b"\n") == 1
-    assert b"Traceback" in processes.run("--debug", "inspect", "/nowhere").stderr
     assert processes.run("nonsense").returncode == 2
-    assert processes.run("--version").stdout.decode() == f"ds4mlx {__version__}\n"
 
 
 # generate: the prompt

@@ -13,7 +13,7 @@ from pathlib import Path
 from prompt_toolkit import PromptSession
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
-from prompt_toolkit.output import create_output
+from prompt_toolkit.output import Output, create_output
 
 PROMPT, MORE = "> ", "... "
 PASTES_MARKED, PASTES_PLAIN = "\x1b[?2004h", "\x1b[?2004l"
@@ -43,15 +43,12 @@ class Typed:
     """
 
     def __init__(self) -> None:
-        output = create_output(sys.stdout if sys.stdout.isatty() else sys.stderr)
-        # Asking the terminal where the cursor is would cost a second where it does not answer.
-        output.enable_cpr = False  # type: ignore[attr-defined]
         self._session: PromptSession[str] = PromptSession(
             history=_history(),
             key_bindings=_bindings(),
             multiline=True,
             prompt_continuation=MORE,
-            output=output,
+            output=_output(),
         )
 
     def next(self) -> str:
@@ -63,6 +60,16 @@ class Typed:
 def can_type() -> bool:
     """Whether a person sits at standard input and sees what is typed."""
     return sys.stdin.isatty() and (sys.stdout.isatty() or sys.stderr.isatty())
+
+
+def _output() -> Output | None:
+    """Where the prompt goes; None for a dumb terminal, which the library treats in a way of its own."""
+    if os.environ.get("TERM") == "dumb":
+        return None
+    output = create_output(sys.stdout if sys.stdout.isatty() else sys.stderr)
+    # Asking the terminal where the cursor is would cost a second where it does not answer.
+    output.enable_cpr = False  # type: ignore[attr-defined]
+    return output
 
 
 def _bindings() -> KeyBindings:

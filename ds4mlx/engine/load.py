@@ -5,8 +5,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import mlx.core as mx
-from huggingface_hub import hf_hub_download, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RemoteEntryNotFoundError
 
 from ds4mlx.errors import DataError
 from ds4mlx.model.linear import Matrix
@@ -56,6 +54,10 @@ def locate(path: str | Path) -> Path:
     """
     if Path(path).exists() or str(path).count("/") != 1 or str(path).startswith((".", "~", "/")):
         return Path(path)
+    # Here, as it takes half a second, which a local directory need not wait for.
+    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RemoteEntryNotFoundError
+
     try:
         hf_hub_download(str(path), MANIFEST)
         return Path(snapshot_download(str(path)))
