@@ -6,21 +6,22 @@ import numpy as np
 
 from ds4mlx.convert import codecs
 from ds4mlx.convert.importance import Importance
-from ds4mlx.convert.quantise import QUANTISERS, on_device, quantise
+from ds4mlx.convert.quantise import QUANTISERS, Loss, on_device, quantise
 from ds4mlx.convert.sources import Source
 from ds4mlx.weights.inventory import Entry, experts
 
 # float32 bytes that a chunk of rows may take; rows come in multiples of 128, the height of a tile.
 CHUNK = 32 << 20
 TILE = 128
+NOTHING_LOST = Loss()
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Encoded rows: planes (rows, elements), and what was lost: (weighted squared error, size)."""
+    """Encoded rows: planes (rows, elements), and what was lost."""
 
     planes: dict[str, np.ndarray]
-    loss: tuple[float, float] = (0.0, 0.0)
+    loss: Loss = NOTHING_LOST
 
 
 class Encoder:

@@ -5,6 +5,7 @@ from typing import Any
 
 from ds4mlx.convert.journal import Journal
 from ds4mlx.convert.plan import OutEntry, Plan
+from ds4mlx.convert.quantise import Loss
 from ds4mlx.convert.sources import Source
 from ds4mlx.weights.directory import FORMAT_VERSION
 
@@ -46,12 +47,10 @@ def _listed(source: Source, out: OutEntry, file: str, record: dict[str, Any]) ->
         "source": {"tensor": name, "files": shards},
         "lossless": out.lossless,
     }
-    if out.quantised:
-        lost, size = record["loss"]
-        shared["relative_error"] = lost / size if size else 0.0
     return {
         plane.name: {
             **shared,
+            **(_loss(record) if out.quantised and plane.plane == "weight" else {}),
             "dtype": plane.dtype,
             "shape": list(plane.shape),
             "sha256": record["planes"][plane.name],
@@ -60,16 +59,31 @@ def _listed(source: Source, out: OutEntry, file: str, record: dict[str, Any]) ->
     }
 
 
+def _loss(record: dict[str, Any]) -> dict[str, Any]:
+    """What quantising lost: relative errors of the whole entry and of each matrix in it."""
+    loss = Loss(*record["loss"])
+    errors = {"all": loss.relative, "weighted": loss.weighted, "matrices": record["errors"]}
+    return {"relative_errors": errors}
+
+
 def quality_report(manifest: dict[str, Any]) -> str:
-    """Table of what quantising lost: weighted squared error relative to the weights, by layer."""
+    """Table of what quantising lost, by layer; with importances, also as weighted by them."""
+    tables = [_table(manifest, "relative error", "all")]
+    if manifest["importance"]:
+        tables.append(_table(manifest, "by importance", "weighted"))
+    return "\n".join(table for table in tables if table)
+
+
+def _table(manifest: dict[str, Any], title: str, which: str) -> str:
+    """The relative errors of the routed experts, a line a layer; nothing if none were quantised."""
     rows: dict[str, dict[str, float]] = {}
     for name, listed in manifest["tensors"].items():
-        if name.endswith(".weight") and "relative_error" in listed:
+        if "relative_errors" in listed:
             layer, _, part = name.removesuffix(".weight").partition(".ffn.experts.")
-            rows.setdefault(layer, {})[part] = listed["relative_error"]
+            rows.setdefault(layer, {})[part] = listed["relative_errors"][which]
     if not rows:
         return ""
-    lines = [f"{'relative error':<16} {'gate':>9} {'down':>9} {'up':>9}"]
+    lines = [f"{title:<16} {'gate':>9} {'down':>9} {'up':>9}"]
     for layer, parts in rows.items():
         lines.append(f"{layer:<16} " + " ".join(f"{parts[p]:>9.5f}" for p in ("w1", "w2", "w3")))
     return "\n".join(lines)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -18,6 +19,34 @@ BLOCK = 256
 CPU_BATCH, GPU_BATCH = 1 << 9, 1 << 15
 
 Quantiser = Callable[[mx.array, mx.array | None], dict[str, mx.array]]
+
+
+class Loss(NamedTuple):
+    """Sums of squares over a matrix: of what was lost and of the values, weighted and plain."""
+
+    weighted_error: float = 0.0
+    weighted_size: float = 0.0
+    error: float = 0.0
+    size: float = 0.0
+
+    def plus(self, other: "Loss") -> "Loss":
+        """Of both matrices together."""
+        return Loss(*(a + b for a, b in zip(self, other, strict=True)))
+
+    @property
+    def relative(self) -> float:
+        """The relative error, |stored - source| / |source|."""
+        return ratio(self.error, self.size)
+
+    @property
+    def weighted(self) -> float:
+        """The relative error with every column weighted by its importance."""
+        return ratio(self.weighted_error, self.weighted_size)
+
+
+def ratio(error: float, size: float) -> float:
+    """The root of a sum of squared differences relative to one of squared values."""
+    return (error / size) ** 0.5 if size else error**0.5
 
 
 @dataclass(frozen=True)
@@ -42,12 +71,12 @@ QUANTISERS: dict[str, Quantiser] = {
 
 def quantise(
     values: mx.array, storage: str, importance: np.ndarray | None
-) -> tuple[dict[str, np.ndarray], tuple[float, float]]:
-    """Planes of values (rows, columns) float32, and (weighted squared error, weighted size).
+) -> tuple[dict[str, np.ndarray], Loss]:
+    """Planes of values (rows, columns) float32, and what was lost.
 
     importance: float32 (columns,) or None. IQ2_XXS then takes the columns' own energy, as ds4 does;
     the K formats their unweighted search. A block without any importance is quantised evenly, instead
-    of to zeros. The error is weighted by the importance that was used.
+    of to zeros. The weights of the loss are the importances that were used.
     Raises DataError if half precision cannot hold the scales.
     """
     keep_float32()
@@ -67,14 +96,12 @@ def quantise(
         losses.append(np.array(_loss(parts[-1], storage, x, w)))
         mx.eval(parts[-1])
     joined = {p: np.concatenate([np.array(part[p]) for part in parts]) for p in parts[0]}
-    error, size = (
-        float(np.concatenate(side).sum(dtype=np.float64)) for side in zip(*losses, strict=True)
-    )
-    if not np.isfinite(error):
+    loss = Loss(*(float(x) for x in np.concatenate(losses, 1).sum(1, dtype=np.float64)))
+    if not np.isfinite(loss.error):
         raise DataError(
             f"values up to {float(mx.abs(values).max()):.3g} are too large for {storage}"
         )
-    return {p: a.reshape(rows, -1) for p, a in joined.items()}, (error, size)
+    return {p: a.reshape(rows, -1) for p, a in joined.items()}, loss
 
 
 def _even_if_zero(weight: mx.array) -> mx.array:
@@ -83,10 +110,11 @@ def _even_if_zero(weight: mx.array) -> mx.array:
 
 
 def _loss(planes: dict[str, mx.array], storage: str, x: mx.array, w: mx.array | None) -> mx.array:
-    """Weighted squared error and weighted size of every block (N, 256), as (2, N)."""
-    stored = FORMATS[storage].decode(planes)
+    """The four sums of `Loss` for every block (N, 256), as (4, N)."""
+    gap = FORMATS[storage].decode(planes) - x
     w = mx.ones_like(x) if w is None else w
-    return mx.stack([(w * (stored - x) ** 2).sum(-1), (w * x * x).sum(-1)])
+    sums = [w * gap * gap, w * x * x, gap * gap, x * x]
+    return mx.stack([terms.sum(-1) for terms in sums])
 
 
 def on_device(storage: str, planes: Mapping[str, np.ndarray]) -> mx.array:

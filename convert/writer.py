@@ -14,6 +14,7 @@ from typing import Any
 from ds4mlx.convert.encoder import Encoder, Rows, row_chunks
 from ds4mlx.convert.journal import Journal
 from ds4mlx.convert.plan import OutEntry, OutFile, plane_bytes
+from ds4mlx.convert.quantise import Loss
 from ds4mlx.durable import PARTIAL, sync_directory
 from ds4mlx.weights.inventory import experts
 
@@ -30,7 +31,8 @@ class EntryWriter:
             self.places[plane.plane] = position
             position += plane_bytes(plane)
         self.running = {plane.plane: hashlib.sha256() for plane in out.planes}
-        self.loss = (0.0, 0.0)
+        self.loss = Loss()
+        self.errors: list[float] = []  # relative error of every quantised matrix in place
         self.done = 0  # rows in place
 
     def matches(self, record: dict[str, Any]) -> bool:
@@ -42,7 +44,8 @@ class EntryWriter:
             if running.hexdigest() != record["planes"][plane.name]:
                 return False
             self.running[plane.plane] = running
-        self.done, self.loss = rows, tuple(record["loss"])
+        self.done, self.loss = rows, Loss(*record["loss"])
+        self.errors = list(record["errors"])
         return True
 
     def skip(self) -> None:
@@ -59,13 +62,16 @@ class EntryWriter:
             self.running[plane.plane].update(data)
             self.advance(len(data))
         self.done += count
-        self.loss = (self.loss[0] + rows.loss[0], self.loss[1] + rows.loss[1])
+        self.loss = self.loss.plus(rows.loss)
+        if self.out.quantised:
+            self.errors.append(float(f"{rows.loss.relative:.7g}"))
 
     def record(self) -> dict[str, Any]:
-        """What is in place now: rows, checksum of each plane so far, and loss."""
+        """What is in place now: rows, checksum of each plane so far, loss, and errors."""
         names = {plane.plane: plane.name for plane in self.out.planes}
         checksums = {names[plane]: running.hexdigest() for plane, running in self.running.items()}
-        return {"rows": self.done, "planes": checksums, "loss": list(self.loss)}
+        losses = {"loss": list(self.loss), "errors": list(self.errors)}
+        return {"rows": self.done, "planes": checksums, **losses}
 
 
 class FileWriter:

@@ -16,9 +16,10 @@ from reference import run
 
 from ds4mlx import DataError, load
 from ds4mlx.cli.main import run as command
-from ds4mlx.convert import convert, verify
+from ds4mlx.convert import convert, dequantize, quantize, verify
+from ds4mlx.convert.comparison import BOUNDS
 from ds4mlx.convert.official import OfficialSource
-from ds4mlx.weights.directory import MANIFEST, ModelDirectory
+from ds4mlx.weights.directory import MANIFEST, ModelDirectory, canonical
 from ds4mlx.weights.inventory import experts
 
 LAYERS, EXPERTS = 8, 2
@@ -52,8 +53,8 @@ def three(tmp_path_factory):
 @pytest.fixture(scope="module")
 def converted(eight, three):
     """{recipe: (source, directory)}"""
-    found = {"q2": (three, three.parent / "q2")}
-    found |= {recipe: (eight, eight.parent / recipe) for recipe in ("q2-q4", "q4")}
+    found = {recipe: (three, three.parent / recipe) for recipe in ("q2", "q4")}
+    found["q2-q4"] = (eight, eight.parent / "q2-q4")
     for recipe, (source, path) in found.items():
         convert(source, path, recipe, progress=False)
     return found
@@ -88,8 +89,8 @@ def test_only_the_experts_lose(converted, recipe):
     source, path = converted[recipe]
     limits = {"iq2_xxs": (0.2, 0.45), "q2_k": (0.15, 0.35), "q4_k": (0.03, 0.09)}
     for each in verify(path, source, progress=False):
-        low, high = limits.get(each.storage, (0, 0))
-        assert low <= each.error <= high, each
+        low, high = limits.get(each.format, (0, 0))
+        assert low <= each.error <= high and not each.cause, each
     listed = json.loads((path / MANIFEST).read_text())["tensors"]
     rounded = {name for name, one in listed.items() if not one["lossless"]}
     assert rounded == {name for name in listed if ".ffn.experts." in name}
@@ -119,9 +120,83 @@ def test_the_manifest_says_what_is_lost(converted, part):
     entry, values = stack(source, name)
     weight = (values**2).sum(1, keepdims=True) if part != "w2" else np.ones_like(values)
     gap = decoded(path, entry) - values
-    want = (weight * gap**2).sum() / (weight * values**2).sum()
-    said = json.loads((path / MANIFEST).read_text())["tensors"][name]["relative_error"]
-    assert said == pytest.approx(want, rel=1e-4)
+    want = ((weight * gap**2).sum() / (weight * values**2).sum()) ** 0.5
+    said = json.loads((path / MANIFEST).read_text())["tensors"][name]["relative_errors"]
+    assert said["weighted"] == pytest.approx(want, rel=1e-4)
+    norms = [np.linalg.norm(gap), np.linalg.norm(values)]
+    assert said["all"] == pytest.approx(norms[0] / norms[1], rel=1e-4)
+    each = np.linalg.norm(gap, axis=(1, 2)) / np.linalg.norm(values, axis=(1, 2))
+    assert said["matrices"] == pytest.approx(list(each), rel=1e-4)
+
+
+def other_source(source, target, change):
+    """A source in which one of two experts' w1 in layer 1 is another."""
+    copy = official.copy(source, target)
+    name = f"layers.1.ffn.experts.{EXPERTS - 1}.w1"
+    official.change(copy, f"{name}.weight", lambda t: (t[0], change(t[1])))
+    return copy
+
+
+def unnoted(path, target):
+    """The directory as an earlier version wrote it, without relative errors of matrices."""
+    copy = official.copy(path, target)
+    manifest = json.loads((copy / MANIFEST).read_text())
+    for listed in manifest["tensors"].values():
+        listed.pop("relative_errors", None)
+    (copy / MANIFEST).write_bytes(canonical(manifest))
+    return copy
+
+
+def shuffled(raw):
+    return np.random.default_rng(0).permutation(raw.reshape(-1)).reshape(raw.shape)
+
+
+def some_changed(raw):
+    """One code in 64 by a step: far less than what the format rounds away."""
+    places = np.random.default_rng(0).random(raw.shape) < 1 / 64
+    return np.where(places, raw ^ 1, raw)
+
+
+@pytest.mark.parametrize("recipe", ["q2", "q4"])
+@pytest.mark.parametrize("noted", [True, False])
+@pytest.mark.parametrize(
+    ("change", "caught"), [(shuffled, (True, True)), (some_changed, (True, False))]
+)
+def test_a_rounded_matrix_must_come_from_its_source(
+    converted, tmp_path, capsys, recipe, noted, change, caught
+):
+    """Against the noted error any change shows, against the format's bound an unrelated matrix."""
+    source, path = converted[recipe]
+    other = other_source(source, tmp_path / "other", change)
+    path = path if noted else unnoted(path, tmp_path / "unnoted")
+    code = command(["verify", str(path), "--against", str(other)])
+    out, err = capsys.readouterr()
+    assert code == (1 if caught[0 if noted else 1] else 0), (out, err)
+    if code:
+        assert "tensor layers.1.ffn.experts.w1.weight differs" in err
+        assert f"of matrix {EXPERTS - 1} is" in err
+    else:
+        assert "by no more than their formats' rounding" in out.splitlines()[-1]
+
+
+@pytest.mark.parametrize("kind", ["one in 64", "one in 16", "heavy tails", "normal", "equal"])
+def test_right_quantisations_keep_within_the_bounds(kind):
+    """Weights that suit the formats worst, and an unrelated matrix of the same size beyond."""
+    rng = np.random.default_rng(0)
+    values = rng.standard_normal((64, 512)).astype(np.float32)
+    if kind.startswith("one in"):
+        values *= rng.random(values.shape) < 1 / int(kind.split()[-1])
+    elif kind == "heavy tails":
+        values = values**5
+    elif kind == "equal":
+        values = np.abs(values) * 0 + 1
+    unrelated = rng.permutation(values.reshape(-1)).reshape(values.shape)
+    for name, bound in BOUNDS.items():
+        gap = dequantize(quantize(values, name)) - values
+        assert np.linalg.norm(gap) <= bound * np.linalg.norm(values), name
+        if kind == "normal":
+            far = dequantize(quantize(values, name)) - unrelated
+            assert np.linalg.norm(far) > bound * np.linalg.norm(unrelated), name
 
 
 def test_the_quality_report(three, tmp_path, capsys):
@@ -133,7 +208,7 @@ def test_the_quality_report(three, tmp_path, capsys):
     assert lines[head].split() == ["relative", "error", "gate", "down", "up"]
     rows = [line.split() for line in lines[head + 1 : head + 5]]
     assert [row[0] for row in rows] == ["layers.0", "layers.1", "layers.2", "mtp.0"]
-    assert all(0.0005 < float(number) < 0.01 for row in rows for number in row[1:])
+    assert all(0.02 < float(number) < 0.1 for row in rows for number in row[1:])
 
 
 def test_the_model_multiplies_by_the_decoded_values(converted, tmp_path):
@@ -173,7 +248,7 @@ def write_dat(path, layers: int, change=lambda name, values: values):
 def weighted(path, source, name, importance) -> float:
     entry, values = stack(source, name)
     gap = decoded(path, entry) - values
-    return float((importance * gap**2).sum() / (importance * values**2).sum())
+    return float((importance * gap**2).sum() / (importance * values**2).sum()) ** 0.5
 
 
 def test_importance_steers(converted, three, tmp_path):
@@ -190,9 +265,10 @@ def test_importance_steers(converted, three, tmp_path):
         name = f"layers.2.ffn.experts.{part}.weight"
         importance = kept[f"blk.2.ffn_{place}_exps.weight"]
         with_it = weighted(tmp_path / "q2", three, name, importance)
-        assert with_it < 0.8 * weighted(converted["q2"][1], three, name, importance)
+        assert with_it < 0.9 * weighted(converted["q2"][1], three, name, importance)
         said = json.loads((tmp_path / "q2" / MANIFEST).read_text())
-        assert said["tensors"][name]["relative_error"] == pytest.approx(with_it, rel=1e-4)
+        noted = said["tensors"][name]["relative_errors"]
+        assert noted["weighted"] == pytest.approx(with_it, rel=1e-4)
         assert said["importance"] == "importance.dat"
 
 
@@ -264,7 +340,7 @@ def test_killed_and_resumed(converted, three, tmp_path):
     changes, rng = int(die(three, tmp_path / "whole", 0).stdout), np.random.default_rng(0)
     want = official.digests(converted["q2"][1])
     assert official.digests(tmp_path / "whole") == want
-    for point in rng.integers(1, changes, 4):
+    for point in rng.integers(1, changes, 2):
         target = tmp_path / f"at{point}"
         assert die(three, target, point).returncode == -signal.SIGKILL
         convert(three, target, "q2", progress=False)

@@ -29,15 +29,15 @@ def flip(file, place: int, bit: int = 0) -> None:
 
 
 def test_a_flipped_bit_anywhere_is_caught(small_source, spoiled):
-    """Random places in every file, its first and last byte among them; the culprit is named."""
+    """Random places in every file, its first or last byte among them; the culprit is named."""
     rng = np.random.default_rng(2)
     for file in sorted(spoiled.iterdir()):
         size = file.stat().st_size
-        for place in [0, size - 1, *rng.integers(0, size, 6)]:
+        for place in [int(rng.integers(2)) * (size - 1), *rng.integers(0, size, 2)]:
             bit = int(rng.integers(8))
             flip(file, place, bit)
             with pytest.raises(DataError) as caught:
-                verify(spoiled, small_source, progress=False)
+                verify(spoiled, progress=False)
             assert file.name in str(caught.value), place
             flip(file, place, bit)
     verify(spoiled, small_source, progress=False)
@@ -97,9 +97,40 @@ def test_weights_of_another_model_are_seen_against_the_source(small_source, smal
     other = official.copy(small_source, tmp_path / "other")
     name = "layers.1.ffn.experts.2.w2.scale"
     official.change(other, name, lambda t: (t[0], t[1] + 1))
-    errors = {c.name: c.error for c in verify(small_dir, other, progress=False)}
-    wrong = errors.pop("layers.1.ffn.experts.w2.weight")
-    assert 0.1 < wrong < 1 and set(errors.values()) == {0.0}
+    checked = {c.name: c for c in verify(small_dir, other, progress=False)}
+    wrong = checked.pop("layers.1.ffn.experts.w2.weight")
+    assert 0.1 < wrong.error < 1 and wrong.cause
+    assert {(c.error, c.bound, c.cause) for c in checked.values()} == {(0.0, 0.0, None)}
+
+
+# What a source may differ in by the smallest step: name, and the change of its raw array.
+SMALLEST = [
+    ("layers.0.attn.wkv.weight", lambda raw: raw ^ (np.arange(raw.size).reshape(raw.shape) == 77)),
+    ("layers.1.ffn.experts.3.w1.weight", "sign of a zero"),
+    ("embed.weight", lambda raw: raw ^ (np.arange(raw.size).reshape(raw.shape) == raw.size - 1)),
+    ("layers.0.hc_ffn_base", lambda raw: np.nextafter(raw, np.float32(9))),
+    ("layers.0.ffn.gate.tid2eid", lambda raw: raw[:, ::-1]),
+]
+
+
+@pytest.mark.parametrize(("name", "change"), SMALLEST)
+def test_the_smallest_difference_fails_in_an_exact_format(
+    small_source, small_dir, tmp_path, capsys, name, change
+):
+    def flip_zero(raw):
+        raw = raw.copy()
+        rows, columns = np.nonzero(raw & 7 == 0)
+        raw[rows[0], columns[0]] ^= 8
+        return raw
+
+    other = official.copy(small_source, tmp_path / "other")
+    change = flip_zero if isinstance(change, str) else change
+    official.change(other, name, lambda t: (t[0], np.ascontiguousarray(change(t[1]))))
+    assert run(["verify", str(small_dir), "--against", str(other)]) == 1
+    out, err = capsys.readouterr()
+    place = name.replace("experts.3", "experts").replace("_base", ".base")
+    assert f"tensor {place} differs from {other}" in err and err.count("error: ") == 1
+    assert "weights" in out
 
 
 def test_a_source_of_another_shape_is_refused(small_dir, tiny_source):
@@ -110,7 +141,12 @@ def test_a_source_of_another_shape_is_refused(small_dir, tiny_source):
 def test_command_line(small_source, small_dir, spoiled, capsys):
     assert run(["verify", str(small_dir), "--against", str(small_source)]) == 0
     out = capsys.readouterr().out
-    assert "ok  mxfp4  layers.0.ffn.experts.w1.weight  relative error 0\n" in out
+    assert len(out.splitlines()) == 1 + len({"mxfp4", "mxfp8", "bf16", "f32", "i32"})
+    assert "12 weights  largest relative error 0\n" in out
+    assert out.splitlines()[-1].endswith("equal their source bit for bit")
+    assert run(["verify", str(small_dir), "--against", str(small_source), "--tensors"]) == 0
+    out = capsys.readouterr().out
+    assert "ok  mxfp4   layers.0.ffn.experts.w1.weight  relative error 0\n" in out
     assert run(["verify", str(small_dir), "--json"]) == 0
     assert len(json.loads(capsys.readouterr().out)) == out.count("ok  ")
     flip(spoiled / "head.safetensors", -1)

@@ -73,21 +73,22 @@ def verify(
     mtp: Annotated[
         Path | None, typer.Option(help="GGUF file with the MTP block, as for convert.")
     ] = None,
+    tensors: Annotated[bool, typer.Option("--tensors", help="Print a line a weight.")] = False,
     as_json: arg.Json = False,
 ) -> None:
     """Check every byte of a model directory, and every value against its source."""
     from ds4mlx.convert import verify as run
+    from ds4mlx.convert.verification import summary, verdict
 
     if mtp is not None and against is None:
         raise typer.BadParameter("is part of a source, which --against names", param_hint="--mtp")
-    found = run(directory, against, mtp=mtp)
+    checked = run(directory, against, mtp=mtp)
     if as_json:
-        print(json.dumps([vars(checked) for checked in found], indent=1))
+        print(json.dumps([vars(each) for each in checked], indent=1))
+        verdict(checked, directory, against)
         return
-    for checked in found:
-        error = "" if checked.error is None else f"  relative error {checked.error:.3g}"
-        print(f"ok  {checked.storage:<6} {checked.name}{error}")
-    print(f"{len(found)} weights are as recorded")
+    print(summary(checked, tensors))
+    print(verdict(checked, directory, against))
 
 
 def inspect(

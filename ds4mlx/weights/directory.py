@@ -131,6 +131,16 @@ class ModelDirectory:
             )
         return listed["format"]
 
+    def check_small_files(self) -> None:
+        """DataError if a file that is not weights, such as the tokenizer, was changed."""
+        for name, listed in self.manifest["files"].items():
+            data = (self.path / name).read_bytes() if "sha256" in listed else None
+            if data is not None and hashlib.sha256(data).hexdigest() != listed["sha256"]:
+                raise DataError(
+                    f"{self.path / name}: was changed after the conversion: it does not match its "
+                    "checksum"
+                )
+
     def _check_sizes(self) -> None:
         for name, listed in self.manifest["files"].items():
             file = self.path / name
