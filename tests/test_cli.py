@@ -163,6 +163,7 @@ def test_failures_are_one_line(arguments, capsys):
         (["--debug", "inspect", "/nowhere", "--debug"], True),
         (["cache", "ls", "--kv-dir", "/nowhere", "--debug"], True),
         (["--debug", "cache", "ls", "--kv-dir", "/nowhere"], True),
+        (["cache", "--debug", "ls", "--kv-dir", "/nowhere"], True),
         (["generate", "--debug", "-p", "a", "-m", "/nowhere"], True),
         (["inspect", "/nowhere"], False),
         (["inspect", "--", "--debug"], False),

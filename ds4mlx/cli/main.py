@@ -63,6 +63,7 @@ app.command("eval")(debugging.debuggable(evaluate))
 for registered in cache_commands.app.registered_commands:
     assert registered.callback is not None
     registered.callback = debugging.debuggable(registered.callback)
+cache_commands.app.callback()(debugging.debuggable(lambda: None))
 app.add_typer(cache_commands.app, name="cache", cls=Commands)
 
 
