@@ -5,12 +5,13 @@ One JSON object a line, appended after the data it speaks of has reached the dis
 directory.
 """
 
-import fcntl
+import contextlib
 import json
 import os
 from pathlib import Path
 from typing import Any
 
+from ds4mlx.durable import Busy, open_locked, sync, write_all
 from ds4mlx.errors import DataError
 from ds4mlx.weights.directory import JOURNAL
 
@@ -23,8 +24,7 @@ class Journal:
 
     def __init__(self, directory: Path, plan: str):
         self.path = directory / JOURNAL
-        self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-        _lock(self._fd, directory)
+        self._fd = _locked(directory, os.O_RDWR | os.O_CREAT | os.O_APPEND)
         self.done: dict[str, dict[str, Any]] = {}  # complete file -> its record
         self.progress: dict[str, dict[str, Any]] = {}  # unfinished file -> its last record
         try:
@@ -36,9 +36,8 @@ class Journal:
     def append(self, record: dict[str, Any]) -> None:
         """Add a record and wait until it is on the disk."""
         line = (json.dumps(record, separators=(",", ":")) + "\n").encode()
-        while line:
-            line = line[os.write(self._fd, line) :]
-        os.fsync(self._fd)
+        write_all(self._fd, line)
+        sync(self._fd)
 
     def close(self) -> None:
         """Release the lock."""
@@ -77,17 +76,12 @@ class Journal:
 
 def check_unlocked(directory: Path) -> None:
     """DataError if a conversion is at work in the directory."""
-    try:
-        fd = os.open(directory / JOURNAL, os.O_RDWR)
-    except FileNotFoundError:
-        return
-    _lock(fd, directory)
-    os.close(fd)
+    with contextlib.suppress(FileNotFoundError):
+        os.close(_locked(directory, os.O_RDWR))
 
 
-def _lock(fd: int, directory: Path) -> None:
+def _locked(directory: Path, flags: int) -> int:
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(fd)
+        return open_locked(directory / JOURNAL, flags, 0o644, wait=False)
+    except Busy:
         raise DataError(f"{directory}: another conversion is writing here") from None

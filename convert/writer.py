@@ -15,7 +15,7 @@ from ds4mlx.convert.encoder import Encoder, Rows, row_chunks
 from ds4mlx.convert.journal import Journal
 from ds4mlx.convert.plan import OutEntry, OutFile, plane_bytes
 from ds4mlx.convert.quantise import Loss
-from ds4mlx.durable import PARTIAL, sync_directory
+from ds4mlx.durable import PARTIAL, sync, sync_directory, take_place
 from ds4mlx.weights.inventory import experts
 
 BLOCK = 8 << 20
@@ -99,10 +99,9 @@ class FileWriter:
         fd = os.open(self.partial, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             self._write(fd, self._trusted(fd))
-            os.fsync(fd)
+            take_place(fd, self.partial, self.path)
         finally:
             os.close(fd)
-        self.partial.replace(self.path)
         sync_directory(self.path.parent)
         header = hashlib.sha256(self.file.header).hexdigest()
         self.journal.append({"file": self.file.name, "header": header, "entries": self.records})
@@ -143,7 +142,7 @@ class FileWriter:
     def _note(self, fd: int) -> None:
         """Tell the journal now and then."""
         if time.monotonic() - self.noted >= self.seconds:
-            os.fsync(fd)
+            sync(fd)
             self.journal.append({"file": self.file.name, "entries": self.records})
             self.noted = time.monotonic()
 

@@ -1,4 +1,9 @@
-"""Files that are there whole or not at all, and last once that is said."""
+"""Files that are there whole or not at all, that last once this is said, and that one process has.
+
+Every file that must not be seen half written is written aside, under another name in its own
+directory, and then put in place in one step. Every lock is an advisory lock (flock) on a file, which
+the system drops when its process ends, however that happens.
+"""
 
 import contextlib
 import errno
@@ -9,6 +14,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 PARTIAL = ".partial"  # behind the name of a file that is not whole yet
+
+
+class Busy(Exception):
+    """Another process, or another descriptor of this one, has the lock."""
 
 
 def sync(fd: int) -> None:
@@ -30,13 +39,21 @@ def sync_directory(path: Path) -> None:
         os.close(fd)
 
 
+def take_place(fd: int, temporary: Path, path: Path) -> None:
+    """Have the open file `temporary` become `path` in one step, its bytes being on the medium.
+
+    The name lasts once `sync_directory` has returned.
+    """
+    sync(fd)
+    os.replace(temporary, path)  # noqa: PTH105 - as a system call, which tests count
+
+
 @contextlib.contextmanager
 def replacing(path: Path, temporary: Path) -> Iterator[Path]:
     """Gives `temporary` to be written; what is there in the end becomes `path`, durably, in one step."""
     yield temporary
     with temporary.open("rb") as file:
-        sync(file.fileno())
-    temporary.replace(path)
+        take_place(file.fileno(), temporary, path)
     sync_directory(path.parent)
 
 
@@ -44,6 +61,13 @@ def write_whole(path: Path, data: bytes) -> None:
     """Write a small file so that it is there whole or not at all."""
     with replacing(path, path.with_name(path.name + PARTIAL)) as temporary:
         temporary.write_bytes(data)
+
+
+def write_all(fd: int, data: bytes) -> None:
+    """Write every byte, however many calls that takes. Raises OSError."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
 
 
 @contextlib.contextmanager
@@ -96,3 +120,55 @@ def _naming(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise type(error)(error.errno, error.strerror, str(path)) from None
+
+
+# Locks
+
+
+def lock(fd: int, *, shared: bool = False, wait: bool = True) -> None:
+    """Lock an open file until it is closed. Raises Busy where `wait` is False and another has it."""
+    kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+    try:
+        fcntl.flock(fd, kind if wait else kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise Busy from None
+
+
+def open_locked(
+    path: Path, flags: int, mode: int = 0o666, *, shared: bool = False, wait: bool = True
+) -> int:
+    """Open and lock a file that others may delete or replace; the descriptor holds the lock.
+
+    The lock is one on the file that `path` names: where that has changed between opening and
+    locking, the new file is opened. Raises Busy as `lock` does, and OSError.
+    """
+    while True:
+        fd = os.open(path, flags, mode)
+        try:
+            lock(fd, shared=shared, wait=wait)
+            if names(path, fd):
+                return fd
+        except BaseException:
+            os.close(fd)
+            raise
+        os.close(fd)
+
+
+def names(path: Path, fd: int) -> bool:
+    """Whether `path` is still the name of an open file."""
+    try:
+        there, ours = path.stat(), os.fstat(fd)
+    except FileNotFoundError:
+        return False
+    return (there.st_dev, there.st_ino) == (ours.st_dev, ours.st_ino)
+
+
+@contextlib.contextmanager
+def alone(path: Path, *, wait: bool = False) -> Iterator[None]:
+    """Have a lock on a file that is made for it and deleted at the end. Raises Busy, OSError."""
+    fd = open_locked(path, os.O_RDWR | os.O_CREAT, wait=wait)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)  # while it is locked: nobody else can have it
+        os.close(fd)

@@ -1,12 +1,12 @@
 """The embedded model: a small official-format checkpoint in the package, converted once a user."""
 
-import fcntl
 import hashlib
 import os
 import sys
 from pathlib import Path
 
 from ds4mlx.convert import convert
+from ds4mlx.durable import lock
 from ds4mlx.errors import DataError
 from ds4mlx.weights.directory import FORMAT_VERSION, MANIFEST, ModelDirectory
 
@@ -45,8 +45,8 @@ def default_model() -> Path:
 
 def _convert_once(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with path.with_suffix(".lock").open("w") as file:
+        lock(file.fileno())
         convert(EMBEDDED, path, progress=False)
 
 

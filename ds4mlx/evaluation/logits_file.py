@@ -11,7 +11,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from ds4mlx.durable import PARTIAL, replacing
+from ds4mlx.durable import put_in_place
 from ds4mlx.errors import DataError
 from ds4mlx.weights.tensor_file import TensorFile, header
 
@@ -83,14 +83,11 @@ def write_logits(
         TOKENS: ("I32", tokens.shape),
         LOGITS: ("F32", (*tokens.shape, vocabulary)),
     }
-    temporary = path.with_name(path.name + PARTIAL)
     try:
-        with replacing(path, temporary), temporary.open("wb") as file:
+        with put_in_place(path) as temporary, temporary.open("wb") as file:
             file.write(header(shapes))
             file.write(tokens.tobytes())
             for block in blocks:
                 file.write(np.array(block.astype(mx.float32)).tobytes())
     except OSError as error:
-        raise DataError(f"{error.filename or path}: {error.strerror}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
+        raise DataError(f"{path}: {error.strerror}") from None

@@ -6,7 +6,6 @@ every minute and on Ctrl-C, whole sequences only, so that however often a run is
 order of summation, and with it the file, stays the same.
 """
 
-import fcntl
 import hashlib
 import sys
 import time
@@ -19,7 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ds4mlx.convert.importance import run_of, write_gguf
-from ds4mlx.durable import replacing
+from ds4mlx.durable import Busy, alone, replacing
 from ds4mlx.engine.interrupts import undivided
 from ds4mlx.engine.prefill import PREFILL_STEP, prefill
 from ds4mlx.errors import DataError
@@ -114,16 +113,11 @@ def _beside(output: Path, suffix: str) -> Path:
 @contextmanager
 def _alone(output: Path) -> Iterator[None]:
     """DataError if another process is writing the same file."""
-    path = _beside(output, LOCK)
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise DataError(f"{output}: another collection is writing here") from None
-        try:
+    try:
+        with alone(_beside(output, LOCK)):
             yield
-        finally:
-            path.unlink(missing_ok=True)
+    except Busy:
+        raise DataError(f"{output}: another collection is writing here") from None
 
 
 @contextmanager
