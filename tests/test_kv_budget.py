@@ -5,9 +5,11 @@ import pytest
 from synthetic_state import synthetic_state
 
 from ds4mlx import KVStore
+from ds4mlx.durable import Busy, lock
 from ds4mlx.state.boundaries import Spacing
 from ds4mlx.store import eviction
 from ds4mlx.store.eviction import StoreFull
+from ds4mlx.store.locks import Claim, Pin
 
 
 def saved(store, seed, length=600):
@@ -59,8 +61,33 @@ def test_what_is_in_use_is_not_evicted(bare_model, tmp_path):
     with pytest.raises(StoreFull):
         eviction.plan(catalogue, catalogue.nbytes)
     del state
+    chosen = eviction.plan(catalogue, catalogue.nbytes)
+    path = catalogue.path(chosen[0].segment)
+    with path.open() as file, pytest.raises(Busy):  # from now on nobody can take it up
+        lock(file.fileno(), shared=True, wait=False)
+    eviction.evict(catalogue, chosen)
+    assert store.longest(ids) == 0 and Pin.take(path) is None
+
+
+def test_a_plan_that_is_not_carried_out_lets_its_leaves_go(bare_model, tmp_path):
+    store = KVStore(tmp_path, 1 << 30, bare_model, min_free_bytes=0)
+    for seed in (1, 2):
+        saved(store, seed)
+    catalogue = store._catalogue
+    catalogue.refresh()
+    with pytest.raises(StoreFull):
+        eviction.plan(catalogue, catalogue.nbytes + 1)
+    pins = [Pin.take(catalogue.path(segment)) for segment in catalogue.segments.values()]
+    assert None not in pins
+    assert all(
+        Claim.take(catalogue.path(segment)) is None for segment in catalogue.segments.values()
+    )
+    with pytest.raises(StoreFull):
+        eviction.plan(catalogue, 1)
+    for pin in pins:
+        pin.close()
     eviction.evict(catalogue, eviction.plan(catalogue, catalogue.nbytes))
-    assert store.longest(ids) == 0
+    assert store.nbytes == 0
 
 
 def test_leaves_go_before_what_they_follow(bare_model, tmp_path):
@@ -71,7 +98,7 @@ def test_leaves_go_before_what_they_follow(bare_model, tmp_path):
     catalogue = store._catalogue
     catalogue.refresh()
     del state
-    order = [segment.start for segment, _ in eviction.plan(catalogue, catalogue.nbytes)]
+    order = [leaf.segment.start for leaf in eviction.plan(catalogue, catalogue.nbytes)]
     assert order == [8192, 0]
 
 

@@ -15,6 +15,7 @@ from synthetic_state import same_state, synthetic_state
 
 from ds4mlx import DataError, KVStore
 from ds4mlx.store import admin
+from ds4mlx.store.directory import LOCK, MARK
 
 IDS = np.random.default_rng(0).integers(0, 512, 3000)
 ENDS = (300, 1280, 2100, 3000)
@@ -54,7 +55,7 @@ def test_500_bit_flips_and_truncations(model, sound, tmp_path, caplog):
     """Over all kinds of files: each is a miss or harmless, warned of once, and never wrong."""
     rng, path = np.random.default_rng(1), tmp_path / "kv"
     files = sorted(
-        p.relative_to(sound) for p in sound.rglob("*") if p.is_file() and p.name != "lock"
+        p.relative_to(sound) for p in sound.rglob("*") if p.is_file() and p.name not in (LOCK, MARK)
     )
     kinds = {name: [f for f in files if f.parts[0] == name] for name in {f.parts[0] for f in files}}
     assert set(kinds) == {"segments", "records", "index.jsonl", "calls.jsonl"}
@@ -169,7 +170,7 @@ def test_the_data_lasts_before_the_name_and_the_name_before_the_answer(
     recorded("open", os.open, lambda path, rest, fd: names.__setitem__(fd, str(path)))
     recorded("write", os.writev, lambda fd, rest, got: names[fd])
     recorded("fsync", os.fsync, lambda fd, rest, got: names[fd])
-    recorded("rename", os.rename, lambda path, rest, got: str(rest[0]))
+    recorded("rename", os.replace, lambda path, rest, got: str(rest[0]))
     store = KVStore(tmp_path, model=model)
     calls.clear()
     store.save(IDS[:300], synthetic_state(model, IDS[:300]))
@@ -261,7 +262,7 @@ def test_a_full_disk_at_any_write_leaves_the_store_as_it_was(model, tmp_path, mo
         return call
 
     with monkeypatch.context() as patch:
-        for name in ("open", "writev", "fsync", "rename", "posix_fallocate"):
+        for name in ("open", "writev", "fsync", "replace", "posix_fallocate"):
             patch.setattr(os, name, full(getattr(os, name)))
         longer = synthetic_state(model, IDS[:700])
         try:

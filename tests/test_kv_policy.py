@@ -225,7 +225,8 @@ def test_the_commands(talker_dir, tmp_path, capfd):
     assert code == 1 and segment.name in found
     assert run("cache", "prune", "--budget", "1K")[0] == 0
     assert "0 prefixes" in run("cache", "ls")[1]
-    assert run("cache", "clear")[0] == 0
+    assert run("cache", "clear")[0] == 2
+    assert run("cache", "clear", "--yes")[0] == 0
     kv[1] = str(tmp_path)
     code, _, wrong = run("cache", "ls")
     assert code == 1 and "not a KV store" in wrong

@@ -1,6 +1,7 @@
 """`ds4mlx cache`: look at, check and thin the disk KV store."""
 
 import json
+import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -111,8 +112,22 @@ def prune(
 
 
 @app.command()
-def clear(kv_dir: Directory) -> None:
-    """Delete everything in the store."""
+def clear(
+    kv_dir: Directory,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask first.")] = False,
+) -> None:
+    """Delete everything that the store has written; asks first, and leaves other files alone."""
     from ds4mlx.store import admin
 
-    print(f"{admin.clear(kv_dir):,} bytes deleted")
+    sums = admin.totals(admin.open_directory(kv_dir))
+    if not yes:
+        if not sys.stdin.isatty():
+            raise typer.BadParameter("there is no terminal to ask at", param_hint="--yes")
+        question = f"Delete {sums['bytes']:,} bytes, all that the KV store in {kv_dir} holds?"
+        if not typer.confirm(question, err=True):
+            print("nothing deleted")
+            return
+    freed, others = admin.clear(kv_dir)
+    print(f"{freed:,} bytes deleted")
+    for path in others:
+        print(f"{path}: was not made by the store, and stays")

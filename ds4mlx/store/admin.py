@@ -1,24 +1,24 @@
 """What `ds4mlx cache` does to a store's directory; needs no model."""
 
+import contextlib
 import time
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from ds4mlx.errors import DataError
 from ds4mlx.store import block_file, eviction, restoring
-from ds4mlx.store.catalogue import Catalogue, Record, Segment, Use
-from ds4mlx.store.locks import is_pinned, writing
-
-FOLDERS = ("segments", "records", "damaged")
-FILES = ("index.jsonl", "calls.jsonl", "lock")
+from ds4mlx.store import directory as places
+from ds4mlx.store.catalogue import Catalogue, Record, Segment, Use, fault
+from ds4mlx.store.locks import Claim, is_pinned
 
 
 def open_directory(directory: Path) -> Catalogue:
     """The catalogue of an existing store. Raises DataError."""
-    if not (directory / "segments").is_dir() or not (directory / "records").is_dir():
-        raise DataError(f"{directory}: not a KV store")
+    places.check_store(directory)
     catalogue = Catalogue(directory)
     catalogue.refresh()
     return catalogue
@@ -95,11 +95,11 @@ def find(catalogue: Catalogue, key: str) -> Record:
 
 def details(catalogue: Catalogue, record: Record) -> dict[str, Any]:
     """A prefix: its record, the segments of its chain, and the text if it was kept."""
-    chain = catalogue.chain(record.segment, record.tokens) or []
-    texts = [restoring.read_text(catalogue, segment) for segment, _, _ in chain]
+    links = catalogue.chain(record.segment, record.tokens) or []
+    texts = [restoring.read_text(catalogue, segment) for segment, _, _ in links]
     return {
         "prefix": vars(record),
-        "chain": [{**vars(segment), "used_to": end} for segment, _, end in chain],
+        "chain": [{**vars(segment), "used_to": end} for segment, _, end in links],
         "boundaries": sorted({r.tokens for r in catalogue.on_chain(record.segment)}),
         "text": "".join(texts),
     }
@@ -108,12 +108,8 @@ def details(catalogue: Catalogue, record: Record) -> dict[str, Any]:
 def check(catalogue: Catalogue) -> list[str]:
     """Read every byte; one line for each file that is damaged or cannot be used."""
     faults = [f"{path}: damaged" for path in catalogue.damaged]
-    faults += [f"{path}: set apart as damaged" for path in _files(catalogue, "damaged")]
-    for item in [*catalogue.segments.values(), *catalogue.records.values()]:
-        try:
-            _check_file(catalogue.path(item), item)
-        except (DataError, OSError) as error:
-            faults.append(str(error))
+    faults += [f"{path}: set apart as damaged" for path in _set_apart(catalogue)]
+    faults += [str(error) for error in _unsound(catalogue).values()]
     faults += [
         f"{catalogue.path(item)}: a part of its chain is missing" for item in _broken(catalogue)
     ]
@@ -123,12 +119,16 @@ def check(catalogue: Catalogue) -> list[str]:
 def prune(catalogue: Catalogue, budget: int | None, older_than: float | None) -> int:
     """Delete what is of no use, then leaves unused for `older_than` seconds, then to `budget`.
 
-    Of no use: temporary files, damaged files, and what lacks a part of its chain. What is in use
-    stays. Returns the bytes that came free.
+    Of no use: temporary files, all that `check` finds damaged, which reads every byte, and what lacks
+    a part of its chain. What is in use stays. Returns the bytes that came free.
     """
-    with writing(catalogue.directory):
+    suspects = [catalogue.path(item) for item in _unsound(catalogue)]
+    with catalogue.writing():
         catalogue.refresh()
-        freed = _delete([*catalogue.leftovers(), *_files(catalogue, "damaged")])
+        damaged = [path for path in (*suspects, *catalogue.damaged) if fault(path) is not None]
+        freed = _delete([*catalogue.leftovers(), *_set_apart(catalogue), *damaged])
+        catalogue.damaged.clear()
+        catalogue.refresh()
         for item in _broken(catalogue):
             catalogue.remove(item)
             freed += item.nbytes
@@ -141,33 +141,47 @@ def prune(catalogue: Catalogue, budget: int | None, older_than: float | None) ->
     return freed
 
 
-def clear(directory: Path) -> int:
-    """Delete everything that a store has written in its directory; the bytes that came free."""
-    catalogue = open_directory(directory)
-    with writing(directory):
-        files = [path for folder in FOLDERS for path in _files(catalogue, folder)]
-        freed = _delete([*files, *catalogue.leftovers()])
-        for name in FILES[:-1]:
-            (directory / name).unlink(missing_ok=True)
-    return freed
+def clear(directory: Path) -> tuple[int, list[Path]]:
+    """Delete everything that a store has written in its directory.
+
+    Returns the bytes that came free, and the files of others, which stay. The directory is an empty
+    store then. Raises DataError where it does not bear the mark of one.
+    """
+    places.check_store(directory)
+    with Catalogue(directory).writing():
+        keyed = [places.key_files(directory, folder).values() for folder in places.FOLDERS]
+        notes = [directory / name for name in (places.INDEX, places.CALLS)]
+        freed = _delete([*chain.from_iterable(keyed), *places.leftovers(directory), *notes])
+    return freed, places.strangers(directory)
 
 
-def _files(catalogue: Catalogue, folder: str) -> list[Path]:
-    path = catalogue.directory / folder
-    return sorted(path.iterdir()) if path.is_dir() else []
+def _set_apart(catalogue: Catalogue) -> list[Path]:
+    return list(places.key_files(catalogue.directory, places.DAMAGED).values())
 
 
-def _delete(paths: list[Path]) -> int:
+def _delete(paths: Iterable[Path]) -> int:
+    """Delete files, and links as such; the bytes that came free."""
     freed = 0
     for path in paths:
-        freed += path.stat().st_size
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            freed += path.lstat().st_size
+            path.unlink()
     return freed
 
 
-def _check_file(path: Path, item: Segment | Record) -> None:
-    with block_file.opened(path) as fd:
-        block_file.check_blocks(fd, path, restoring.checked_header(fd, path, item))
+def _unsound(catalogue: Catalogue) -> dict[Segment | Record, Exception]:
+    """What cannot be read as it was written, and why; reads every byte."""
+    errors: dict[Segment | Record, Exception] = {}
+    for item in [*catalogue.segments.values(), *catalogue.records.values()]:
+        path = catalogue.path(item)
+        try:
+            with block_file.opened(path) as fd:
+                block_file.check_blocks(fd, path, block_file.read_header(fd, path))
+        except FileNotFoundError:
+            continue  # deleted meanwhile
+        except (DataError, OSError) as error:
+            errors[item] = error
+    return errors
 
 
 def _broken(catalogue: Catalogue) -> list[Segment | Record]:
@@ -181,17 +195,27 @@ def _broken(catalogue: Catalogue) -> list[Segment | Record]:
 def _drop_old(catalogue: Catalogue, before: float) -> int:
     """Delete records last used before a time, and then the segments that no record needs."""
     freed = 0
-    for record in list(catalogue.records.values()):
-        last = max(record.created, catalogue.uses.get(record.key, Use()).last)
-        segment = catalogue.segments.get(record.segment)
-        if last < before and not (segment and is_pinned(catalogue.path(segment))):
-            catalogue.remove(record)
-            freed += record.nbytes
-    needed: set[str] = set()
-    for record in catalogue.records.values():
-        needed |= {s.key for s, _, _ in catalogue.chain(record.segment, record.tokens) or []}
-    for segment in list(catalogue.segments.values()):
-        if segment.key not in needed and not is_pinned(catalogue.path(segment)):
-            catalogue.remove(segment)
-            freed += segment.nbytes
+    with contextlib.ExitStack() as claims:  # until all is deleted
+        free: set[str] = set()
+        for segment in catalogue.segments.values():
+            claim = Claim.take(catalogue.path(segment))
+            if claim is not None:
+                claims.callback(claim.close)
+                free.add(segment.key)
+        for record in list(catalogue.records.values()):
+            last = max(record.created, catalogue.uses.get(record.key, Use()).last)
+            if last < before and record.segment in free:
+                catalogue.remove(record)
+                freed += record.nbytes
+        needed: set[str] = set()
+        for record in catalogue.records.values():
+            needed |= {s.key for s, _, _ in catalogue.chain(record.segment, record.tokens) or []}
+        for segment in catalogue.segments.values():
+            if segment.key not in free:
+                used = catalogue.chain(segment.key, segment.end) or []
+                needed |= {s.key for s, _, _ in used} | {segment.key}
+        for segment in list(catalogue.segments.values()):
+            if segment.key not in needed:
+                catalogue.remove(segment)
+                freed += segment.nbytes
     return freed

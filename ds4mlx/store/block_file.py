@@ -16,10 +16,12 @@ from typing import Any
 
 import xxhash
 
-from ds4mlx.durable import sync
+from ds4mlx.durable import take_place
 from ds4mlx.errors import DataError
 
-MAGIC = b"DS4MLXK1"
+FAMILY = b"DS4MLXK"  # and a digit, which is another one in another version
+MAGIC = FAMILY + b"1"
+DIGITS = {b"%d" % digit for digit in range(1, 10)}
 FRONT = struct.Struct("<8sII")
 ENTRY = struct.Struct("<Q16s")
 CHECKSUM = 16
@@ -37,6 +39,10 @@ class DamagedFile(DataError):
     def __init__(self, path: Path, cause: str):
         self.path = path
         super().__init__(f"{path}: {cause}")
+
+
+class OtherVersion(DataError):
+    """A file was written by another version of this program, which alone can tell if it is sound."""
 
 
 @dataclass(frozen=True)
@@ -80,10 +86,9 @@ def write(path: Path, meta: dict[str, Any], blocks: Sequence[Buffer]) -> int:
         try:
             _reserve(fd, total)
             _write_all(fd, pieces)
-            sync(fd)
+            take_place(fd, temporary, path)
         finally:
             os.close(fd)
-        os.rename(temporary, path)  # noqa: PTH104 - as a system call, like the others here
     except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -102,8 +107,10 @@ def opened(path: Path) -> Iterator[int]:
 
 
 def read_header(fd: int, path: Path) -> Header:
-    """The header of an open file. Raises DamagedFile, also if the file has another size."""
+    """The header of an open file. Raises OtherVersion; DamagedFile, also for another size."""
     raw = os.pread(fd, FIRST_READ, 0)
+    if raw[: len(FAMILY)] == FAMILY and raw[len(FAMILY) : len(MAGIC)] in DIGITS - {MAGIC[-1:]}:
+        raise OtherVersion(f"{path}: was written by another version of ds4mlx")
     if len(raw) < FRONT.size or raw[: len(MAGIC)] != MAGIC:
         raise DamagedFile(path, "not a file of a KV store")
     _, meta_bytes, count = FRONT.unpack_from(raw)
@@ -115,7 +122,12 @@ def read_header(fd: int, path: Path) -> Header:
     if checksum(raw[:end]) != raw[end : end + CHECKSUM]:
         raise DamagedFile(path, "its header is damaged")
     entries = list(ENTRY.iter_unpack(raw[FRONT.size + meta_bytes : end]))
-    meta = json.loads(raw[FRONT.size : FRONT.size + meta_bytes])
+    try:
+        meta = json.loads(raw[FRONT.size : FRONT.size + meta_bytes])
+    except ValueError:
+        meta = None
+    if not isinstance(meta, dict):
+        raise OtherVersion(f"{path}: its header is sound, but describes nothing that is known here")
     header = Header(meta, [e[0] for e in entries], [e[1] for e in entries], end + CHECKSUM)
     found = os.fstat(fd).st_size
     if found != header.nbytes:

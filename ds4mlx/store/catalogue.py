@@ -10,16 +10,26 @@ import logging
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ds4mlx.store import block_file
-from ds4mlx.store.block_file import TEMPORARY, DamagedFile, Header
+from ds4mlx.store import block_file, locks
+from ds4mlx.store.block_file import DamagedFile, Header, OtherVersion
+from ds4mlx.store.directory import (
+    DAMAGED,
+    INDEX,
+    RECORDS,
+    SEGMENTS,
+    SUFFIX,
+    key_files,
+    leftovers,
+)
 from ds4mlx.store.journal import Journal
 
 HALF_LIFE = 6 * 3600.0  # seconds after which a hit counts half
-SUFFIX = ".kv"
+# What a field of an entry or a header must be.
+TYPES: dict[Any, Any] = {str: str, int: int, float: (int, float)}
 LOG = logging.getLogger("ds4mlx")
 
 
@@ -36,10 +46,10 @@ class Segment:
     start: int
     end: int
     prefix: str  # public key of the first `end` tokens
-    created: float = field(compare=False)
-    label: str = field(compare=False)
-    text_bytes: int = field(compare=False)  # of the text, in the last block; 0 if it is not kept
-    nbytes: int = field(compare=False)
+    created: float = field(compare=False, default=0.0)
+    label: str = field(compare=False, default="")
+    text_bytes: int = field(compare=False, default=0)  # of the last block; 0 if no text is kept
+    nbytes: int = field(compare=False, default=0)
 
 
 @dataclass(frozen=True)
@@ -54,11 +64,11 @@ class Record:
     segment: str
     tokens: int
     prefix: str  # public key of these tokens
-    text: str = field(compare=False)  # SHA1 of their text, empty if not known
-    text_bytes: int = field(compare=False)
-    reason: str = field(compare=False)
-    created: float = field(compare=False)
-    nbytes: int = field(compare=False)
+    text: str = field(compare=False, default="")  # SHA1 of their text, empty if not known
+    text_bytes: int = field(compare=False, default=0)
+    reason: str = field(compare=False, default="cold")
+    created: float = field(compare=False, default=0.0)
+    nbytes: int = field(compare=False, default=0)
 
 
 @dataclass
@@ -87,23 +97,34 @@ class Catalogue:
         self.records: dict[str, Record] = {}
         self.uses: dict[str, Use] = {}
         self.damaged: set[Path] = set()
-        self._journal = Journal(directory / "index.jsonl")
+        self.unknown: dict[Path, str] = {}  # sound as far as can be told, but not to be used; why
+        self.corrected = 0  # times that the index was found to be wrong about a file
+        self._depth = 0  # of nested uses of the right to write
+        self._journal = Journal(directory / INDEX)
         self._known: dict[str, dict[str, Any]] = {}  # key -> what the index says
 
     def path(self, item: Segment | Record) -> Path:
         """The file of a segment or record."""
-        kind = "segments" if isinstance(item, Segment) else "records"
+        kind = SEGMENTS if isinstance(item, Segment) else RECORDS
         return self.directory / kind / (item.key + SUFFIX)
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Have the right to write; may be nested, in one thread."""
+        with contextlib.ExitStack() as stack:
+            if not self._depth:
+                stack.enter_context(locks.writing(self.directory))
+            self._depth += 1
+            try:
+                yield
+            finally:
+                self._depth -= 1
 
     def refresh(self) -> None:
         """Take in what other processes, or this one, have added and removed."""
-        news, anew = self._journal.news()
-        if anew:
-            self._known, self.uses = {}, {}
-        for entry in news:
-            self._take(entry)
-        self._match("segments", self.segments, Segment)
-        self._match("records", self.records, Record)
+        self._read_index()
+        self._match(SEGMENTS, self.segments, Segment)
+        self._match(RECORDS, self.records, Record)
 
     def add(self, *items: Segment | Record) -> None:
         """Note new files; best effort, as the index can be made again."""
@@ -121,21 +142,38 @@ class Catalogue:
         self.path(item).unlink(missing_ok=True)
 
     def set_apart(self, path: Path, cause: Exception) -> None:
-        """Move a damaged file out of the way, so that nothing is built upon it; warns once."""
+        """Move a damaged file out of the way, so that nothing is built upon it; warns once.
+
+        A sound file that has taken its place meanwhile stays there.
+        """
         if path not in self.damaged:
             LOG.warning("KV store: %s; it is set apart, and its tokens are prefilled anew", cause)
         self.damaged.add(path)
         self.segments.pop(path.stem, None)
         self.records.pop(path.stem, None)
-        with contextlib.suppress(OSError):
-            path.rename(self.directory / "damaged" / path.name)
+        with contextlib.suppress(OSError), self.writing():
+            if fault(path) is None:
+                self.unknown[path] = str(cause)
+            else:
+                path.rename(self.directory / DAMAGED / path.name)
+            self.damaged.discard(path)  # what may come there is another file
+
+    def correct(self, item: Segment | Record) -> None:
+        """Take a file's own word for what it is, as the index is wrong about it."""
+        self.corrected += 1
+        self._known.pop(item.key, None)
+        held = self.segments if isinstance(item, Segment) else self.records
+        held.pop(item.key, None)
+        self._match(SEGMENTS if isinstance(item, Segment) else RECORDS, held, type(item))
 
     def compact(self) -> None:
         """Write the index anew if most of it is about what is gone; needs the right to write."""
         with contextlib.suppress(OSError):
             size = os.stat(self._journal.path).st_size  # noqa: PTH116
             if size > 4096 + 1200 * (len(self.segments) + len(self.records)):
-                self._journal.replace(self._entries())
+                with self._journal.still():
+                    self._read_index()
+                    self._journal.replace(self._entries())
 
     def chain(self, segment: str, tokens: int) -> list[tuple[Segment, int, int]] | None:
         """Segments from the first to this one with the tokens each gives; None if one is missing."""
@@ -163,16 +201,24 @@ class Catalogue:
 
     def leftovers(self) -> list[Path]:
         """Temporary files; nobody writes them now if one has the right to write."""
-        folders = (self.directory, self.directory / "segments", self.directory / "records")
-        return [path for folder in folders for path in folder.glob(f"*{TEMPORARY}")]
+        return leftovers(self.directory)
+
+    def _read_index(self) -> None:
+        news, anew = self._journal.news()
+        if anew:
+            self._known, self.uses = {}, {}
+        for entry in news:
+            with contextlib.suppress(KeyError, TypeError, ValueError):  # another version's
+                self._take(entry)
 
     def _take(self, entry: dict[str, Any]) -> None:
         if "add" in entry:
             self._known[entry["add"]["key"]] = entry["add"]
         elif "hit" in entry:
-            self.uses.setdefault(entry["hit"], Use()).hit(entry["t"])
+            self.uses.setdefault(entry["hit"], Use()).hit(float(entry["t"]))
         elif "use" in entry:
-            self.uses[entry["use"]] = Use(entry["value"], entry["total"], entry["t"])
+            value, total, last = float(entry["value"]), int(entry["total"]), float(entry["t"])
+            self.uses[entry["use"]] = Use(value, total, last)
 
     def _entries(self) -> Iterator[dict[str, Any]]:
         for item in (*self.segments.values(), *self.records.values()):
@@ -186,44 +232,76 @@ class Catalogue:
             self._journal.append(entries)
 
     def _match(self, folder: str, held: dict[str, Any], kind: type[Segment] | type[Record]) -> None:
-        try:
-            names = {
-                e.name.removesuffix(SUFFIX)
-                for e in os.scandir(self.directory / folder)
-                if e.name.endswith(SUFFIX)
-            }
-        except FileNotFoundError:
-            names = set()
-        for gone in held.keys() - names:
+        """Have `held` be what the folder holds; a file's own header decides where the index fails."""
+        files = key_files(self.directory, folder)
+        for gone in held.keys() - files.keys():
             del held[gone]
-        for key in names - held.keys():
-            path = self.directory / folder / (key + SUFFIX)
-            known = self._known.get(key)
-            if path in self.damaged:
+        for key in files.keys() - held.keys():
+            path = files[key]
+            if path in self.damaged or path in self.unknown:
                 continue
             try:
-                item = kind(**known) if known else _read(path, kind)
-            except (DamagedFile, TypeError) as error:
+                held[key] = _exactly(kind, self._known.get(key), key) or read_item(path, kind)
+            except DamagedFile as error:
                 self.set_apart(path, error)
-                continue
+            except OtherVersion as error:
+                self.unknown[path] = str(error)
             except OSError:
                 continue
-            if item.key == key:
-                held[key] = item
 
 
-def _read(path: Path, kind: type[Segment] | type[Record]) -> Segment | Record:
-    """What a file's header says. Raises DamagedFile or FileNotFoundError."""
+def segment_path(directory: Path, key: str) -> Path:
+    """The file of the segment with this key."""
+    return directory / SEGMENTS / (key + SUFFIX)
+
+
+def read_item(path: Path, kind: type[Segment] | type[Record]) -> Segment | Record:
+    """What a file's header says. Raises DamagedFile, OtherVersion or OSError."""
     with block_file.opened(path) as fd:
         item = described(block_file.read_header(fd, path), path, kind)
     if item.key != path.stem:
-        raise DamagedFile(path, "holds what belongs under another name")
+        raise OtherVersion(f"{path}: holds what belongs under another name")
     return item
 
 
 def described(header: Header, path: Path, kind: type[Segment] | type[Record]) -> Segment | Record:
-    """The segment or record that a header describes. Raises DamagedFile."""
+    """The segment or record that a header describes. Raises OtherVersion.
+
+    Fields that are not known here say nothing about how the bytes lie: that stands in the model's
+    fingerprint. Fields that are missing have their defaults, where they can have one.
+    """
+    names = {each.name for each in fields(kind)}
+    meta = {name: value for name, value in header.meta.items() if name in names}
+    item = _exactly(kind, {**meta, "nbytes": header.nbytes}, meta.get("key"), defaults=True)
+    if item is None:
+        raise OtherVersion(f"{path}: its header is sound, but describes something else")
+    return item
+
+
+def fault(path: Path) -> Exception | None:
+    """What is wrong with a file, by its own checksums; None if nothing is, or if it has gone."""
     try:
-        return kind(**header.meta, nbytes=header.nbytes)
-    except TypeError:
-        raise DamagedFile(path, "its header describes something else") from None
+        with block_file.opened(path) as fd:
+            block_file.check_blocks(fd, path, block_file.read_header(fd, path))
+    except DamagedFile as error:
+        return error
+    except (OtherVersion, OSError):
+        return None
+    return None
+
+
+def _exactly(
+    kind: type[Segment] | type[Record], values: Any, key: Any, defaults: bool = False
+) -> Segment | Record | None:
+    """The item with these values; None unless they are the fields of this version, of right types."""
+    if not isinstance(values, dict) or values.get("key") != key:
+        return None
+    for each in fields(kind):
+        if each.name not in values:
+            if not defaults or each.default is MISSING:
+                return None
+        elif not isinstance(values[each.name], TYPES[each.type]):
+            return None
+    if values.keys() - {each.name for each in fields(kind)}:
+        return None
+    return kind(**values)

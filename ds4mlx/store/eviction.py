@@ -9,11 +9,12 @@ use, and the chain that is being saved, stays.
 import time
 from collections import defaultdict
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from ds4mlx.errors import DataError
 from ds4mlx.state.boundaries import Spacing
 from ds4mlx.store.catalogue import HALF_LIFE, Catalogue, Record, Segment
-from ds4mlx.store.locks import is_pinned
+from ds4mlx.store.locks import Claim
 
 # Tokens after which attention costs as much again as the rest of a token's prefill.
 COST_DEPTH = 100_000
@@ -25,36 +26,56 @@ class StoreFull(DataError):
     """What is to be saved does not fit: the budget or the disk is too small."""
 
 
-def plan(
-    catalogue: Catalogue, wanted: int, kept: Iterable[str] = ()
-) -> list[tuple[Segment, list[Record]]]:
+@dataclass(frozen=True)
+class Leaf:
+    """A segment that no other follows, its records, and the claim under which they may go."""
+
+    segment: Segment
+    records: list[Record]
+    claim: Claim
+
+
+def plan(catalogue: Catalogue, wanted: int, kept: Iterable[str] = ()) -> list[Leaf]:
     """Leaves to delete, in this order, for `wanted` bytes to become free; StoreFull if they cannot.
 
-    kept: keys of segments that stay.
+    kept: keys of segments that stay. Needs the right to write. Every leaf is claimed, so that nobody
+    can take it up any more: give all of them to `evict`, or close the claims.
     """
+    chosen: list[Leaf] = []
+    try:
+        _choose(catalogue, wanted, set(kept), chosen)
+    except BaseException:
+        for leaf in chosen:
+            leaf.claim.close()
+        raise
+    return chosen
+
+
+def _choose(catalogue: Catalogue, wanted: int, kept: set[str], chosen: list[Leaf]) -> None:
+    """Append leaves, claimed, until `wanted` bytes would become free."""
     records: dict[str, list[Record]] = defaultdict(list)
     children: dict[str, int] = defaultdict(int)
     for record in catalogue.records.values():
         records[record.segment].append(record)
     for segment in catalogue.segments.values():
         children[segment.parent] += 1
-    now, kept, chosen, freed = time.time(), set(kept), [], 0
+    now, freed = time.time(), 0
     leaves = {s.key: s for s in catalogue.segments.values() if not children[s.key]}
     while freed < wanted:
         free = [s for s in leaves.values() if s.key not in kept]
         if not free:
             raise StoreFull(f"only {freed:,} of {wanted:,} bytes can be made free in the KV store")
         leaf = min(free, key=lambda s: (worth(catalogue, s, records[s.key], now), s.created))
-        if is_pinned(catalogue.path(leaf)):
+        claim = Claim.take(catalogue.path(leaf))
+        if claim is None:
             kept.add(leaf.key)
             continue
         del leaves[leaf.key]
-        chosen.append((leaf, records[leaf.key]))
+        chosen.append(Leaf(leaf, records[leaf.key], claim))
         freed += leaf.nbytes + sum(record.nbytes for record in records[leaf.key])
         children[leaf.parent] -= 1
         if leaf.parent in catalogue.segments and not children[leaf.parent]:
             leaves[leaf.parent] = catalogue.segments[leaf.parent]
-    return chosen
 
 
 def worth(catalogue: Catalogue, segment: Segment, records: list[Record], now: float) -> float:
@@ -68,13 +89,17 @@ def worth(catalogue: Catalogue, segment: Segment, records: list[Record], now: fl
     return float(f"{found:.2e}")  # equals must not differ by the length of a header
 
 
-def evict(catalogue: Catalogue, chosen: Iterable[tuple[Segment, list[Record]]]) -> int:
+def evict(catalogue: Catalogue, chosen: Iterable[Leaf]) -> int:
     """Delete leaves, records before their segment; the bytes that came free."""
-    freed = 0
-    for segment, records in chosen:
-        for item in (*records, segment):
-            catalogue.remove(item)
-            freed += item.nbytes
+    freed, chosen = 0, list(chosen)
+    try:
+        for leaf in chosen:
+            for item in (*leaf.records, leaf.segment):
+                catalogue.remove(item)
+                freed += item.nbytes
+    finally:
+        for leaf in chosen:
+            leaf.claim.close()
     return freed
 
 

@@ -9,14 +9,33 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
+from ds4mlx.custom_kernels import dispatch
+from ds4mlx.errors import DataError
 from ds4mlx.model.model import Model
 
+MOST_IDS = 1 << 31
 LAYOUT = 1  # of segments and records; another one is another model
 
 
-def token_array(tokens: Sequence[int] | np.ndarray | mx.array) -> np.ndarray:
-    """Token ids of one sequence, int32 (n,)."""
-    return np.ascontiguousarray(np.asarray(tokens).reshape(-1), dtype="<i4")
+def token_array(
+    tokens: Sequence[int] | np.ndarray | mx.array, vocabulary: int = MOST_IDS
+) -> np.ndarray:
+    """Token ids of one sequence, (n,) or (1, n), as int32 (n,).
+
+    Raises DataError for what are not integers, or not ids of a vocabulary of this size.
+    """
+    try:
+        ids = np.asarray(tokens)
+    except (ValueError, TypeError, RuntimeError, OverflowError):
+        raise DataError("the tokens are not one sequence of token ids") from None
+    if ids.size == 0:
+        return np.empty(0, "<i4")
+    if ids.ndim == 0 or ids.shape[-1] != ids.size:
+        raise DataError(f"the tokens have the shape {list(ids.shape)}, not that of one sequence")
+    wrong = ids if ids.dtype.kind not in "iu" else ids[(ids < 0) | (ids >= vocabulary)]
+    if wrong.size:
+        raise DataError(f"{wrong.flat[0]} is no token id of a vocabulary of {vocabulary:,}")
+    return np.ascontiguousarray(ids.reshape(-1), dtype="<i4")
 
 
 def prefix_keys(tokens: np.ndarray, lengths: Iterable[int]) -> dict[int, str]:
@@ -55,7 +74,8 @@ def fingerprint(model: Model) -> str:
     """What a state must agree in with the model that takes it up.
 
     The converted directory (weights, recipe, configuration, tokenizer) or, for a model that was not
-    loaded from one, its parameters; the activation type, the rounding, and switches of arithmetic.
+    loaded from one, its parameters; the activation type, the rounding, and switches of arithmetic,
+    such as experts' activations rounded to 8 bits, that are on when the store is opened.
     """
     switches = {
         "layout": LAYOUT,
@@ -63,6 +83,7 @@ def fingerprint(model: Model) -> str:
         "config": model.args.model_dump(mode="json"),
         "dtype": str(model.dtype),
         "rounding": model.rounding,
+        "eight bits": dispatch.eight_bits(),
         "tf32": os.environ.get("MLX_ENABLE_TF32", ""),
     }
     return hashlib.sha1(json.dumps(switches, sort_keys=True).encode()).hexdigest()

@@ -14,11 +14,12 @@ from ds4mlx.state.boundaries import Spacing
 from ds4mlx.state.decode_state import DecodeState
 from ds4mlx.store import keys, restoring, texts
 from ds4mlx.store.calls import Calls
-from ds4mlx.store.catalogue import Catalogue
+from ds4mlx.store.catalogue import Catalogue, Record, segment_path
+from ds4mlx.store.directory import make_store
 from ds4mlx.store.locks import Pin
 from ds4mlx.store.state_bytes import check_storable
 from ds4mlx.store.taking import Job, Taker
-from ds4mlx.store.writing import Writer, make_folders
+from ds4mlx.store.writing import Writer
 from ds4mlx.text.tokenizer import Tokenizer
 
 BUDGET = 16 << 30
@@ -56,7 +57,7 @@ class KVStore:
         self.model, self.tokenizer = model, tokenizer
         self.spacing = spacing or Spacing()
         try:
-            make_folders(self.directory)
+            make_store(self.directory)
         except OSError as error:
             raise DataError(f"{self.directory}: {error.strerror}") from None
         self.calls = Calls(self.directory / "calls.jsonl")
@@ -103,6 +104,7 @@ class KVStore:
             raise DataError(f"reason must be one of {', '.join(REASONS)}, not {reason!r}")
         ids = keys.token_array(tokens)
         check_storable(self.model, cache, len(ids))
+        keys.token_array(ids, self.model.args.vocab_size)
         job = self._taker.take(ids, cache, reason)
         return self._thread.submit(self._write, job, weakref.ref(cache))
 
@@ -124,10 +126,12 @@ class KVStore:
 
     def _write(self, job: Job, saved: "weakref.ref[DecodeState]") -> str:
         try:
-            self._writer.write(job)
+            pin = self._writer.write(job)
             cache = saved()
-            if cache is not None:
-                self._pin(cache, job.segment)
+            if cache is not None and pin is not None:
+                self._keep(cache, pin)
+            elif pin is not None:
+                pin.close()
             return job.key
         except OSError as error:
             raise DataError(f"{self.directory}: {error.strerror or error}") from error
@@ -144,15 +148,32 @@ class KVStore:
         """
         ids = keys.token_array(tokens)
         self._catalogue.refresh()
-        for record in restoring.matches(self._catalogue, self._fingerprint, ids):
-            state = restoring.read_state(self._catalogue, self.model, record, ids)
-            if state is not None:
-                self._pin(state, record.segment)
-                self._catalogue.hit(record)
-                self.last_hit = (record.tokens, record.reason)
-                return state, record.tokens
+        corrected = -1
+        while corrected != self._catalogue.corrected:  # the index was wrong: look once more
+            corrected = self._catalogue.corrected
+            for record in restoring.matches(self._catalogue, self._fingerprint, ids):
+                state = self._taken_up(record, ids)
+                if state is not None:
+                    self._catalogue.hit(record)
+                    self.last_hit = (record.tokens, record.reason)
+                    return state, record.tokens
         self.last_hit = None
         return self.model.make_cache(), 0
+
+    def _taken_up(self, record: Record, ids: np.ndarray) -> DecodeState | None:
+        """The state of a record, its chain pinned before it is read; None if it cannot be had."""
+        pin = Pin.take(segment_path(self.directory, record.segment))
+        if pin is None:
+            return None
+        state = None
+        try:
+            state = restoring.read_state(self._catalogue, self.model, record, ids)
+        finally:
+            if state is None:
+                pin.close()
+        if state is not None:
+            self._keep(state, pin)
+        return state
 
     def longest(self, tokens: Sequence[int] | np.ndarray) -> int:
         """Length of the longest stored prefix of `tokens`, as far as the catalogue knows."""
@@ -179,10 +200,9 @@ class KVStore:
                 return [*held.tolist(), *self.tokenizer.encode(rest)]
         return ids
 
-    def _pin(self, cache: DecodeState, segment: str) -> None:
-        """Keep the chain from eviction as long as the state is alive."""
+    def _keep(self, cache: DecodeState, pin: Pin) -> None:
+        """Keep the pinned chain from eviction as long as the state is alive."""
         old = self._pins.pop(cache, None)
-        pin = Pin(self._catalogue.directory / "segments" / f"{segment}.kv")
         self._pins[cache] = pin
         weakref.finalize(cache, pin.close)
         if old is not None:

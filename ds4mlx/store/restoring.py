@@ -12,7 +12,7 @@ import numpy as np
 from ds4mlx.model.model import Model
 from ds4mlx.state.decode_state import DecodeState, Stored
 from ds4mlx.store import block_file, keys
-from ds4mlx.store.block_file import DamagedFile, Header
+from ds4mlx.store.block_file import DamagedFile, Header, OtherVersion
 from ds4mlx.store.catalogue import Catalogue, Record, Segment, described
 from ds4mlx.store.state_bytes import Part, complete, empty_rows, parts
 
@@ -36,6 +36,25 @@ class Place:
         """The bytes of the rows of tokens start..end-1, as soon as there is room for them."""
         self.made.wait()
         return self._part.view(start, end)
+
+
+class WrongIndex(Exception):
+    """The index says of a file what its own header does not."""
+
+    def __init__(self, item: Segment | Record):
+        self.item = item
+        super().__init__(item.key)
+
+
+NOT_TO_BE_READ = (DamagedFile, OtherVersion, WrongIndex, FileNotFoundError)
+
+
+def _passed_over(catalogue: Catalogue, error: Exception) -> None:
+    """Have the catalogue know why a file is not used."""
+    if isinstance(error, DamagedFile):
+        catalogue.set_apart(error.path, error)
+    elif isinstance(error, WrongIndex):
+        catalogue.correct(error.item)
 
 
 def matches(catalogue: Catalogue, model: str, tokens: np.ndarray) -> Iterator[Record]:
@@ -78,10 +97,8 @@ def read_state(
                 for place in places:
                     place.made.set()
             list(reading)
-    except DamagedFile as error:
-        catalogue.set_apart(error.path, error)
-        return None
-    except FileNotFoundError:
+    except NOT_TO_BE_READ as error:
+        _passed_over(catalogue, error)
         return None
     complete(state, boundary, record.tokens)
     state.stored = Stored(catalogue.directory, record.segment, record.tokens)
@@ -94,10 +111,8 @@ def read_tokens(catalogue: Catalogue, record: Record) -> np.ndarray | None:
     try:
         for segment, start, end in catalogue.chain(record.segment, record.tokens) or []:
             pieces.append(_read_segment(catalogue, segment, start, end, ()))
-    except DamagedFile as error:
-        catalogue.set_apart(error.path, error)
-        return None
-    except FileNotFoundError:
+    except NOT_TO_BE_READ as error:
+        _passed_over(catalogue, error)
         return None
     return np.concatenate(pieces) if pieces else None
 
@@ -106,7 +121,7 @@ def read_ids(catalogue: Catalogue, segment: Segment) -> np.ndarray | None:
     """The token ids of a segment; None if it has gone or is damaged."""
     try:
         return _read_segment(catalogue, segment, segment.start, segment.end, ())
-    except (DamagedFile, FileNotFoundError):
+    except NOT_TO_BE_READ:
         return None
 
 
@@ -118,10 +133,8 @@ def read_rows(catalogue: Catalogue, segment: Segment, held: list[Part]) -> list[
             header = checked_header(fd, path, segment)
             blocks = [np.empty(size, np.uint8) for size in header.sizes[: len(held) + 1]]
             block_file.read_blocks(fd, path, header, (block.data for block in blocks))
-    except FileNotFoundError:
-        return None
-    except DamagedFile as error:
-        catalogue.set_apart(path, error)
+    except NOT_TO_BE_READ as error:
+        _passed_over(catalogue, error)
         return None
     return blocks[1:]
 
@@ -178,5 +191,5 @@ def checked_header(fd: int, path: Path, item: Segment | Record) -> Header:
     """The header, which must describe what the catalogue says is there; an index may be wrong."""
     header = block_file.read_header(fd, path)
     if described(header, path, type(item)) != item:
-        raise DamagedFile(path, "its header and the index disagree")
+        raise WrongIndex(item)
     return header

@@ -4,7 +4,6 @@ import hashlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import numpy as np
 
@@ -12,9 +11,9 @@ from ds4mlx.durable import sync_directory
 from ds4mlx.errors import DataError
 from ds4mlx.state.boundaries import Spacing
 from ds4mlx.store import block_file, eviction
-from ds4mlx.store.catalogue import Catalogue
+from ds4mlx.store.catalogue import Catalogue, segment_path
 from ds4mlx.store.eviction import StoreFull
-from ds4mlx.store.locks import writing
+from ds4mlx.store.locks import Pin
 from ds4mlx.store.taking import Job, Piece
 
 HEADER_ROOM = 4096
@@ -38,13 +37,13 @@ class Writer:
         self.budget_bytes, self.min_free_bytes = budget_bytes, min_free_bytes
         self.texts, self.keep_text = texts, keep_text
 
-    def write(self, job: Job) -> None:
+    def write(self, job: Job) -> Pin | None:
         """Put a job on the disk: segments first, then the records that make them count.
 
-        Raises StoreFull, or OSError from the disk; then nothing of it counts.
+        Returns a pin on its last segment, taken before anybody could evict it. Raises StoreFull, or OSError from the disk; then nothing of it counts.
         """
         self._add_texts(job)
-        with writing(self.catalogue.directory):
+        with self.catalogue.writing():
             for path in self.catalogue.leftovers():
                 path.unlink(missing_ok=True)
             self.catalogue.refresh()
@@ -58,6 +57,7 @@ class Writer:
                 if record.tokens != len(job.tokens):
                     self.catalogue.remove(record)
             self.catalogue.compact()
+            return Pin.take(segment_path(self.catalogue.directory, job.segment))
 
     def _chain(self, job: Job) -> set[str]:
         """Keys of the job's chain; DataError if its beginning has been deleted."""
@@ -119,10 +119,3 @@ class Writer:
             text = b"".join(pieces[piece.item.start : piece.item.end])
             piece.blocks.append(memoryview(text))
             piece.item = replace(piece.item, text_bytes=len(text))
-
-
-def make_folders(root: Path) -> None:
-    """Make the folders of a store, private to the user."""
-    root.mkdir(mode=0o700, parents=True, exist_ok=True)
-    for name in ("segments", "records", "damaged"):
-        (root / name).mkdir(mode=0o700, exist_ok=True)
