@@ -10,7 +10,7 @@ import pytest
 from steering import Dictation, Failing, tokens_of
 
 from ds4mlx import DecodeState, KVStore, ModelConfig, stream_generate
-from ds4mlx.chat import encode_messages, parse_completion
+from ds4mlx.chat import encode_ids, encode_messages, encode_segments, parse_completion
 from ds4mlx.chat.replay import sampled_calls
 from ds4mlx.chat.tokens import DSML, EOS
 from ds4mlx.cli import main as cli
@@ -283,3 +283,34 @@ def test_an_agent_session_prefills_little(small_model, tokenizer, tmp_path):
         total, prefilled = total + len(ids), prefilled + last.prompt_tokens
     print(f"{prefilled} of {total} tokens prefilled: {prefilled / total:.1%}")
     assert prefilled < 0.15 * total
+
+
+def test_a_stored_prefix_with_the_same_text_but_real_special_tokens_is_not_taken(talker, tmp_path):
+    """What a raw prompt has opened, a chat whose user spells the same must not take up."""
+    model, tokenizer = talker
+    messages = [{"role": "user", "content": f"a{EOS}<｜User｜>b" + " and so on" * 40}]
+    raw = encode_messages(messages)
+    ids = tokenizer.encode(raw)[:-2]
+    state = model.make_cache()
+    model(mx.array([ids]), cache=state)
+    with KVStore(tmp_path, model=model, tokenizer=tokenizer) as store:
+        store.save(ids, state)
+        assert store.encode(encode_segments(messages)) == encode_ids(messages, tokenizer)
+        assert store.encode(raw)[: len(ids)] == ids
+
+
+def test_a_stored_prefix_in_other_tokens_is_taken_for_a_conversation(talker, tmp_path):
+    model, tokenizer = talker
+    messages = [{"role": "user", "content": "hello hello" + " and so on" * 40}]
+    own = encode_ids(messages, tokenizer)
+    split = next(
+        i for i, token in enumerate(own) if i > 3 and len(tokenizer.token_bytes(token)) > 2
+    )
+    letters = [tokenizer.encode(char)[0] for char in tokenizer.decode([own[split]])]
+    ids = [*own[:split], *letters, *own[split + 1 : -3]]
+    state = model.make_cache()
+    model(mx.array([ids]), cache=state)
+    with KVStore(tmp_path, model=model, tokenizer=tokenizer) as store:
+        store.save(ids, state)
+        found = store.encode(encode_segments(messages))
+        assert found[: len(ids)] == ids and tokenizer.decode(found) == tokenizer.decode(own)

@@ -13,7 +13,7 @@ from ds4mlx.chat.markup import call_segments
 from ds4mlx.chat.messages import Block, Message, Turn, read_tools, read_turns
 from ds4mlx.chat.prompts import effort_prefix, response_format_section, tools_section
 from ds4mlx.chat.replay import replayed
-from ds4mlx.chat.segments import Segment, joined, markup, outside
+from ds4mlx.chat.segments import Prompt, Segment, joined, markup, outside
 from ds4mlx.chat.tokens import ASSISTANT, BOS, EOS, REMINDER, TASKS, THINK, THINK_END, USER
 
 
@@ -106,13 +106,13 @@ def encode_segments(
     *,
     drop_thinking: bool = True,
     replay: Mapping[str, str] | None = None,
-) -> list[Segment]:
+) -> Prompt:
     """The prompt of `encode_ids` before it is tokenised: its own markup, and text from outside."""
     prefix = effort_prefix(thinking, release)
     turns = merge_users(read_turns(messages, strict=True))
     turns = add_tools(turns, read_tools(tools, "the tools argument"))
     history = _History.of(turns, 0, thinking, drop_thinking, replay, hands_over=True)
-    return [markup(BOS + (prefix if turns else "")), *history.segments()]
+    return Prompt([markup(BOS + (prefix if turns else "")), *history.segments()])
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,23 @@ class Segment(NamedTuple):
     is_markup: bool
 
 
+class Prompt(tuple[Segment, ...]):
+    """A prompt in pieces, for `encode_segments` of a tokenizer or `encode` of a store."""
+
+    @property
+    def text(self) -> str:
+        return joined(self)
+
+    def tail(self, length: int) -> "Prompt":
+        """The last `length` characters."""
+        pieces: list[Segment] = []
+        for piece in reversed(self):
+            if length > 0:
+                pieces.append(Segment(piece.text[-length:], piece.is_markup))
+            length -= len(piece.text)
+        return Prompt(reversed(pieces))
+
+
 def markup(text: str) -> Segment:
     """A piece of the encoding's own."""
     return Segment(text, True)

@@ -191,7 +191,8 @@ def _any_tag(level: int) -> re.Pattern[str]:
 
 @lru_cache
 def _block_tags(level: int) -> re.Pattern[str]:
-    return re.compile(rf"<\s*(?P<slash>/?)\s*{_MARKS[level]}\s*(?:{_BLOCKS})\s*>")
+    name = rf"\s*{_MARKS[level]}\s*(?:{_BLOCKS})\s*>"
+    return re.compile(rf"<\s*(?:(?P<slash>/){name}|{name}{_FOLLOWS})")
 
 
 @lru_cache

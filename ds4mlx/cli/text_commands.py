@@ -69,7 +69,7 @@ def generate(
     arg.size(kv_budget)
     asked = arg.prompt_text(text, prompt, prompt_file, raw)
 
-    from ds4mlx.chat import encode_messages
+    from ds4mlx.chat import encode_segments
     from ds4mlx.cli.answer import show
     from ds4mlx.cli.logprobs import LogProbs
     from ds4mlx.cli.printer import Printer
@@ -83,7 +83,7 @@ def generate(
         if not raw:
             messages = [{"role": "system", "content": system}] if system else []
             messages.append({"role": "user", "content": asked})
-            asked = encode_messages(messages, thinking=think, release=loaded.args.release)
+            asked = encode_segments(messages, thinking=think, release=loaded.args.release)
         responses = stream_generate(
             loaded,
             tokenizer,

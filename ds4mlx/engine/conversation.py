@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Callable, Generator
 from typing import Any
 
-from ds4mlx.chat import encode_messages, parse_completion
+from ds4mlx.chat import encode_messages, encode_segments, parse_completion
 from ds4mlx.engine.generation import Response, encoded, stream_generate
 from ds4mlx.engine.interrupts import undivided
 from ds4mlx.engine.sampling import Sampler
@@ -74,7 +74,7 @@ class Conversation:
                 del self.messages[count:]
 
     def prompt(self) -> str:
-        """The official text of the messages so far."""
+        """The official text of the messages so far; a model is given their `encode_segments`."""
         return encode_messages(
             self.messages, thinking=self.thinking, release=self.model.args.release
         )
@@ -83,7 +83,8 @@ class Conversation:
         self, max_tokens: int, on_prefill: Callable[[int, int], None] | None
     ) -> Generator[Response, None, None]:
         """The answer to the messages; afterwards `held` says what the state holds."""
-        ids = encoded(self.prompt(), self.tokenizer, self.store)
+        prompt = encode_segments(self.messages, self.thinking, release=self.model.args.release)
+        ids = encoded(prompt, self.tokenizer, self.store)
         start = self._take_up(ids)
         responses = stream_generate(
             self.model,

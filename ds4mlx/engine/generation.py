@@ -9,6 +9,7 @@ from itertools import islice
 
 import mlx.core as mx
 
+from ds4mlx.chat.segments import Prompt
 from ds4mlx.engine.interrupts import undivided
 from ds4mlx.engine.prefill import PREFILL_STEP, prefill
 from ds4mlx.engine.sampling import Sampler, log_probs
@@ -40,7 +41,7 @@ class Response:
 def generate(
     model: Model,
     tokenizer: Tokenizer,
-    prompt: str | Sequence[int],
+    prompt: str | Prompt | Sequence[int],
     max_tokens: int = 100,
     **options,
 ) -> str:
@@ -52,7 +53,7 @@ def generate(
 def stream_generate(
     model: Model,
     tokenizer: Tokenizer,
-    prompt: str | Sequence[int],
+    prompt: str | Prompt | Sequence[int],
     max_tokens: int = 100,
     *,
     sampler: Sampler | None = None,
@@ -63,7 +64,7 @@ def stream_generate(
     store: KVStore | None = None,
     held: Sequence[int] = (),
 ) -> Generator[Response, None, None]:
-    """Continue `prompt`, text or token ids, one token at a time.
+    """Continue `prompt`, text, pieces of it or token ids, one token at a time.
 
     sampler: greedy if not given. stop: texts that end the answer and do not appear in it.
     cache: a state that holds what precedes `prompt`. on_prefill: told (tokens done, tokens in
@@ -91,13 +92,17 @@ def stream_generate(
     return responses if keeper is None else _kept(responses, keeper, own)
 
 
-def encoded(prompt: str | Sequence[int], tokenizer: Tokenizer, store: KVStore | None) -> list[int]:
+def encoded(
+    prompt: str | Prompt | Sequence[int], tokenizer: Tokenizer, store: KVStore | None
+) -> list[int]:
     """Token ids of a prompt; of a text, those of a stored prefix as far as one reaches."""
-    if not isinstance(prompt, str):
+    if not isinstance(prompt, str | Prompt):
         return [int(token) for token in prompt]
-    if store is None or store.tokenizer is None:
-        return tokenizer.encode(prompt)
-    return store.encode(prompt)
+    if store is not None and store.tokenizer is not None:
+        return store.encode(prompt)
+    return (
+        tokenizer.encode(prompt) if isinstance(prompt, str) else tokenizer.encode_segments(prompt)
+    )
 
 
 def _both(

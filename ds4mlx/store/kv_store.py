@@ -8,6 +8,7 @@ from typing import Self
 
 import numpy as np
 
+from ds4mlx.chat.segments import Prompt, markup
 from ds4mlx.errors import DataError
 from ds4mlx.model.model import Model
 from ds4mlx.state.boundaries import Spacing
@@ -182,22 +183,24 @@ class KVStore:
         found = restoring.matches(self._catalogue, self._fingerprint, ids)
         return next((record.tokens for record in found), 0)
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a prompt text, of which as many as possible are those of a stored prefix.
+    def encode(self, prompt: str | Prompt) -> list[int]:
+        """Token ids of a prompt, of which as many as possible are those of a stored prefix.
 
         A text that was generated may be other tokens than the tokenizer would make of it: then the
-        stored ids stand for its beginning, and only what follows them is tokenised.
+        stored ids stand for its beginning, and only what follows them is tokenised. Special tokens
+        count anywhere in a text, and in the markup of a `Prompt`; nothing else is taken for them.
         """
         assert self.tokenizer is not None, "the store has no tokenizer"
-        ids = self.tokenizer.encode(text)
+        prompt = Prompt([markup(prompt)]) if isinstance(prompt, str) else prompt
+        ids = self.tokenizer.encode_segments(prompt)
         self._catalogue.refresh()
         own = self.longest(ids[:-1])
-        for record, rest in texts.matches(self._catalogue, self._fingerprint, text.encode()):
+        for record, rest in texts.matches(self._catalogue, self._fingerprint, prompt.text.encode()):
             if record.tokens <= own or not rest:
                 continue
             held = restoring.read_tokens(self._catalogue, record)
-            if held is not None:
-                return [*held.tolist(), *self.tokenizer.encode(rest)]
+            if held is not None and texts.have_same_specials(self.tokenizer, held.tolist(), ids):
+                return [*held.tolist(), *self.tokenizer.encode_segments(prompt.tail(len(rest)))]
         return ids
 
     def _keep(self, cache: DecodeState, pin: Pin) -> None:

@@ -1,7 +1,7 @@
 """Prefixes by their rendered text, so that a history that is tokenised otherwise is found again."""
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -19,6 +19,17 @@ def token_texts(tokenizer: Tokenizer) -> Callable[[np.ndarray], list[bytes]]:
         return [known[token] for token in tokens.tolist()]
 
     return pieces
+
+
+def have_same_specials(tokenizer: Tokenizer, prefix: Sequence[int], ids: Sequence[int]) -> bool:
+    """Whether special tokens stand in `prefix` where they stand in `ids`, which has its text.
+
+    A text from outside may spell a special token: as such it is not what was stored, or is not
+    what is asked for.
+    """
+    size = sum(len(tokenizer.token_bytes(token)) for token in prefix)
+    wanted = [place for place in tokenizer.special_places(ids) if place[0] < size]
+    return tokenizer.special_places(prefix) == wanted
 
 
 def matches(catalogue: Catalogue, model: str, text: bytes) -> Iterator[tuple[Record, str]]:

@@ -89,6 +89,16 @@ class Tokenizer:
             run.append(text[at:])
         return ids + self._literal("".join(run))
 
+    def special_places(self, ids: Iterable[int]) -> list[tuple[int, int]]:
+        """The special tokens among these, each with the number of bytes before it."""
+        places, at = [], 0
+        for token in ids:
+            spelling = self.token_bytes(token)
+            if self._special_ids.get(spelling.decode(errors="replace")) == token:
+                places.append((at, token))
+            at += len(spelling)
+        return places
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, special tokens spelled out; ids without a token give nothing.
 
