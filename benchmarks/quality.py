@@ -151,7 +151,7 @@ def stored(directory: Path, changed: set[str]) -> tuple[int, int]:
 
 
 def markdown(result: dict) -> str:
-    """The table of the README."""
+    """The table of docs/recipes.md."""
     heads = ["", "MB", "bits a weight", "KL to f32, nats", "same top-1", "perplexity"]
     heads += ["recall just beyond the window", "recall among 1,000+ CSA rows"]
     heads += ["valid tool calls", "right tool calls"]
