@@ -131,10 +131,10 @@ def launch(formats: str, combinations: list[tuple[int, int]]) -> None:
 
 def launches(formats: list[str]) -> Iterator[tuple[ModuleType, Callable[[int], mx.array]]]:
     """(module, call) of every decode kernel at Flash's shapes, or of experts in some formats."""
-    for storage in (pair for pair in PAIRS if not formats or pair[0] in formats):
-        layer = Experts(storage, 1)
+    for pair in (pair for pair in PAIRS if not formats or pair[0] in formats):
+        layer = Experts(pair, 1)
         mx.eval(layer.hidden)
-        for eight in (False, True) if storage[0] != "mxfp4" else (False,):
+        for eight in (False, True) if pair[0] != "mxfp4" else (False,):
             yield experts_up, lambda i, one=layer, e=eight: one.up(i, one.x, e)
             yield experts_down, lambda i, one=layer, e=eight: one.down(i, one.hidden, e)
     for shape in () if formats else DENSE.values():

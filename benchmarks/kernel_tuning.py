@@ -49,12 +49,12 @@ def main() -> None:
 
 def experts(kind: str, combinations: list[tuple[int, int]], read: float) -> list[dict]:
     """Both launches of one token's experts."""
-    storage = (kind, "q2_k" if kind == "iq2_xxs" else kind)
-    layer = Experts(storage, 1)
+    format = (kind, "q2_k" if kind == "iq2_xxs" else kind)
+    layer = Experts(format, 1)
     k = layer.config.num_experts_per_tok
     up, down = 2 * k * layer.pieces("w1"), k * layer.pieces("w2")
     rows = each(f"experts_up {kind}", experts_up, layer.up, layer.x, up, combinations, read)
-    name = f"experts_down {storage[1]}"
+    name = f"experts_down {format[1]}"
     return rows + each(name, experts_down, layer.down, layer.hidden, down, combinations, read)
 
 

@@ -26,10 +26,10 @@ def main() -> None:
     """Run the benchmark and keep its numbers."""
     arguments = parse()
     rates = {
-        f"{storage}{'' if steered else ' without importance'}": rate(
-            storage, shape, steered, arguments.rows or shape[0], arguments.experts
+        f"{format}{'' if steered else ' without importance'}": rate(
+            format, shape, steered, arguments.rows or shape[0], arguments.experts
         )
-        for storage, shape in SHAPES.items()
+        for format, shape in SHAPES.items()
         for steered in (True, False)
     }
     result = {
@@ -51,14 +51,14 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def rate(storage: str, shape: tuple[int, int], steered: bool, rows: int, experts: int) -> float:
+def rate(format: str, shape: tuple[int, int], steered: bool, rows: int, experts: int) -> float:
     """Weights per second, from packed FP4 in host memory to planes in host memory."""
     planes = fp4(rows, shape[1])
     columns = RNG.random(shape[1], np.float32) if steered else None
-    quantise(on_device("mxfp4", planes), storage, columns)  # compiles
+    quantise(on_device("mxfp4", planes), format, columns)  # compiles
     begun = time.perf_counter()
     for _ in range(experts):
-        quantise(on_device("mxfp4", planes), storage, columns)
+        quantise(on_device("mxfp4", planes), format, columns)
     return experts * rows * shape[1] / (time.perf_counter() - begun)
 
 

@@ -1,4 +1,4 @@
-"""From rows of a source tensor to rows of the planes that a storage format keeps, and back."""
+"""From rows of a source tensor to rows of the planes that a format keeps, and back."""
 
 from dataclasses import dataclass
 
@@ -30,17 +30,17 @@ class Encoder:
     def __init__(self, source: Source, importance: Importance | None):
         self.source, self.importance = source, importance
 
-    def rows(self, storage: str, entry: Entry, expert: int, rows: slice) -> Rows:
-        """Rows of an entry (of one expert if it is a stack) in a storage format."""
+    def rows(self, format: str, entry: Entry, expert: int, rows: slice) -> Rows:
+        """Rows of an entry (of one expert if it is a stack) in a format."""
         exact = self.source.exact(entry)
-        if storage == exact or storage in QUANTISERS:
+        if format == exact or format in QUANTISERS:
             stored = self.source.stored(entry, expert, rows.start, rows.stop)
-            if storage == exact:
+            if format == exact:
                 return Rows(stored)
             columns = self.importance.of(entry, expert) if self.importance else None
-            return Rows(*quantise(on_device(exact, stored), storage, columns))
+            return Rows(*quantise(on_device(exact, stored), format, columns))
         values = self.source.values(entry, expert, rows.start, rows.stop)
-        return Rows({"weight": codecs.to_bf16(values) if storage == "bf16" else values})
+        return Rows({"weight": codecs.to_bf16(values) if format == "bf16" else values})
 
 
 def row_chunks(entry: Entry, limit: int = CHUNK, whole: bool = False) -> list[tuple[int, slice]]:

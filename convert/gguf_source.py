@@ -91,8 +91,8 @@ class GGUFSource:
 
     def values(self, entry: Entry, expert: int, start: int, stop: int) -> np.ndarray:
         """Rows of an entry decoded exactly: float32, or int32 ids."""
-        planes, storage = self.stored(entry, expert, start, stop), self.exact(entry)
-        return planes["weight"] if storage in ("f32", "i32") else decode(storage, planes)
+        planes, format = self.stored(entry, expert, start, stop), self.exact(entry)
+        return planes["weight"] if format in ("f32", "i32") else decode(format, planes)
 
     def origin(self, entry: Entry) -> tuple[str, list[str]]:
         """GGUF name of an entry and its file."""

@@ -103,9 +103,9 @@ def _from_directory(directory: ModelDirectory) -> list[Listed]:
     for name, entries in directory.inventory.items():
         file = TensorFile(directory.path / name)
         for entry in entries:
-            storage = directory.storage(entry)
-            size = sum(file.info(plane.name).nbytes for plane in planes(entry, storage))
-            found.append(Listed(entry.name, entry.component, storage, entry.shape, size))
+            format = directory.format_of(entry)
+            size = sum(file.info(plane.name).nbytes for plane in planes(entry, format))
+            found.append(Listed(entry.name, entry.component, format, entry.shape, size))
     return found
 
 

@@ -43,7 +43,7 @@ def _listed(source: Source, out: OutEntry, file: str, record: dict[str, Any]) ->
     name, shards = source.origin(out.entry)
     shared = {
         "file": file,
-        "format": out.storage,
+        "format": out.format,
         "source": {"tensor": name, "files": shards},
         "lossless": out.lossless,
     }

@@ -83,7 +83,7 @@ class OfficialSource:
         return self.info(entry.official()).dtype
 
     def exact(self, entry: Entry) -> str:
-        """The storage format that holds an entry's values exactly."""
+        """The format that holds an entry's values exactly."""
         return EXACT[self.dtype(entry)]
 
     def origin(self, entry: Entry) -> tuple[str, list[str]]:

@@ -12,7 +12,7 @@ from ds4mlx.convert.encoder import Encoder
 from ds4mlx.convert.gguf_source import GGUFSource
 from ds4mlx.convert.importance import Importance
 from ds4mlx.convert.quantise import QUANTISERS
-from ds4mlx.convert.recipes import choose_recipe, storage
+from ds4mlx.convert.recipes import choose_recipe, format_of
 from ds4mlx.convert.sources import Source
 from ds4mlx.weights import tensor_file
 from ds4mlx.weights.directory import FORMAT_VERSION, STORED_TYPES, Plane, planes
@@ -24,18 +24,18 @@ class OutEntry:
     """A weight to write."""
 
     entry: Entry
-    storage: str
+    format: str
     lossless: bool
 
     @cached_property
     def planes(self) -> list[Plane]:
         """The arrays it becomes."""
-        return planes(self.entry, self.storage)
+        return planes(self.entry, self.format)
 
     @property
     def quantised(self) -> bool:
         """Whether writing it rounds to a few bits."""
-        return not self.lossless and self.storage in QUANTISERS
+        return not self.lossless and self.format in QUANTISERS
 
     @property
     def rows(self) -> int:
@@ -90,7 +90,7 @@ class Plan:
         self.release = release or source.config.release
         self.encoder = Encoder(source, importance)
         self.files = [
-            OutFile(name, [OutEntry(e, *storage(self.recipe, e, source)) for e in entries])
+            OutFile(name, [OutEntry(e, *format_of(self.recipe, e, source)) for e in entries])
             for name, entries in source.inventory.items()
         ]
         if importance is not None:
@@ -113,11 +113,11 @@ class Plan:
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def classes(self) -> list[tuple[str, str, str, bool, int]]:
-        """(component, type in the source, storage format, bit-exact, bytes) of every class of tensors."""
+        """(component, type in the source, format, bit-exact, bytes) of every class of tensors."""
         sums: dict[tuple[str, str, str, bool], int] = {}
         for out in self.entries:
             found = self.source.dtype(out.entry)
-            key = (out.entry.component, found, out.storage, out.lossless)
+            key = (out.entry.component, found, out.format, out.lossless)
             sums[key] = sums.get(key, 0) + out.nbytes
         ordered = sorted(sums.items(), key=lambda item: (COMPONENTS.index(item[0][0]), item[0][1:]))
         return [(*key, size) for key, size in ordered]

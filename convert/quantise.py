@@ -70,7 +70,7 @@ QUANTISERS: dict[str, Quantiser] = {
 
 
 def quantise(
-    values: mx.array, storage: str, importance: np.ndarray | None
+    values: mx.array, format: str, importance: np.ndarray | None
 ) -> tuple[dict[str, np.ndarray], Loss]:
     """Planes of values (rows, columns) float32, and what was lost.
 
@@ -81,7 +81,7 @@ def quantise(
     """
     keep_float32()
     weight = None if importance is None else mx.array(importance)
-    if importance is None and storage == "iq2_xxs":
+    if importance is None and format == "iq2_xxs":
         weight = (values * values).sum(0)
     rows, columns = values.shape
     blocks = values.reshape(-1, BLOCK)
@@ -92,14 +92,14 @@ def quantise(
         x = blocks[start : start + batch]
         places = (start + mx.arange(len(x))) % (columns // BLOCK)
         w = None if per_row is None else per_row[places]
-        parts.append(QUANTISERS[storage](x, w))
-        losses.append(np.array(_loss(parts[-1], storage, x, w)))
+        parts.append(QUANTISERS[format](x, w))
+        losses.append(np.array(_loss(parts[-1], format, x, w)))
         mx.eval(parts[-1])
     joined = {p: np.concatenate([np.array(part[p]) for part in parts]) for p in parts[0]}
     loss = Loss(*(float(x) for x in np.concatenate(losses, 1).sum(1, dtype=np.float64)))
     if not np.isfinite(loss.error):
         raise DataError(
-            f"values up to {float(mx.abs(values).max()):.3g} are too large for {storage}"
+            f"values up to {float(mx.abs(values).max()):.3g} are too large for {format}"
         )
     return {p: a.reshape(rows, -1) for p, a in joined.items()}, loss
 
@@ -109,24 +109,24 @@ def _even_if_zero(weight: mx.array) -> mx.array:
     return mx.where(weight.max(-1, keepdims=True) > 0, weight, 1.0)
 
 
-def _loss(planes: dict[str, mx.array], storage: str, x: mx.array, w: mx.array | None) -> mx.array:
+def _loss(planes: dict[str, mx.array], format: str, x: mx.array, w: mx.array | None) -> mx.array:
     """The four sums of `Loss` for every block (N, 256), as (4, N)."""
-    gap = FORMATS[storage].decode(planes) - x
+    gap = FORMATS[format].decode(planes) - x
     w = mx.ones_like(x) if w is None else w
     sums = [w * gap * gap, w * x * x, gap * gap, x * x]
     return mx.stack([terms.sum(-1) for terms in sums])
 
 
-def on_device(storage: str, planes: Mapping[str, np.ndarray]) -> mx.array:
+def on_device(format: str, planes: Mapping[str, np.ndarray]) -> mx.array:
     """The values that stored planes (rows, elements) stand for, float32; as the products see them."""
-    layout = FORMATS[storage].layout
+    layout = FORMATS[format].layout
     arrays = {p: mx.array(stored).view(DTYPES[layout[p][0]]) for p, stored in planes.items()}
-    return FORMATS[storage].decode(arrays)
+    return FORMATS[format].decode(arrays)
 
 
-def decode(storage: str, planes: Mapping[str, np.ndarray]) -> np.ndarray:
+def decode(format: str, planes: Mapping[str, np.ndarray]) -> np.ndarray:
     """`on_device`, as a NumPy array."""
-    return np.array(on_device(storage, planes))
+    return np.array(on_device(format, planes))
 
 
 def quantize(w: np.ndarray, type: str, importance: np.ndarray | None = None) -> Quantised:

@@ -1,4 +1,4 @@
-"""Recipes: which storage format each tensor gets, and whether that keeps every bit."""
+"""Recipes: which format each tensor gets, and whether that keeps every bit."""
 
 import re
 
@@ -29,7 +29,7 @@ def choose_recipe(recipe: str | None, source: Source, gguf: bool) -> str:
     return recipe
 
 
-def storage(recipe: str, entry: Entry, source: Source) -> tuple[str, bool]:
+def format_of(recipe: str, entry: Entry, source: Source) -> tuple[str, bool]:
     """The format an entry gets, and whether its values stay bit for bit."""
     exact, chosen = source.exact(entry), source.exact(entry)
     if recipe in ("bf16", "f32") and entry.kind in ("matrix", "experts", "plain"):
@@ -51,11 +51,11 @@ def expert_format(recipe: str, entry: Entry, config: ModelConfig) -> str:
     return down if ".w2." in entry.name else gate_and_up
 
 
-def _check_width(entry: Entry, storage: str, source: Source) -> None:
-    block = FORMATS[storage].block
+def _check_width(entry: Entry, format: str, source: Source) -> None:
+    block = FORMATS[format].block
     if entry.shape[-1] % block:
         name, files = source.origin(entry)
         raise DataError(
-            f"{source.path / files[0]}: tensor {name} has rows of {entry.shape[-1]}, and {storage} "
+            f"{source.path / files[0]}: tensor {name} has rows of {entry.shape[-1]}, and {format} "
             f"needs a multiple of {block}: use another recipe"
         )

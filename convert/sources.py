@@ -26,7 +26,7 @@ class Source(Protocol):
         ...
 
     def exact(self, entry: Entry) -> str:
-        """The storage format that holds an entry's values exactly."""
+        """The format that holds an entry's values exactly."""
         ...
 
     def stored(self, entry: Entry, expert: int, start: int, stop: int) -> dict[str, np.ndarray]:

@@ -110,7 +110,7 @@ def _check(
     directory: ModelDirectory, file: TensorFile, entry: Entry, source: Source | None, bar: tqdm
 ) -> Checked:
     """One weight: its planes' checksums, then its values."""
-    name = directory.storage(entry)
+    name = directory.format_of(entry)
     for plane in planes(entry, name):
         _check_plane(directory, file, plane, bar)
     if source is None:

@@ -133,7 +133,7 @@ class FileWriter:
             end = expert * per_matrix + rows.stop
             if end > writer.done:
                 start = max(rows.start, writer.done - expert * per_matrix)
-                encoded = self.encoder.rows(out.storage, out.entry, expert, slice(start, rows.stop))
+                encoded = self.encoder.rows(out.format, out.entry, expert, slice(start, rows.stop))
                 writer.put(encoded, rows.stop - start)
                 self.records[out.entry.name] = writer.record()
                 self._note(fd)

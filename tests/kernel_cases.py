@@ -90,28 +90,28 @@ def chosen(shape: Shape, seed: int) -> tuple[mx.array, mx.array]:
 
 
 def up(
-    storage: str, dtype: mx.Dtype, shape: Shape, scale: float = 1.0, eight: bool = False
+    format: str, dtype: mx.Dtype, shape: Shape, scale: float = 1.0, eight: bool = False
 ) -> Pairs:
     sizes = shape.experts, shape.hidden, shape.width
-    gate, rise = random_planes(storage, sizes, 1), random_planes(storage, sizes, 2)
+    gate, rise = random_planes(format, sizes, 1), random_planes(format, sizes, 2)
     experts, weights = chosen(shape, 3)
     x = normal((shape.tokens, shape.width), dtype, 4, scale)
     limit = LIMIT if scale == 1 else 1e30  # the clamp would make rounding errors look large
-    got = experts_up.experts_up(storage, gate, rise, x, experts, weights, limit, eight)
+    got = experts_up.experts_up(format, gate, rise, x, experts, weights, limit, eight)
     x = staging.as_bytes(x) if eight else x
     operands = gate, rise, x, experts, weights, limit
-    return [(got, experts_up.reference(FORMATS[storage], *operands))]
+    return [(got, experts_up.reference(FORMATS[format], *operands))]
 
 
 def down(
-    storage: str, dtype: mx.Dtype, shape: Shape, scale: float = 1.0, eight: bool = False
+    format: str, dtype: mx.Dtype, shape: Shape, scale: float = 1.0, eight: bool = False
 ) -> Pairs:
-    planes = random_planes(storage, (shape.experts, shape.width, shape.hidden), 1)
+    planes = random_planes(format, (shape.experts, shape.width, shape.hidden), 1)
     experts, _ = chosen(shape, 3)
     hidden = normal((experts.size, shape.hidden), dtype, 4, scale)
-    got = experts_down.experts_down(storage, planes, hidden, experts, eight)
+    got = experts_down.experts_down(format, planes, hidden, experts, eight)
     hidden = staging.as_bytes(hidden) if eight else hidden
-    return [(got, experts_down.reference(FORMATS[storage], planes, hidden, experts))]
+    return [(got, experts_down.reference(FORMATS[format], planes, hidden, experts))]
 
 
 def sorted_pairs(experts: mx.array, count: int, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
@@ -120,26 +120,26 @@ def sorted_pairs(experts: mx.array, count: int, dtype: mx.Dtype) -> tuple[mx.arr
     return order, expert_tiles.expert_tiles(experts.flatten()[order], count, tall)
 
 
-def up_sorted(storage: str, dtype: mx.Dtype, shape: Shape) -> Pairs:
+def up_sorted(format: str, dtype: mx.Dtype, shape: Shape) -> Pairs:
     sizes = shape.experts, shape.hidden, shape.width
-    gate, rise = random_planes(storage, sizes, 1), random_planes(storage, sizes, 2)
+    gate, rise = random_planes(format, sizes, 1), random_planes(format, sizes, 2)
     experts, weights = chosen(shape, 3)
     x = normal((shape.tokens, shape.width), dtype, 4)
     order, jobs = sorted_pairs(experts, shape.experts, dtype)
-    got = experts_up_sorted.experts_up_sorted(storage, gate, rise, x, order, jobs, weights, LIMIT)
+    got = experts_up_sorted.experts_up_sorted(format, gate, rise, x, order, jobs, weights, LIMIT)
     operands = gate, rise, x, experts, weights, LIMIT
-    return [(got, experts_up.reference(FORMATS[storage], *operands)[order])]
+    return [(got, experts_up.reference(FORMATS[format], *operands)[order])]
 
 
-def down_sorted(storage: str, dtype: mx.Dtype, shape: Shape) -> Pairs:
-    planes = random_planes(storage, (shape.experts, shape.width, shape.hidden), 1)
+def down_sorted(format: str, dtype: mx.Dtype, shape: Shape) -> Pairs:
+    planes = random_planes(format, (shape.experts, shape.width, shape.hidden), 1)
     experts, _ = chosen(shape, 3)
     hidden = normal((experts.size, shape.hidden), dtype, 4)
     order, jobs = sorted_pairs(experts, shape.experts, dtype)
     got = experts_down_sorted.experts_down_sorted(
-        storage, planes, hidden[order], order, jobs, shape.topk
+        format, planes, hidden[order], order, jobs, shape.topk
     )
-    return [(got, experts_down.reference(FORMATS[storage], planes, hidden, experts))]
+    return [(got, experts_down.reference(FORMATS[format], planes, hidden, experts))]
 
 
 def runs(counts: list[int], tall: int) -> Pairs:
@@ -217,12 +217,12 @@ def small_cases() -> Iterator[Case]:
 
 
 def _experts(dtype: mx.Dtype) -> Iterator[Case]:
-    for storage in UP:
-        yield _case(up, "experts_up", storage, dtype, ODD_UP)
-        yield _case(up_sorted, "experts_up_sorted", storage, dtype, MANY_UP)
-    for storage in DOWN:
-        yield _case(down, "experts_down", storage, dtype, ODD_DOWN)
-        yield _case(down_sorted, "experts_down_sorted", storage, dtype, MANY_DOWN)
+    for format in UP:
+        yield _case(up, "experts_up", format, dtype, ODD_UP)
+        yield _case(up_sorted, "experts_up_sorted", format, dtype, MANY_UP)
+    for format in DOWN:
+        yield _case(down, "experts_down", format, dtype, ODD_DOWN)
+        yield _case(down_sorted, "experts_down_sorted", format, dtype, MANY_DOWN)
 
 
 def _others(dtype: mx.Dtype) -> Iterator[Case]:
@@ -242,20 +242,20 @@ def _others(dtype: mx.Dtype) -> Iterator[Case]:
     yield Case("hyper_post 288", dtype, lambda: post(dtype, 288, 2))
 
 
-def _case(compute, name: str, storage: str, dtype: mx.Dtype, shape: Shape, *scale: float) -> Case:
+def _case(compute, name: str, format: str, dtype: mx.Dtype, shape: Shape, *scale: float) -> Case:
     note = "".join(f", activations of {each:g}" for each in scale)
-    call = partial(compute, storage, dtype, shape, *scale)
-    return Case(f"{name} {storage} {shape}{note}", dtype, call)
+    call = partial(compute, format, dtype, shape, *scale)
+    return Case(f"{name} {format} {shape}{note}", dtype, call)
 
 
 def wide_cases() -> Iterator[Case]:
     """The widths of Flash and Pro, few rows; activations far from 1, and as bytes."""
-    for storage in ("iq2_xxs", "q4_k"):
-        call = partial(up, storage, mx.bfloat16, ODD_UP, eight=True)
-        yield Case(f"experts_up {storage} {ODD_UP}, bytes", mx.bfloat16, call)
-    for storage in ("q2_k", "q4_k"):
-        call = partial(down, storage, mx.bfloat16, ODD_DOWN, 1e5, eight=True)
-        yield Case(f"experts_down {storage} {ODD_DOWN}, bytes", mx.bfloat16, call)
+    for format in ("iq2_xxs", "q4_k"):
+        call = partial(up, format, mx.bfloat16, ODD_UP, eight=True)
+        yield Case(f"experts_up {format} {ODD_UP}, bytes", mx.bfloat16, call)
+    for format in ("q2_k", "q4_k"):
+        call = partial(down, format, mx.bfloat16, ODD_DOWN, 1e5, eight=True)
+        yield Case(f"experts_down {format} {ODD_DOWN}, bytes", mx.bfloat16, call)
     for shape in (FLASH_UP, PRO_UP):
         yield from (_case(up, "experts_up", s, mx.bfloat16, shape) for s in UP)
     for shape in (FLASH_DOWN, PRO_DOWN):
@@ -264,10 +264,10 @@ def wide_cases() -> Iterator[Case]:
     yield _case(down, "experts_down", "q2_k", mx.float32, PRO_DOWN)
     yield Case("router 256x7168", mx.bfloat16, lambda: route(mx.bfloat16, 256, 7168, 1, False))
     yield Case("hyper_pre 4096", mx.bfloat16, lambda: pre(mx.bfloat16, 4096, 1))
-    for storage, scale in (("iq2_xxs", 1e15), ("q4_k", 1e-12), ("mxfp4", 3e4)):
-        yield _case(up, "experts_up", storage, mx.bfloat16, TINY, scale)
-    for storage, scale in (("q2_k", 1e25), ("q4_k", 1e-25), ("mxfp4", 1e30)):
-        yield _case(down, "experts_down", storage, mx.bfloat16, TINY, scale)
+    for format, scale in (("iq2_xxs", 1e15), ("q4_k", 1e-12), ("mxfp4", 3e4)):
+        yield _case(up, "experts_up", format, mx.bfloat16, TINY, scale)
+    for format, scale in (("q2_k", 1e25), ("q4_k", 1e-25), ("mxfp4", 1e30)):
+        yield _case(down, "experts_down", format, mx.bfloat16, TINY, scale)
     yield Case(
         "q8_matvec, activations of 1e30",
         mx.bfloat16,

@@ -13,12 +13,12 @@ from ds4mlx.custom_kernels.products import q8_matmul, q8_matvec
 from ds4mlx.model.moe import RoutedExperts
 
 
-def layer(dtype: mx.Dtype, storage: tuple[str, str], tokens: int) -> cases.Pairs:
+def layer(dtype: mx.Dtype, format: tuple[str, str], tokens: int) -> cases.Pairs:
     """A whole layer of Flash's experts, fewer of them, through its kernels and in float32 without."""
     config = ModelConfig(n_routed_experts=24)
     module = RoutedExperts(config)
     for seed, name in enumerate(("w1", "w3", "w2")):
-        stack, kind = module[name], storage[name == "w2"]
+        stack, kind = module[name], format[name == "w2"]
         stack.store(kind)
         stack.update(random_planes(kind, stack._shape, seed))
     x, k = cases.normal((tokens, config.hidden_size), dtype, 5), config.num_experts_per_tok
@@ -34,9 +34,9 @@ def large_cases() -> Iterator[cases.Case]:
     """Flash's own shapes, which take a GPU."""
     for dtype in (mx.float32, mx.bfloat16):
         for tokens in (1, 8, 700):
-            for storage in zip(cases.UP, cases.DOWN, strict=True):
-                name = f"{'/'.join(storage)} experts of Flash, {tokens} tokens"
-                yield cases.Case(name, dtype, partial(layer, dtype, storage, tokens))
+            for format in zip(cases.UP, cases.DOWN, strict=True):
+                name = f"{'/'.join(format)} experts of Flash, {tokens} tokens"
+                yield cases.Case(name, dtype, partial(layer, dtype, format, tokens))
         for product, tokens in ((q8_matvec.q8_matvec, 1), (q8_matmul.q8_matmul, 130)):
             call = partial(cases.q8, product, dtype, (4096, 8192), tokens)
             yield cases.Case(f"q8_0 4096x8192, {tokens} tokens", dtype, call)

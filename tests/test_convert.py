@@ -27,17 +27,17 @@ def stored_values(directory: ModelDirectory) -> dict[str, np.ndarray]:
     for file, entries in directory.inventory.items():
         arrays = mx.load(str(directory.path / file))
         for entry in entries:
-            values = decoded(arrays, entry, directory.storage(entry))
+            values = decoded(arrays, entry, directory.format_of(entry))
             stack = values if entry.kind == "experts" else values[None]
             found |= {entry.official(e): matrix for e, matrix in enumerate(stack)}
     return found
 
 
-def decoded(arrays, entry, storage) -> np.ndarray:
+def decoded(arrays, entry, format) -> np.ndarray:
     weight = arrays[entry.name]
-    if storage.startswith("mxfp"):
-        bits, scales = int(storage[-1]), arrays[f"{entry.module}.scales"]
-        options = {"group_size": 32, "bits": bits, "mode": storage, "dtype": mx.float32}
+    if format.startswith("mxfp"):
+        bits, scales = int(format[-1]), arrays[f"{entry.module}.scales"]
+        options = {"group_size": 32, "bits": bits, "mode": format, "dtype": mx.float32}
         weight = mx.dequantize(weight, scales, **options)
     return np.array(weight.astype(mx.float32) if weight.dtype == mx.bfloat16 else weight)
 
@@ -62,13 +62,13 @@ def test_every_tensor_has_the_recipes_format(converted):
     recipe, directory = converted
     for entries in directory.inventory.values():
         for entry in entries:
-            storage = directory.storage(entry)
+            format = directory.format_of(entry)
             if recipe == "official":
                 official_type = {"matrix": "mxfp8", "experts": "mxfp4", "plain": "bf16"}
-                assert storage == official_type.get(entry.kind, storage)
+                assert format == official_type.get(entry.kind, format)
             elif entry.kind in ("matrix", "experts", "plain"):
-                assert storage == recipe
-            assert entry.kind != "exact" or storage == "f32"
+                assert format == recipe
+            assert entry.kind != "exact" or format == "f32"
 
 
 def test_verify_finds_no_error(converted, tiny_source):
@@ -133,7 +133,7 @@ def test_experts_in_fp8(small_source, tmp_path, recipe):
     convert(source, tmp_path / "out", recipe, progress=False)
     assert {c.error for c in verify(tmp_path / "out", source, progress=False)} == {0.0}
     model, _ = load(tmp_path / "out", dtype=mx.float32)
-    assert model.layers[0].ffn.experts.w1.storage == {"official": "mxfp8"}.get(recipe, recipe)
+    assert model.layers[0].ffn.experts.w1.format == {"official": "mxfp8"}.get(recipe, recipe)
     assert mx.isfinite(model(mx.array([[1, 2, 3]]))).all()
 
 

@@ -203,7 +203,7 @@ def test_hidden_rows_come_back_after_an_error(small_model, text):
 def test_decoded_weights_give_the_same_logits(small_dir, small_model, text):
     decoded, _ = load(small_dir, dtype=mx.float32)
     decode_weights(decoded)
-    assert decoded.layers[0].attn.wkv.storage == "f32"
+    assert decoded.layers[0].attn.wkv.format == "f32"
     assert kl(run(small_model, text[:150]), run(decoded, text[:150])).mean() < 1e-5
 
 

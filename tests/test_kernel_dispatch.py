@@ -36,9 +36,9 @@ def metal(monkeypatch):
         yield launched
 
 
-def fill(module, storage: str, seed: int):
-    module.store(storage)
-    module.update(random_planes(storage, module._shape, seed))
+def fill(module, format: str, seed: int):
+    module.store(format)
+    module.update(random_planes(format, module._shape, seed))
     return module
 
 
@@ -48,14 +48,14 @@ def close(got: mx.array, want: mx.array, tolerance: float = 1e-5) -> None:
 
 
 @pytest.mark.parametrize("tokens", [1, 8, 9])
-@pytest.mark.parametrize("storage", [("iq2_xxs", "q2_k"), ("mxfp4", "mxfp4")])
-def test_routed_experts(tokens, storage, metal):
+@pytest.mark.parametrize("format", [("iq2_xxs", "q2_k"), ("mxfp4", "mxfp4")])
+def test_routed_experts(tokens, format, metal):
     config = ModelConfig(
         hidden_size=256, moe_intermediate_size=256, n_routed_experts=5, num_experts_per_tok=3
     )
     module = RoutedExperts(config)
     for seed, name in enumerate(("w1", "w3", "w2")):
-        fill(module[name], storage[name == "w2"], seed)
+        fill(module[name], format[name == "w2"], seed)
     rng = np.random.default_rng(tokens)
     x = mx.random.normal((tokens, 256))
     experts = mx.array(np.stack([rng.permutation(4)[:3] for _ in range(tokens)]))

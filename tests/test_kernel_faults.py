@@ -22,28 +22,28 @@ BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
 F32, BF16 = mx.float32, mx.bfloat16
 
 
-def up(storage, dtype=F32):
-    return partial(cases.up, storage, dtype, ODD_UP)
+def up(format, dtype=F32):
+    return partial(cases.up, format, dtype, ODD_UP)
 
 
-def down(storage, dtype=F32):
-    return partial(cases.down, storage, dtype, ODD_DOWN)
+def down(format, dtype=F32):
+    return partial(cases.down, format, dtype, ODD_DOWN)
 
 
-def up8(storage):
-    return partial(cases.up, storage, BF16, ODD_UP, eight=True)
+def up8(format):
+    return partial(cases.up, format, BF16, ODD_UP, eight=True)
 
 
-def down8(storage):
-    return partial(cases.down, storage, F32, ODD_DOWN, eight=True)
+def down8(format):
+    return partial(cases.down, format, F32, ODD_DOWN, eight=True)
 
 
-def up_sorted(storage, dtype=F32):
-    return partial(cases.up_sorted, storage, dtype, MANY_UP)
+def up_sorted(format, dtype=F32):
+    return partial(cases.up_sorted, format, dtype, MANY_UP)
 
 
-def down_sorted(storage, dtype=F32):
-    return partial(cases.down_sorted, storage, dtype, MANY_DOWN)
+def down_sorted(format, dtype=F32):
+    return partial(cases.down_sorted, format, dtype, MANY_DOWN)
 
 
 matvec = partial(cases.q8, q8_matvec.q8_matvec, F32, (37, 320), 3)

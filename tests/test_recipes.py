@@ -73,12 +73,12 @@ def test_formats(converted, recipe):
     before, directory = OfficialSource(source), ModelDirectory.open(path)
     last, seen = before.config.num_hidden_layers - 1, 0
     for entry in (e for entries in before.inventory.values() for e in entries):
-        storage = directory.storage(entry)
+        format = directory.format_of(entry)
         if entry.kind != "experts":
-            assert storage == before.exact(entry)
+            assert format == before.exact(entry)
             continue
         layer, part = entry.name.removesuffix(".weight").split(".ffn.experts.")
-        assert storage == wanted(recipe, layer, last)[part]
+        assert format == wanted(recipe, layer, last)[part]
         seen += 1
     assert seen == 3 * (last + 2)
 

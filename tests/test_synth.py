@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from ds4mlx import DataError, load
 from ds4mlx.bench import whole_model as bench_model
 from ds4mlx.bench.random_weights import random_planes, random_words
-from ds4mlx.bench.synth import RECIPES, config_like, storage, synth_model
+from ds4mlx.bench.synth import RECIPES, config_like, format_of, synth_model
 from ds4mlx.bench.synth_directory import write_synth
 from ds4mlx.cli.main import app
 from ds4mlx.config import ModelConfig
@@ -61,7 +61,7 @@ def test_a_model_in_memory(recipe):
         for entry in listed:
             if entry.kind == "experts":
                 module = dict(model.named_modules())[entry.module]
-                assert module.storage == storage(recipe, entry, SMALL)
+                assert module.format == format_of(recipe, entry, SMALL)
 
 
 @pytest.mark.parametrize("recipe", ["q2", "keep"])

@@ -1,6 +1,6 @@
 """The checkpoint's and the model's own roundings in PyTorch, with gradients passed straight through.
 
-Values agree with `ds4mlx.state.rounding` and with the official storage formats; scales are powers of two.
+Values agree with `ds4mlx.state.rounding` and with the official formats; scales are powers of two.
 """
 
 from collections.abc import Callable

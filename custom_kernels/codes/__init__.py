@@ -1,1 +1,1 @@
-"""How each storage format's codes are read inside a kernel."""
+"""How each format's codes are read inside a kernel."""

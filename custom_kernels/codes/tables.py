@@ -16,12 +16,12 @@ def bits(value: float) -> int:
 
 
 @lru_cache
-def lut(storage: str, eight: bool = False) -> mx.array:
+def lut(format: str, eight: bool = False) -> mx.array:
     """uint32: a grid's 256 points as four words of two halves, columns (i, i + 4); else unused.
 
     For products of bytes two words of four bytes.
     """
-    if not PACKINGS[storage].lut:
+    if not PACKINGS[format].lut:
         return mx.zeros((8,), mx.uint32)
     if eight:
         return mx.array(np.array(iq2_grid()).astype(np.uint8).view(np.uint32).reshape(-1))

@@ -84,28 +84,28 @@ BODY = """
 
 
 @lru_cache
-def kernel(storage: str, dtype: mx.Dtype, eight: bool) -> Kernel:
+def kernel(format: str, dtype: mx.Dtype, eight: bool) -> Kernel:
     """The kernel for experts in a format and hidden values of a type."""
-    packing = PACKINGS[storage]
+    packing = PACKINGS[format]
     names = f"#define DOWN {', '.join(packing.names('down'))}\n"
     text = staging.products(packing, dtype, eight)
-    name = f"experts_down_{storage}_{staging.arithmetic(dtype, eight)}"
+    name = f"experts_down_{format}_{staging.arithmetic(dtype, eight)}"
     inputs = ["hidden", "experts", "table", *packing.names("down")]
     return Kernel(name, inputs, ["out"], BODY, names + text)
 
 
 def experts_down(
-    storage: str, down: Planes, hidden: mx.array, experts: mx.array, eight: bool = False
+    format: str, down: Planes, hidden: mx.array, experts: mx.array, eight: bool = False
 ) -> mx.array:
     """Sum over a token's experts of down . hidden.
 
     hidden (N * k, H), weighted; experts int (N, k); planes of (E, D, H) -> float32 (N, D).
     eight: round the hidden values to bytes, as in experts_up.
     """
-    packing, (count, topk) = PACKINGS[storage], experts.shape
+    packing, (count, topk) = PACKINGS[format], experts.shape
     width, columns = down["weight"].shape[-2], hidden.shape[-1]
-    return kernel(storage, hidden.dtype, eight)(
-        [hidden, experts, lut(storage, eight), *(down[p] for p in packing.planes)],
+    return kernel(format, hidden.dtype, eight)(
+        [hidden, experts, lut(format, eight), *(down[p] for p in packing.planes)],
         [((count, width), mx.float32)],
         groups=(-(-width // (ROWS * GROUPS)), count, 1),
         threads=32 * GROUPS,
@@ -115,7 +115,7 @@ def experts_down(
             ("TOPK", topk),
             ("ROWS", ROWS),
             ("GROUPS", GROUPS),
-            ("TABLE", lut(storage, eight).size // 4),
+            ("TABLE", lut(format, eight).size // 4),
             ("STAGED", staging.staged_columns(hidden.dtype, topk * columns, STAGED)),
         ],
     )[0]

@@ -61,13 +61,13 @@ SUM = """
 
 
 @lru_cache
-def kernel(storage: str, dtype: mx.Dtype) -> Kernel:
+def kernel(format: str, dtype: mx.Dtype) -> Kernel:
     """The product for experts in a format and hidden values of a type."""
-    down = PACKINGS[storage].names("down")
+    down = PACKINGS[format].names("down")
     defined = f"#define DOWN {', '.join(down)}\n" + DEFINED
     inputs = ["x", "order", "tiles", "table", *down]
     name = "experts_down_sorted"
-    return matmul.kernel(name, storage, dtype, inputs, "parts", BODY, defined)
+    return matmul.kernel(name, format, dtype, inputs, "parts", BODY, defined)
 
 
 @lru_cache
@@ -77,16 +77,16 @@ def sum_kernel() -> Kernel:
 
 
 def experts_down_sorted(
-    storage: str, down: Planes, hidden: mx.array, order: mx.array, jobs: mx.array, topk: int
+    format: str, down: Planes, hidden: mx.array, order: mx.array, jobs: mx.array, topk: int
 ) -> mx.array:
     """Like experts_down, from hidden (N * k, H) in the order of the sorted pairs; float32 (N, D).
 
     order uint32 (N * k,): pair t * k + slot of each sorted row; jobs: `expert_tiles`.
     """
-    packing, (pairs, columns) = PACKINGS[storage], hidden.shape
+    packing, (pairs, columns) = PACKINGS[format], hidden.shape
     width = down["weight"].shape[-2]
-    (parts,) = kernel(storage, hidden.dtype)(
-        [hidden, order, jobs, lut(storage), *(down[p] for p in packing.planes)],
+    (parts,) = kernel(format, hidden.dtype)(
+        [hidden, order, jobs, lut(format), *(down[p] for p in packing.planes)],
         [((pairs, width), hidden.dtype)],
         groups=(-(-width // matmul.WIDE), jobs.shape[0], 1),
         threads=matmul.THREADS,

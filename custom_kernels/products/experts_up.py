@@ -90,19 +90,19 @@ BODY = """
 
 
 @lru_cache
-def kernel(storage: str, dtype: mx.Dtype, eight: bool) -> Kernel:
+def kernel(format: str, dtype: mx.Dtype, eight: bool) -> Kernel:
     """The kernel for experts in a format and activations of a type, or as bytes."""
-    packing = PACKINGS[storage]
+    packing = PACKINGS[format]
     gate, up = packing.names("gate"), packing.names("up")
     names = f"#define GATE {', '.join(gate)}\n#define UP {', '.join(up)}\n"
     text = swiglu.HEADER + staging.products(packing, dtype, eight)
-    name = f"experts_up_{storage}_{staging.arithmetic(dtype, eight)}"
+    name = f"experts_up_{format}_{staging.arithmetic(dtype, eight)}"
     inputs = ["x", "experts", "weights", "table", *gate, *up]
     return Kernel(name, inputs, ["hidden"], BODY, names + text)
 
 
 def experts_up(
-    storage: str,
+    format: str,
     gate: Planes,
     up: Planes,
     x: mx.array,
@@ -116,11 +116,11 @@ def experts_up(
     x (N, D); experts int (N, k); weights float32 (N, k); planes of (E, H, D) -> (N * k, H) in x's type.
     eight: round the activations to bytes; for formats whose packing has such a product.
     """
-    packing, (count, topk) = PACKINGS[storage], experts.shape
+    packing, (count, topk) = PACKINGS[format], experts.shape
     hidden, columns = gate["weight"].shape[-2], x.shape[-1]
     planes = [m[p] for m in (gate, up) for p in packing.planes]
-    return kernel(storage, x.dtype, eight)(
-        [x, experts, weights, lut(storage, eight), *planes],
+    return kernel(format, x.dtype, eight)(
+        [x, experts, weights, lut(format, eight), *planes],
         [((count * topk, hidden), x.dtype)],
         groups=(-(-hidden // (ROWS * GROUPS)), count * topk, 1),
         threads=32 * GROUPS,
@@ -131,7 +131,7 @@ def experts_up(
             ("TOPK", topk),
             ("ROWS", ROWS),
             ("GROUPS", GROUPS),
-            ("TABLE", lut(storage, eight).size // 4),
+            ("TABLE", lut(format, eight).size // 4),
             ("STAGED", staging.staged_columns(x.dtype, columns, STAGED)),
             ("LIMIT", bits(limit)),
         ],

@@ -58,9 +58,9 @@ DEFINED = """
 
 
 @lru_cache
-def kernel(storage: str, dtype: mx.Dtype) -> Kernel:
+def kernel(format: str, dtype: mx.Dtype) -> Kernel:
     """The kernel for experts in a format and activations of a type."""
-    packing = PACKINGS[storage]
+    packing = PACKINGS[format]
     gate, up, picked = (packing.names(matrix) for matrix in ("gate", "up", "picked"))
     picks = [
         f"auto {p} = IS_UP(at * 32 / DEEP) ? {u} : {g}"
@@ -70,12 +70,12 @@ def kernel(storage: str, dtype: mx.Dtype) -> Kernel:
     inputs = ["x", "order", "tiles", "weights", "table", *gate, *up]
     name = "experts_up_sorted"
     return matmul.kernel(
-        name, storage, dtype, inputs, "hidden", BODY, swiglu.HEADER + names + DEFINED
+        name, format, dtype, inputs, "hidden", BODY, swiglu.HEADER + names + DEFINED
     )
 
 
 def experts_up_sorted(
-    storage: str,
+    format: str,
     gate: Planes,
     up: Planes,
     x: mx.array,
@@ -89,11 +89,11 @@ def experts_up_sorted(
     x (N, D); order uint32 (N * k,): pair t * k + slot of each sorted row; jobs: `expert_tiles`; weights
     float32 (N, k) -> (N * k, H) in x's type.
     """
-    packing, (count, columns) = PACKINGS[storage], x.shape
+    packing, (count, columns) = PACKINGS[format], x.shape
     hidden = gate["weight"].shape[-2]
     planes = [m[p] for m in (gate, up) for p in packing.planes]
-    return kernel(storage, x.dtype)(
-        [x, order, jobs, weights, lut(storage), *planes],
+    return kernel(format, x.dtype)(
+        [x, order, jobs, weights, lut(format), *planes],
         [((order.size, hidden), x.dtype)],
         groups=(-(-hidden // (matmul.WIDE // 2)), jobs.shape[0], 1),
         threads=matmul.THREADS,

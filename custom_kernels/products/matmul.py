@@ -84,7 +84,7 @@ START = """
 
 def kernel(
     name: str,
-    storage: str,
+    format: str,
     dtype: mx.Dtype,
     inputs: list[str],
     output: str,
@@ -94,6 +94,6 @@ def kernel(
     """A kernel around LOOP for weights in a format and activations of a type."""
     metal, cuda, common = tiles.headers(dtype)
     sizes = f"#define WIDE {WIDE}\n#define SPAN (WIDE * TALL / 256)\n"
-    text = sizes + defined + common + PACKINGS[storage].decoding
-    name = f"{name}_{storage}_{'f32' if dtype == mx.float32 else 'bf16'}"
+    text = sizes + defined + common + PACKINGS[format].decoding
+    name = f"{name}_{format}_{'f32' if dtype == mx.float32 else 'bf16'}"
     return Kernel(name, inputs, [output], body, text, metal=metal, cuda=cuda)

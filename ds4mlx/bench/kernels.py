@@ -99,11 +99,11 @@ def choices(tokens: int, experts: int, topk: int) -> mx.array:
 class Experts:
     """A layer of Flash's experts in a pair of formats, and choices of them that differ each call."""
 
-    def __init__(self, storage: tuple[str, str], tokens: int, config: ModelConfig = FLASH):
-        self.storage, self.tokens, self.config = storage, tokens, config
+    def __init__(self, formats: tuple[str, str], tokens: int, config: ModelConfig = FLASH):
+        self.formats, self.tokens, self.config = formats, tokens, config
         self.module = RoutedExperts(config)
         for seed, name in enumerate(("w1", "w3", "w2")):
-            stack, kind = self.module[name], storage[name == "w2"]
+            stack, kind = self.module[name], formats[name == "w2"]
             stack.store(kind)
             for expert_plane, array in random_planes(kind, stack._shape, seed).items():
                 stack[expert_plane] = array
@@ -117,7 +117,7 @@ class Experts:
     def pieces(self, name: str) -> float:
         """Bytes of one expert's matrix."""
         _, rows, columns = self.module[name]._shape
-        return FORMATS[self.module[name].storage].bits / 8 * rows * columns
+        return FORMATS[self.module[name].format].bits / 8 * rows * columns
 
     @cached_property
     def hidden(self) -> mx.array:
@@ -129,13 +129,13 @@ class Experts:
         """The first launch of a few tokens: gate and up."""
         planes = self.module.w1.planes, self.module.w3.planes
         return experts_up.experts_up(
-            self.storage[0], *planes, x, self.chosen[i], self.weights, LIMIT, eight
+            self.formats[0], *planes, x, self.chosen[i], self.weights, LIMIT, eight
         )
 
     def down(self, i: int, hidden: mx.array, eight: bool = False) -> mx.array:
         """The second launch: down, summed over the experts."""
         planes = self.module.w2.planes
-        return experts_down.experts_down(self.storage[1], planes, hidden, self.chosen[i], eight)
+        return experts_down.experts_down(self.formats[1], planes, hidden, self.chosen[i], eight)
 
     def whole(self, i: int, x: mx.array) -> mx.array:
         """The experts of a layer as the model runs them."""
@@ -144,16 +144,16 @@ class Experts:
 
 def experts_few() -> Iterator[Row]:
     """Decode: one token, six experts."""
-    for storage in PAIRS:
-        layer = Experts(storage, 1)
+    for formats in PAIRS:
+        layer = Experts(formats, 1)
         k, (up, down) = FLASH.num_experts_per_tok, (layer.pieces("w1"), layer.pieces("w2"))
         seconds = measure(layer.up, layer.x)
-        yield Row("experts up", f"{storage[0]}, 1 token", seconds, 2 * k * up)
+        yield Row("experts up", f"{formats[0]}, 1 token", seconds, 2 * k * up)
         seconds = measure(layer.down, layer.hidden)
-        yield Row("experts down", f"{storage[1]}, 1 token", seconds, k * down)
-        name, total = f"{'/'.join(storage)}, 1 token", k * (2 * up + down)
+        yield Row("experts down", f"{formats[1]}, 1 token", seconds, k * down)
+        name, total = f"{'/'.join(formats)}, 1 token", k * (2 * up + down)
         yield Row("experts, both launches", name, measure(layer.whole, layer.x), total)
-        if storage[0] != "mxfp4":
+        if formats[0] != "mxfp4":
             with dispatch.eight_bit_activations():
                 seconds = measure(layer.whole, layer.x)
             yield Row("experts, 8-bit activations", name, seconds, total)
@@ -168,9 +168,9 @@ def experts_many() -> Iterator[Row]:
     """Prefill: tokens sorted by expert."""
     per_token = 2 * 3 * FLASH.hidden_size * FLASH.moe_intermediate_size * FLASH.num_experts_per_tok
     for tokens in MANY:
-        for storage in PAIRS:
-            layer = Experts(storage, tokens)
-            name = f"{'/'.join(storage)}, {tokens} tokens"
+        for formats in PAIRS:
+            layer = Experts(formats, tokens)
+            name = f"{'/'.join(formats)}, {tokens} tokens"
             seconds = measure(layer.whole, layer.x, 4)
             yield Row("experts, sorted", name, seconds, flops=per_token * tokens)
         yield rival(2, tokens)

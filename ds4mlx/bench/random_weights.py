@@ -1,4 +1,4 @@
-"""Random weights in the storage formats, made where MLX computes; well scaled for their width."""
+"""Random weights in the formats, made where MLX computes; well scaled for their width."""
 
 import math
 
@@ -28,35 +28,35 @@ def random_words(shape: tuple[int, ...], seed: int) -> mx.array:
     return x.reshape(shape)
 
 
-def random_planes(storage: str, shape: tuple[int, ...], seed: int = 0) -> dict[str, mx.array]:
+def random_planes(format: str, shape: tuple[int, ...], seed: int = 0) -> dict[str, mx.array]:
     """Planes of a weight (..., out, in) whose values have about the deviation 1 / sqrt(in).
 
-    storage: a float format, or one of those that the recipes and ds4's files use.
+    format: a float format, or one of those that the recipes and ds4's files use.
     """
-    found, deviation = FORMATS[storage], shape[-1] ** -0.5
+    found, deviation = FORMATS[format], shape[-1] ** -0.5
     empty = found.empty(shape)
-    if storage not in _DEVIATION:
+    if format not in _DEVIATION:
         weight = deviation * mx.random.normal(shape, key=mx.random.key(seed))
         return {"weight": weight.astype(empty["weight"].dtype)}
-    unit = deviation / _DEVIATION[storage]
+    unit = deviation / _DEVIATION[format]
     return {
-        plane: _plane(storage, plane, array, unit, seed + 7919 * i)
+        plane: _plane(format, plane, array, unit, seed + 7919 * i)
         for i, (plane, array) in enumerate(empty.items())
     }
 
 
-def _plane(storage: str, plane: str, empty: mx.array, unit: float, seed: int) -> mx.array:
+def _plane(format: str, plane: str, empty: mx.array, unit: float, seed: int) -> mx.array:
     if empty.dtype == mx.float16:
         jitter = (random_words(empty.shape, seed) & 255).astype(mx.float32) / 256
         scale = unit * (0.75 + 0.5 * jitter)
-        if storage in _OFFSET:
-            scale = scale * mx.where(mx.arange(empty.shape[-1]) % 2, _OFFSET[storage], 1.0)
+        if format in _OFFSET:
+            scale = scale * mx.where(mx.arange(empty.shape[-1]) % 2, _OFFSET[format], 1.0)
         return scale.astype(mx.float16)
-    if storage in ("mxfp4", "mxfp8") and plane == "scales":
+    if format in ("mxfp4", "mxfp8") and plane == "scales":
         exponent = 127 + round(math.log2(unit))
         return (random_words(empty.shape, seed) % 2).astype(mx.uint8) + mx.array(exponent, mx.uint8)
     per = 4 // empty.dtype.size
     words = random_words((*empty.shape[:-1], -(-empty.shape[-1] // per)), seed)
-    if storage == "mxfp8":
+    if format == "mxfp8":
         words = words & 0xBFBFBFBF  # without the largest codes, of which two are NaN
     return words.view(empty.dtype)[..., : empty.shape[-1]]

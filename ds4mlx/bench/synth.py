@@ -1,4 +1,4 @@
-"""Models of the real shapes with random weights in the real storage formats, made on the device.
+"""Models of the real shapes with random weights in the real formats, made on the device.
 
 They answer nothing; they take the memory and the time that the real ones would.
 """
@@ -57,7 +57,7 @@ def config_like(like: Like, layers: int | None = None) -> ModelConfig:
     )
 
 
-def storage(recipe: str, entry: Entry, config: ModelConfig) -> str:
+def format_of(recipe: str, entry: Entry, config: ModelConfig) -> str:
     """The format that a recipe stores an entry in."""
     if entry.kind == "ids":
         return "i32"
@@ -103,12 +103,12 @@ def entry_bytes(entry: Entry, stored: str) -> int:
 
 def weight_bytes(config: ModelConfig, recipe: str) -> int:
     """Bytes of all weights of a model."""
-    return sum(entry_bytes(e, storage(recipe, e, config)) for e in entries(config))
+    return sum(entry_bytes(e, format_of(recipe, e, config)) for e in entries(config))
 
 
 def check_memory(config: ModelConfig, recipe: str, kept: bool = True) -> None:
     """Raises DataError if there is not the memory to make a model, or without `kept` its parts."""
-    sizes = [entry_bytes(e, storage(recipe, e, config)) for e in entries(config)]
+    sizes = [entry_bytes(e, format_of(recipe, e, config)) for e in entries(config)]
     scratch = SCRATCH * max(sizes)
     layers = config.num_hidden_layers
     what = f"{'a model' if kept else 'writing a model'} of {layers} layers as {recipe}"
@@ -126,7 +126,7 @@ def synth_model(
     model, listed = Model(config, dtype), entries(config)
     modules = dict(model.named_modules())
     for done, entry in enumerate(listed):
-        stored, module = storage(recipe, entry, config), modules[entry.module]
+        stored, module = format_of(recipe, entry, config), modules[entry.module]
         made = random_entry(entry, stored, config, seed=done + 1)
         if isinstance(module, Matrix):
             module.store(stored)

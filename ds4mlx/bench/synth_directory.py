@@ -10,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ds4mlx.bench.synth import check_memory, check_recipe, random_entry, storage, weight_bytes
+from ds4mlx.bench.synth import check_memory, check_recipe, format_of, random_entry, weight_bytes
 from ds4mlx.config import ModelConfig
 from ds4mlx.durable import PARTIAL, replacing, write_whole
 from ds4mlx.errors import DataError
@@ -61,7 +61,7 @@ def _write(config, recipe: str, target: Path, on_file) -> int:
         arrays: dict[str, tuple[mx.array, Entry, str]] = {}
         for entry in found:
             seed += 1
-            stored = storage(recipe, entry, config)
+            stored = format_of(recipe, entry, config)
             made = random_entry(entry, stored, config, seed)
             for plane in planes(entry, stored):
                 arrays[plane.name] = (made[plane.plane], entry, plane.dtype)
@@ -71,7 +71,7 @@ def _write(config, recipe: str, target: Path, on_file) -> int:
             tensors[tensor] = {
                 **record,
                 "file": name,
-                "format": storage(recipe, entry, config),
+                "format": format_of(recipe, entry, config),
                 "source": {"tensor": entry.official(), "files": []},
                 "lossless": True,
             }

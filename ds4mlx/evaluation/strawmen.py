@@ -36,7 +36,7 @@ def _round(model: Model, experts: bool) -> set[str]:
     for name, module in model.named_modules():
         if isinstance(module, Matrix) and isinstance(module, ExpertStack) == experts:
             values = module.decode()
-            if module.storage != "i32" and values.shape[-1] % GROUP == 0:
+            if module.format != "i32" and values.shape[-1] % GROUP == 0:
                 replace_values(module, affine(values))
                 rounded.add(name)
     return rounded

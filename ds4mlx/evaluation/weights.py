@@ -6,6 +6,7 @@ stand for. Only small models fit that way.
 
 import mlx.core as mx
 
+from ds4mlx.formats import FORMATS
 from ds4mlx.model.linear import Matrix
 from ds4mlx.model.model import Model
 
@@ -18,7 +19,7 @@ def decode_weights(model: Model) -> None:
     matrices = [
         module
         for _, module in model.named_modules()
-        if isinstance(module, Matrix) and module.storage != "i32"
+        if isinstance(module, Matrix) and module.format != "i32"
     ]
     if sum(map(count, matrices)) > MOST:
         return
@@ -28,7 +29,9 @@ def decode_weights(model: Model) -> None:
 
 def count(matrix: Matrix) -> int:
     """Weights of a matrix, or of a stack of them."""
-    return round(8 * sum(plane.nbytes for plane in matrix.planes.values()) / matrix.format.bits)
+    return round(
+        8 * sum(plane.nbytes for plane in matrix.planes.values()) / FORMATS[matrix.format].bits
+    )
 
 
 def replace_values(matrix: Matrix, values: mx.array) -> None:

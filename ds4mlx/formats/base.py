@@ -1,4 +1,4 @@
-"""What every storage format offers: its planes, the products, and the values they multiply by.
+"""What every format offers: its planes, the products, and the values they multiply by.
 
 A format is one class with its layout, the plain products and, where there are any, its kernels.
 Weights are (out, in) or, stacked, (experts, out, in); planes keep the leading axes.

@@ -1,6 +1,6 @@
 """Matrices of the model: one, several side by side, or a stack of experts.
 
-Their planes are the module's parameters; `storage` says which format reads them.
+Their planes are the module's parameters; `format` names the one that reads them.
 """
 
 import mlx.core as mx
@@ -8,7 +8,7 @@ import mlx.nn as nn
 
 from ds4mlx.custom_kernels.products.dense import product
 from ds4mlx.custom_kernels.products.experts import Operand
-from ds4mlx.formats import FORMATS, Format
+from ds4mlx.formats import FORMATS
 
 
 class Matrix(nn.Module):
@@ -19,37 +19,32 @@ class Matrix(nn.Module):
         self._shape = shape
         self.store("f32")
 
-    def store(self, storage: str) -> None:
-        """Hold the weight in format `storage`, a key of FORMATS, from now on; its values are unset."""
+    def store(self, format: str) -> None:
+        """Hold the weight in a format, a key of FORMATS, from now on; its values are unset."""
         for plane in [name for name, value in self.items() if isinstance(value, mx.array)]:
             del self[plane]
-        self.storage = storage
-        for plane, empty in self.format.empty(self._shape).items():
+        self.format = format
+        for plane, empty in FORMATS[self.format].empty(self._shape).items():
             self[plane] = empty
 
     @property
     def planes(self) -> dict[str, mx.array]:
         """The arrays that hold the weight, by name."""
-        return {plane: self[plane] for plane in self.format.layout}
-
-    @property
-    def format(self) -> Format:
-        """How the planes are read."""
-        return FORMATS[self.storage]
+        return {plane: self[plane] for plane in FORMATS[self.format].layout}
 
     def _extra_repr(self) -> str:
-        return f"{', '.join(map(str, self._shape))}, {self.storage}"
+        return f"{', '.join(map(str, self._shape))}, {self.format}"
 
     def decode(self) -> mx.array:
         """The weight's values, float32, in its logical shape."""
-        return self.format.decode(self.planes)
+        return FORMATS[self.format].decode(self.planes)
 
 
 class Linear(Matrix):
     """y = x . W^T in x's type; x: (..., in) -> (..., out)."""
 
     def __call__(self, x: mx.array) -> mx.array:
-        return product(self.storage, self.planes, x)
+        return product(self.format, self.planes, x)
 
 
 class GroupedLinear(Matrix):
@@ -63,7 +58,7 @@ class GroupedLinear(Matrix):
         """x: (..., groups, in) -> (..., groups, out)."""
         planes = {p: a.reshape(self.groups, -1, a.shape[-1]) for p, a in self.planes.items()}
         rows = mx.swapaxes(x.reshape(-1, self.groups, x.shape[-1]), 0, 1)
-        out = product(self.storage, planes, rows)
+        out = product(self.format, planes, rows)
         return mx.swapaxes(out, 0, 1).reshape(*x.shape[:-1], -1)
 
 
@@ -73,7 +68,7 @@ class Embedding(Matrix):
     def __call__(self, ids: mx.array) -> mx.array:
         """int (...) -> (..., width), float32 or the type of plain values."""
         rows = {plane: array[ids] for plane, array in self.planes.items()}
-        return rows["weight"] if len(rows) == 1 else self.format.decode(rows)
+        return rows["weight"] if len(rows) == 1 else FORMATS[self.format].decode(rows)
 
 
 class ExpertStack(Matrix):
@@ -81,14 +76,14 @@ class ExpertStack(Matrix):
 
     def __call__(self, x: mx.array, experts: mx.array, ordered: bool = False) -> mx.array:
         """x: (..., 1, in), experts: int (...) -> (..., 1, out); `ordered`: experts ascend."""
-        return self.format.gather(self.planes, x, experts, ordered)
+        return FORMATS[self.format].gather(self.planes, x, experts, ordered)
 
     @property
     def operand(self) -> Operand | None:
         """What a kernel may multiply by instead of calling this; none where a subclass is called."""
         if type(self).__call__ is not ExpertStack.__call__:
             return None
-        return Operand(self.storage, self.planes, self._shape)
+        return Operand(self.format, self.planes, self._shape)
 
 
 class RMSNorm(nn.Module):

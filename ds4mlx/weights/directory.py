@@ -45,11 +45,11 @@ class Plane:
     shape: tuple[int, ...]
 
 
-def planes(entry: Entry, storage: str) -> list[Plane]:
-    """The arrays that hold an entry in a storage format."""
+def planes(entry: Entry, format: str) -> list[Plane]:
+    """The arrays that hold an entry in a format."""
     *rows, columns = entry.shape
-    found, layout = [], FORMATS[storage].layout
-    for plane, width in FORMATS[storage].widths(columns).items():
+    found, layout = [], FORMATS[format].layout
+    for plane, width in FORMATS[format].widths(columns).items():
         name = entry.name if plane == "weight" else f"{entry.module}.{plane}"
         found.append(Plane(name, plane, layout[plane][0], (*rows, width)))
     return found
@@ -116,12 +116,12 @@ class ModelDirectory:
 
     @property
     def formats(self) -> dict[str, str]:
-        """Module path -> storage format of its weight."""
+        """Module path -> format of its weight."""
         entries = (entry for listed in self.inventory.values() for entry in listed)
-        return {entry.module: self.storage(entry) for entry in entries}
+        return {entry.module: self.format_of(entry) for entry in entries}
 
-    def storage(self, entry: Entry) -> str:
-        """Storage format of an entry; DataError if the manifest does not list it."""
+    def format_of(self, entry: Entry) -> str:
+        """Format of an entry; DataError if the manifest does not list it."""
         listed = self.manifest["tensors"].get(entry.name)
         if listed is None:
             raise DataError(f"{self.path / MANIFEST}: tensor {entry.name} is missing")
@@ -157,7 +157,7 @@ class ModelDirectory:
                 raise DataError(f"{self.path / MANIFEST}: file {name} is missing")
             file = TensorFile(self.path / name)
             for entry in entries:
-                for plane in planes(entry, self.storage(entry)):
+                for plane in planes(entry, self.format_of(entry)):
                     found = file.info(plane.name)
                     if (found.dtype, found.shape) != (plane.dtype, plane.shape):
                         raise DataError(

@@ -44,7 +44,7 @@ class Entry:
 
     @property
     def is_matrix(self) -> bool:
-        """Whether its module is a Matrix, which can hold it in any storage format."""
+        """Whether its module is a Matrix, which can hold it in any format."""
         if self.kind in ("matrix", "experts"):
             return True
         return (
