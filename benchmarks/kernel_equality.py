@@ -19,14 +19,13 @@ from itertools import chain, islice
 from multiprocessing import get_context
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parents[1] / "tests"))
 os.environ.setdefault("MLX_ENABLE_TF32", "0")
 
-import kernel_cases as cases
 import mlx.core as mx
 from device import device
-from kernel_cases_large import large_cases
 
+from ds4mlx.bench import kernel_cases as cases
+from ds4mlx.bench.kernel_cases_large import large_cases
 from ds4mlx.custom_kernels import dialect
 
 

@@ -6,13 +6,13 @@ Also what Apple's compiler would refuse, in every kernel as it is.
 import sys
 from functools import partial
 
-import kernel_cases as cases
 import mlx.core as mx
 import pytest
-from kernel_cases import MANY_DOWN, MANY_UP, ODD_DOWN, ODD_UP
 from metalsim import MetalError, check, metal_kernel, options_of, record
 from metalsim.kernel import REAL
 
+from ds4mlx.bench import kernel_cases as cases
+from ds4mlx.bench.kernel_cases import MANY_DOWN, MANY_UP, ODD_DOWN, ODD_UP
 from ds4mlx.custom_kernels import dialect
 from ds4mlx.custom_kernels.products import q8_matmul, q8_matvec
 

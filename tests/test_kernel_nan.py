@@ -3,12 +3,12 @@
 import sys
 from functools import partial
 
-import kernel_cases as cases
 import mlx.core as mx
 import numpy as np
 import pytest
 from metalsim import metal_kernel
 
+from ds4mlx.bench import kernel_cases as cases
 from ds4mlx.bench.random_weights import random_planes
 from ds4mlx.custom_kernels import dialect
 from ds4mlx.custom_kernels.codes import staging

@@ -2,11 +2,11 @@
 
 import sys
 
-import kernel_cases as cases
 import mlx.core as mx
 import pytest
 from metalsim import metal_kernel, options_of
 
+from ds4mlx.bench import kernel_cases as cases
 from ds4mlx.custom_kernels import dialect
 
 ON_METAL = sys.platform == "darwin"

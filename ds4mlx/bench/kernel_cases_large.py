@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 from functools import partial
 
-import kernel_cases as cases
 import mlx.core as mx
 
+from ds4mlx.bench import kernel_cases as cases
 from ds4mlx.bench.random_weights import random_planes
 from ds4mlx.config import ModelConfig
 from ds4mlx.custom_kernels import dispatch
