@@ -18,8 +18,8 @@ NOTE = "<!-- Written by docs/generate.py: change the code's own text, then run i
 PUBLIC = ("ds4mlx", "ds4mlx.chat", "ds4mlx.convert")
 ROOMS = {"ds4mlx": "the package", "convert": "", "custom_kernels": ""}
 BESIDE = {
-    "tests/": "the suite; oracle/ makes checkpoints and reference outputs, faults/ seeds mistakes, "
-    "metalsim/ runs Metal text on a CPU",
+    "tests/": "the suite; faults/ seeds mistakes, metalsim/ runs Metal text on a CPU",
+    "oracle/": "checkpoints to test with, and a NumPy model of the same definition",
     "benchmarks/": "scripts that measure, and the numbers they gave, with the device",
     "notebooks/": "three to read in order, with their plots",
     "train/": "makes the embedded model (PyTorch, one NVIDIA GPU)",

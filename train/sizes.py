@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "oracle"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "oracle"))
 
 SIZES = {
     "hidden_size": 256,

@@ -7,7 +7,7 @@ import mlx.core as mx
 import numpy as np
 import v4format
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "tests/data"
 TINY = DATA / "tiny"
 
 
