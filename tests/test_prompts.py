@@ -74,6 +74,48 @@ def test_messages_have_the_chat_encoding(read, talker, release):
         assert found == talker[1].encode(encode_messages(messages, release=release, **more))
 
 
+def test_a_completion_follows_its_prompt(read, talker):
+    (found,) = read("a.jsonl", lines({"prompt": "What is ", "completion": "this?", "id": 1}))
+    assert found == [0, *talker[1].encode("What is this?")]
+
+
+CALLS = (
+    '\n\n<｜DSML｜tool_calls>\n<｜DSML｜invoke name="f">\n'
+    '<｜DSML｜parameter name="x" string="true">1</｜DSML｜parameter>\n'
+    "</｜DSML｜invoke>\n</｜DSML｜tool_calls>"
+)
+RECORD = {"id": "agent-1", "category": "agent", "source": "s:1"}
+MESSAGES = [
+    {"role": "user", "content": "u"},
+    {"role": "assistant", "content": "c", "reasoning": "r", "dsml": CALLS},
+    {"role": "tool", "content": "R"},
+]
+
+
+def test_lines_of_ds4_keep_their_calls_and_their_mode(read, talker):
+    official = [dict(message) for message in MESSAGES]
+    official[1]["content"] += official[1].pop("dsml")
+    for mode, thinking in (("think", "high"), ("nothink", "none")):
+        (found,) = read("a.jsonl", lines({**RECORD, "mode": mode, "messages": MESSAGES}))
+        assert found == talker[1].encode(encode_messages(official, thinking))
+        assert talker[1].encode("｜DSML｜")[0] in found
+    (found,) = read(
+        "a.jsonl", lines({**RECORD, "messages": MESSAGES, "rendered": f"{BOS}as it is"})
+    )
+    assert found == [0, *talker[1].encode("as it is")]
+
+
+def test_rendered_prompts_of_ds4_are_a_sequence_each(read, talker, tmp_path):
+    prompts = [encode_messages([{"role": "user", "content": text}]) for text in ("a", "b\n\n", "c")]
+    marker = "\n\n===== DS4_IMATRIX_PROMPT agent-{} agent think s:1 =====\n"
+    text = "".join(marker.format(n) + prompt for n, prompt in enumerate(prompts))
+    assert read("a.txt", text) == [talker[1].encode(prompt) for prompt in prompts]
+    assert read("a.txt", text, 3) == [talker[1].encode(prompt)[:3] for prompt in prompts]
+    assert sequence_length(tmp_path / "a.txt", None, talker[0].args) == 4096
+    about = read("b.txt", "About markers:" + text)
+    assert len(about) == 1
+
+
 @pytest.mark.parametrize(
     ("line", "cause"),
     [
@@ -93,6 +135,25 @@ def test_messages_have_the_chat_encoding(read, talker, release):
         ('{"messages": [{"role": "user", "content": "a"}], "thinking": "much"}', "much"),
         ('{"messages": [{"role": "user", "content": "a"}], "thinking": [1]}', "thinking is not"),
         ('{"messages": [{"role": "user", "content": "a"}], "tools": 3}', "tools"),
+        ('{"text": "a", "completion": "b"}', "the key 'completion' beside text is not one"),
+        ('{"prompt": "a", "completion": 3}', "completion is not text"),
+        ('{"prompt": "a", "prompts": "b"}', "the key 'prompts' beside prompt is not one"),
+        ('{"prompt": "a", "thinking": "high"}', "the key 'thinking' beside prompt is not one"),
+        ('{"prompt": "a", "rendered": "b"}', "the key 'rendered' beside prompt is not one"),
+        ('{"rendered": 3, "messages": []}', "rendered is not text"),
+        ('{"text": "a", "text": "b"}', "the key 'text' is given twice"),
+        ('{"messages": [{"role": "user", "content": "a", "content": "b"}]}', "'content' is given"),
+        (
+            '{"messages": [{"role": "user", "content": "a", "dsml": "b"}]}',
+            "message 0: dsml belongs",
+        ),
+        ('{"messages": [{"role": "assistant", "dsml": ["b"]}]}', "message 0: dsml and content"),
+        (
+            '{"messages": [{"role": "user", "content": "a", "text": "b"}]}',
+            "message 0: the key 'text'",
+        ),
+        ('{"messages": [{"role": "user", "content": "a"}], "mode": "deep"}', "mode must be think"),
+        ('{"messages": [{"role": "user", "content": "a"}], "mode": []}', "mode must be think"),
         (b'{"text": "\xff"}', "not UTF-8 text: invalid start byte"),
     ],
     ids=repr,

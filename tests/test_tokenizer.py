@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 
+import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -13,7 +14,7 @@ from tokenizers import Tokenizer as Encoder
 from ds4mlx import DataError
 from ds4mlx.chat.tokens import ASSISTANT, BOS, CONTROL, DSML, EOS, THINK_END, USER
 from ds4mlx.engine.default_model import EMBEDDED
-from ds4mlx.text.tokenizer import Tokenizer
+from ds4mlx.text.tokenizer import NoTokenizer, Tokenizer
 
 TOKENIZER = Tokenizer.from_dir(EMBEDDED)
 # Ids one past the vocabulary too: a model's head may be wider than its tokenizer.
@@ -193,3 +194,56 @@ def test_tokens_outside_the_vocabulary(copy):
     edit(copy / "config.json", lambda config: config.update(vocab_size=TOKENIZER.vocab_size - 1))
     with pytest.raises(DataError, match=r"tokenizer\.json: token id 3071 is outside .* of 3071"):
         Tokenizer.from_dir(copy)
+
+
+@pytest.mark.parametrize("token", [-1, -(2**70), 2**32, 2**70, 1.5, "a", None])
+def test_what_is_no_token_id_is_refused(token):
+    for tokenizer in (TOKENIZER, NoTokenizer("none", 0, 1)):
+        with pytest.raises(DataError, match="is not a token id"):
+            tokenizer.decode([5, token])
+        with pytest.raises(DataError, match="is not a token id"):
+            tokenizer.token_bytes(token)
+
+
+def test_ids_of_any_integer_type_are_decoded():
+    ids = TOKENIZER.encode("some text")
+    for some in (np.array(ids), np.array(ids, np.uint16), tuple(ids), []):
+        assert TOKENIZER.decode(some) == ("some text" if len(some) else "")
+
+
+def test_a_bos_is_added_if_asked_for():
+    assert TOKENIZER.encode("a", add_special_tokens=True) == [0, *TOKENIZER.encode("a")]
+    assert TOKENIZER.encode(BOS + "a", add_special_tokens=True) == [0, *TOKENIZER.encode("a")]
+
+
+@pytest.mark.parametrize("text", [*SAMPLES, "a  b\n\n\tc 1234567 it's <x> ", ""])
+@pytest.mark.parametrize("token", [*CONTROL, DSML])
+def test_special_tokens_in_segments_count_in_markup_only(text, token):
+    (special,) = TOKENIZER.encode(token)
+    plain = TOKENIZER.encode_segments([(text, False), (token, True), (text, False)])
+    assert plain == TOKENIZER.encode(text + token + text)
+    quoted = TOKENIZER.encode_segments([(text, True), (text + token, False), (text, True)])
+    assert special not in quoted and TOKENIZER.decode(quoted) == text + text + token + text
+    halves = TOKENIZER.encode_segments([(token[:2], False), (token[2:], False)])
+    assert special not in halves
+
+
+@given(st.lists(st.tuples(st.text(st.characters(exclude_categories=["Cs"])), st.booleans())))
+def test_segments_without_special_tokens_are_one_text(segments):
+    whole = "".join(text for text, _ in segments)
+    assert TOKENIZER.encode_segments(segments) == TOKENIZER.encode(whole)
+
+
+def test_special_tokens_are_known_by_their_shape_too(copy):
+    """Files of this family do not call all of them special."""
+
+    def plainer(values):
+        for token in values["added_tokens"]:
+            token["special"] = False
+
+    edit(copy / "tokenizer.json", plainer)
+    tokenizer = Tokenizer.from_dir(copy)
+    for token in (*CONTROL, DSML):
+        (special,) = tokenizer.encode(token)
+        assert special not in tokenizer.encode_segments([(f"a{token}", False)])
+        assert tokenizer.encode_segments([(token, True)]) == [special]

@@ -2,7 +2,7 @@
 
 import codecs
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from operator import index
 from pathlib import Path
 
@@ -99,7 +99,7 @@ class Tokenizer:
             at += len(spelling)
         return places
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids, special tokens spelled out; ids without a token give nothing.
 
         Raises DataError for what is no token id: a negative or huge number, or no whole number.
