@@ -9,20 +9,24 @@ import mlx.core as mx
 class Dictation:
     """A sampler whose draws are given."""
 
+    seed = None
+
     def __init__(self, tokens):
         self.tokens = iter(tokens)
 
-    def __call__(self, logits):
+    def __call__(self, logits, key):
         return mx.array([next(self.tokens)])
 
 
 class Failing:
     """A sampler that fails at its n-th draw, as a device that runs out of memory may."""
 
+    seed = None
+
     def __init__(self, last):
         self.left = last
 
-    def __call__(self, logits):
+    def __call__(self, logits, key):
         self.left -= 1
         if not self.left:
             raise RuntimeError("out of memory")

@@ -10,9 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from steering import Dictation, InterruptAt, text_of, tokens_of
 
-from ds4mlx import DataError, generate, stream_generate
+from ds4mlx import DataError, KVStore, generate, stream_generate
 from ds4mlx.engine.prefill import prefill
 from ds4mlx.engine.sampling import Sampler
+from ds4mlx.engine.sequence import Sequence
+from ds4mlx.engine.step import draw, step
 from ds4mlx.text.stops import StopStrings
 
 PROMPT = "def add(a, b):\n    return"
@@ -22,10 +24,11 @@ PROMPT = "def add(a, b):\n    return"
 def answer(talker):
     """What follows from dictated text, not from the model's noise."""
 
-    def dictate(text, *arguments, end=True, **options):
+    def dictate(text, *arguments, end=True, prompt="x", **options):
         tokens = text if isinstance(text, list) else talker[1].encode(text)
         tokens = [*tokens, talker[1].eos_token_id] if end else tokens
-        return list(stream_generate(*talker, "x", *arguments, sampler=Dictation(tokens), **options))
+        draws = Dictation(tokens)
+        return list(stream_generate(*talker, prompt, *arguments, sampler=draws, **options))
 
     return dictate
 
@@ -88,10 +91,10 @@ def test_text_is_cut_before_the_stop_that_is_complete_first(text, stops, data):
     for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True):
         shown += hold.add(text[start:end])
         assert not any(stop in shown for stop in stops)
-        if hold.found:
+        if hold.reached:
             break
     ends = [(text.find(stop) + len(stop), text.find(stop)) for stop in stops if stop in text]
-    assert hold.found == bool(ends)
+    assert hold.reached == bool(ends)
     assert shown + hold.finish() == (text[: min(ends)[1]] if ends else text)
 
 
@@ -100,7 +103,7 @@ def test_no_more_is_held_back_than_a_stop_may_need(text, stops):
     hold, shown = StopStrings(stops), ""
     for end, letter in enumerate(text, 1):
         shown += hold.add(letter)
-        if hold.found:
+        if hold.reached:
             return
         waiting = text[len(shown) : end]
         assert waiting == "" or any(stop.startswith(waiting) for stop in stops)
@@ -129,6 +132,47 @@ def test_a_stop_in_the_last_allowed_token_is_a_stop(answer):
     assert answer([*b"ab"], 2, end=False)[-1].finish_reason == "length"
     seen = answer("abc", end=True)
     assert answer("abc", len(seen) - 1, stop=["c"])[-1].finish_reason == "stop"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text", "shown"),
+    [
+        ("x<think>", "a STOP b</think>c STOP d", "a STOP b</think>c "),
+        ("x<think>", "a STOP b</think>c", "a STOP b</think>c"),
+        ("x<think>", "a STOP b", "a STOP b"),
+        ("x<think>", "a ST</think>OP c", "a ST</think>OP c"),
+        ("x<think>", "</think>STOP", "</think>"),
+        ("x<think>begun", "a STOP b</think>STOP", "a STOP b</think>"),
+        ("x<think>done</think>y<think>", "STOP</think>c STOP", "STOP</think>c "),
+        ("x<think>done</think>", "a STOP b", "a "),
+        ("x</think>", "a STOP b</think>c", "a "),
+        ("x", "a STOP b</think>c", "a "),
+        ("x", "a </think>STOP c", "a </think>"),
+        ("x", "a <think>STOP</think> b STOP c", "a <think>STOP</think> b "),
+        ("x", "ST<think>OP</think>STOP", "ST<think>OP</think>"),
+        ("x", "a STOP<think>b", "a "),
+        ("x<think>", "a<think>STOP</think>STOP", "a<think>STOP</think>"),
+        ("x<think>", "STOP<｜User｜>STOP</think>STOP", "STOP<｜User｜>STOP</think>"),
+    ],
+)
+def test_stops_are_looked_for_in_the_answer_and_not_in_the_thought(answer, prompt, text, shown):
+    for stop in ("STOP", ["never", "STOP b and more", "STOP"]):
+        seen = answer(text, prompt=prompt, stop=stop)
+        assert text_of(seen) == shown and seen[-1].finish_reason == "stop"
+
+
+def test_a_thought_that_is_spelled_in_letters_is_text(answer, talker):
+    """Only the tokens open and close a thought."""
+    spelled = [token for letter in "<think>" for token in talker[1].encode(letter)]
+    assert text_of(answer("a STOP b", prompt=spelled, stop="STOP")) == "a "
+    assert text_of(answer([*spelled, *talker[1].encode("STOP")], stop="STOP")) == "<think>"
+
+
+@pytest.mark.parametrize(("length", "shown"), [(1, "a"), (2, "a ")])
+def test_a_thought_may_end_for_its_length(answer, talker, length, shown):
+    tokens = [*talker[1].encode("a"), *talker[1].encode(" "), *talker[1].encode("b")]
+    seen = answer(tokens, length, prompt="x<think>", stop=[" b", "a c"])
+    assert text_of(seen) == shown and seen[-1].finish_reason == "length"
 
 
 def test_an_empty_stop_is_refused(talker):
@@ -180,10 +224,14 @@ def test_no_tokens_feed_nothing(talker):
         ([], {}, "the prompt is empty"),
         ([5, 3072], {}, "token id 3072 is outside the vocabulary of 3072"),
         ([-1], {}, "token id -1 is outside"),
-        ("x", {"max_tokens": -1}, "max_tokens must be at least 0"),
+        ("x", {"max_tokens": -1}, "max_tokens must be a whole number at least 0"),
+        ("x", {"max_tokens": 2.5}, "max_tokens must be a whole number at least 0, not 2.5"),
+        ("x", {"max_tokens": True}, "max_tokens must be a whole number"),
+        ("x", {"max_tokens": 1 << 80}, "exceed the context of 65536"),
+        ("x", {"stop": [5]}, "a stop string is not text"),
         ("x", {"max_tokens": 65536}, "exceed the context of 65536"),
         ([5] * 65536, {"max_tokens": 1}, "65536 tokens of prompt and 1 to generate exceed"),
-        ("x", {"prefill_step": 0}, "prefill_step must be at least 1"),
+        ("x", {"prefill_step": 0}, "prefill_step must be a whole number at least 1"),
         ("a\udc80", {}, "the text is not Unicode"),
     ],
 )
@@ -257,13 +305,58 @@ def test_ctrl_c_anywhere_leaves_the_cache_whole(talker):
         cache = model.make_cache()
         with pytest.raises(KeyboardInterrupt), InterruptAt(point):
             list(stream_generate(model, tokenizer, ids, 6, cache=cache, **options))
-        held = cache.offset
-        assert {layer.offset for layer in cache} == {held}
-        fed = (ids + want)[held : max(len(ids), held + 1)]
-        known = want[: max(0, held + 1 - len(ids))]
+        end = cache.offset
+        assert {layer.offset for layer in cache} == {end}
+        fed = (ids + want)[end : max(len(ids), end + 1)]
+        known = want[: max(0, end + 1 - len(ids))]
         rest = stream_generate(model, tokenizer, fed, 6 - len(known), cache=cache)
         assert known + tokens_of(rest) == want
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_several_sequences_go_on_together_as_each_alone(talker):
+    """Of different lengths, with their own samplers and stops; one is left on the way."""
+    model, tokenizer = talker
+    texts = ["a", "def add(a, b):\n    return", "The answer is"]
+    samplers = [Sampler(seed=3), Sampler(temperature=0), Sampler(0.7, top_p=0.9, seed=4)]
+    want = [
+        tokens_of(stream_generate(model, tokenizer, text, 9, sampler=sampler))
+        for text, sampler in zip(texts, samplers, strict=True)
+    ]
+    together = [
+        Sequence(tokenizer.encode(text), model.make_cache(), tokenizer, sampler=sampler)
+        for text, sampler in zip(texts, samplers, strict=True)
+    ]
+    logits = [prefill(model, sequence.pending, sequence.state) for sequence in together]
+    drawn = draw(together, mx.concatenate(logits))
+    for number in range(9):
+        for sequence, token in zip(together, drawn, strict=True):
+            sequence.take(token)
+        assert [s.tokens[-1:] for s in together] == [s.pending for s in together]
+        if number == 4:
+            left = together.pop(1)
+        drawn, logits = step(model, together)
+        assert logits.shape == (len(together), model.args.vocab_size)
+    assert [s.tokens[-9:] for s in together] == [want[0], want[2]]
+    assert left.tokens[-5:] == want[1][:5] and left.fed == left.tokens[:-1]
+    going_on = stream_generate(model, tokenizer, left.pending, 4, cache=left.state)
+    assert tokens_of(going_on) == want[1][5:]
+
+
+def test_draws_go_on_where_a_sequence_was_left(talker):
+    """They depend on the seed and the position, not on how many were made before."""
+    model, tokenizer = talker
+    sampler, cache = Sampler(seed=9), model.make_cache()
+    want = tokens_of(stream_generate(model, tokenizer, PROMPT, 12, sampler=sampler))
+    got = tokens_of(stream_generate(model, tokenizer, PROMPT, 5, sampler=sampler, cache=cache))
+    rest = stream_generate(model, tokenizer, got[-1:], 7, sampler=sampler, cache=cache)
+    assert got + tokens_of(rest) == want
+
+
+def test_a_store_and_a_cache_are_not_taken_together(talker, tmp_path):
+    options = {"cache": talker[0].make_cache(), "store": KVStore(tmp_path, model=talker[0])}
+    with pytest.raises(DataError, match="those that the cache holds are not known"):
+        generate(*talker, PROMPT, **options)
 
 
 def test_other_threads_generate_too(talker):

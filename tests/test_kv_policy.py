@@ -195,7 +195,7 @@ def test_a_chat_goes_on_in_another_process(talker, tmp_path):
     second = list(talk.ask("And now?", 4))
     assert second[0].cached_tokens > talks[1][0].cached_tokens
     talk.reset()
-    assert talk.held == [] and talk.cache.offset == 0
+    assert talk.fed == [] and talk.cache.offset == 0
 
 
 def test_the_commands(talker_dir, tmp_path, capfd):

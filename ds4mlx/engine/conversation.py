@@ -1,13 +1,16 @@
-"""A conversation of several turns over one decode state, and the interactive chat around it."""
+"""A conversation of several turns over one decode state: each turn is a sequence of its own."""
 
 import contextlib
 from collections.abc import Callable, Generator
+from itertools import takewhile
 from typing import Any
 
 from ds4mlx.chat import encode_messages, encode_segments, parse_completion
-from ds4mlx.engine.generation import Response, encoded, stream_generate
+from ds4mlx.engine.generation import Response, answer, encoded
 from ds4mlx.engine.interrupts import undivided
+from ds4mlx.engine.requests import check_prompt
 from ds4mlx.engine.sampling import Sampler
+from ds4mlx.engine.sequence import Sequence
 from ds4mlx.model.model import Model
 from ds4mlx.state.decode_state import RewindError
 from ds4mlx.store import KVStore
@@ -16,7 +19,7 @@ from ds4mlx.text.tokenizer import Tokenizer
 
 
 class Conversation:
-    """Messages so far, and a state that already holds as much of their text as possible."""
+    """Messages so far, and a state that has taken the tokens `fed`: as much of them as possible."""
 
     def __init__(
         self,
@@ -67,9 +70,9 @@ class Conversation:
             raise
         finally:
             if answered:
-                answer = parse_completion("".join(pieces), thinking=thinking)
-                del answer["malformed"]
-                self.messages.append(answer)
+                message = parse_completion("".join(pieces), thinking=thinking)
+                del message["malformed"]
+                self.messages.append(message)
             else:
                 del self.messages[count:]
 
@@ -79,61 +82,53 @@ class Conversation:
             self.messages, thinking=self.thinking, release=self.model.args.release
         )
 
+    def keep(self, reason: str) -> None:
+        """Save what the state holds, as it is about to be given up."""
+        if self.store is not None and self.fed:
+            Keeper(self.store, self.fed, self.cache, Policy()).end(reason)
+
     def _responses(
         self, max_tokens: int, on_prefill: Callable[[int, int], None] | None
     ) -> Generator[Response, None, None]:
-        """The answer to the messages; afterwards `held` says what the state holds."""
+        """The answer to the messages; afterwards `fed` are the tokens that the state has taken."""
         prompt = encode_segments(self.messages, self.thinking, release=self.model.args.release)
         ids = encoded(prompt, self.tokenizer, self.store)
-        start = self._take_up(ids)
-        responses = stream_generate(
-            self.model,
-            self.tokenizer,
-            ids[start:],
-            max_tokens,
-            sampler=self.sampler,
-            cache=self.cache,
-            on_prefill=on_prefill,
-            store=self.store,
-            held=self.held,
+        self._take_up(ids)
+        check_prompt(self.model.args, ids, 0, max_tokens)
+        sequence = Sequence(
+            ids, self.cache, self.tokenizer, sampler=self.sampler, max_tokens=max_tokens
         )
+        keeper = None
+        if self.store is not None:
+            keeper = Keeper(self.store, sequence.tokens, self.cache, Policy())
         try:
-            for response in responses:
-                ids.append(response.token)
-                yield response
+            yield from answer(self.model, sequence, on_prefill=on_prefill, keeper=keeper)
         except Exception:
             self._forget_state()  # it may hold a part of a step
             raise
         finally:
-            self.held = ids[: self.cache.offset]
+            self.fed = sequence.tokens[: self.cache.offset]
 
-    def keep(self, reason: str) -> None:
-        """Save what the state holds, as it is about to be given up."""
-        if self.store is not None and self.held:
-            Keeper(self.store, self.held, self.cache, Policy()).end(reason)
-
-    def _take_up(self, ids: list[int]) -> int:
-        """Have the state hold as much of `ids` as it or the store can give; how many tokens."""
+    def _take_up(self, ids: list[int]) -> None:
+        """Have the state take as much of `ids` as it shares with them, or the store can give."""
         shared = self._rewind(ids)
         if self.store is not None:
             with undivided():
                 self.cache, shared = take_up(self.store, ids, self.cache, shared)
-                self.held = ids[:shared]
-        return shared
+                self.fed = ids[:shared]
 
     def _forget_state(self) -> None:
-        self.cache, self.held = self.model.make_cache(), []
+        self.cache, self.fed = self.model.make_cache(), []
 
     def _rewind(self, ids: list[int]) -> int:
-        """Step the state back to what it shares with `ids`; how many tokens of them it holds."""
-        pairs = zip(ids[:-1], self.held, strict=False)
-        shared = next((n for n, (a, b) in enumerate(pairs) if a != b), None)
-        shared = min(len(ids) - 1, len(self.held)) if shared is None else shared
+        """Step the state back to what it shares with `ids`; how many tokens of them that is."""
+        equal = takewhile(lambda pair: pair[0] == pair[1], zip(ids[:-1], self.fed, strict=False))
+        shared = sum(1 for _ in equal)
         with undivided():
             try:
                 self.cache.rewind(shared)
             except RewindError as error:
                 shared = error.below
                 self.cache.rewind(shared)
-            self.held = ids[:shared]
+            self.fed = ids[:shared]
         return shared

@@ -10,10 +10,11 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
+from ds4mlx.engine.requests import check_ids
 from ds4mlx.engine.sampling import log_probs
 from ds4mlx.errors import DataError
 from ds4mlx.evaluation.logits_file import LogitsFile, write_logits
-from ds4mlx.evaluation.scoring import Mean, bar, check_ids, logit_blocks
+from ds4mlx.evaluation.scoring import Mean, bar, logit_blocks
 from ds4mlx.model.model import Model
 
 SEQUENCES = 2
@@ -114,6 +115,6 @@ def _gathered(name: str, pairs: list[tuple[np.ndarray, np.ndarray]]) -> Agreemen
 
 def _check(model: Model, ids: np.ndarray, path: Path) -> None:
     try:
-        check_ids(model, ids.tolist())
+        check_ids(model.args, ids.tolist())
     except DataError as error:
         raise DataError(f"{path}: {error}") from None

@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ds4mlx.engine.prefill import PREFILL_STEP, prefill
-from ds4mlx.errors import DataError
+from ds4mlx.engine.requests import check_ids
 from ds4mlx.model.model import Model
 from ds4mlx.state.decode_state import DecodeState
 
@@ -59,7 +59,7 @@ def logit_blocks(
     Raises DataError for ids outside the vocabulary or a sequence beyond the context.
     """
     cache = model.make_cache() if cache is None else cache
-    check_ids(model, ids, cache.offset)
+    check_ids(model.args, ids, cache.offset)
     rows = max(1, LOGITS // model.args.vocab_size)
     for start in range(0, len(ids), step):
         chunk = mx.array([list(ids[start : start + step])])
@@ -79,7 +79,7 @@ def read(model: Model, ids: Sequence[int], progress: tqdm | None = None) -> Deco
 
     Raises DataError as `logit_blocks` does.
     """
-    check_ids(model, ids)
+    check_ids(model.args, ids)
     cache, told = model.make_cache(), 0 if progress is None else progress.n
     cache.mark(len(ids))
 
@@ -90,16 +90,6 @@ def read(model: Model, ids: Sequence[int], progress: tqdm | None = None) -> Deco
     if ids:
         prefill(model, ids, cache, on_chunk=on_chunk)
     return cache
-
-
-def check_ids(model: Model, ids: Sequence[int], before: int = 0) -> None:
-    """Raises DataError unless the model can read the ids, `before` tokens being read already."""
-    size, limit = model.args.vocab_size, model.args.max_position_embeddings
-    wrong = next((int(i) for i in ids if not 0 <= i < size), None)
-    if wrong is not None:
-        raise DataError(f"token id {wrong} is outside the vocabulary of {size}")
-    if before + len(ids) > limit:
-        raise DataError(f"a sequence of {before + len(ids)} tokens exceeds the context of {limit}")
 
 
 def target_scores(

@@ -39,8 +39,8 @@ class Policy:
 class Keeper:
     """Makes the policy's saves of one state while it takes a prompt and goes on.
 
-    tokens: those that the state holds, then the prompt; `add` appends. A failure to save is told
-    once and ends the saving, never the generation.
+    tokens: those that the state holds, then the prompt; whoever drives the state appends to them.
+    A failure to save is told once and ends the saving, never the generation.
     """
 
     def __init__(self, store: KVStore, tokens: list[int], cache: DecodeState, policy: Policy):
@@ -65,11 +65,6 @@ class Keeper:
             if self._target % self.cache.marks.spacing.dense:
                 self.cache.records.pop(self._target, None)
             self._target = 0
-
-    def add(self, token: int) -> None:
-        """A token was drawn; the state takes it, or has taken the one before."""
-        self.tokens.append(token)
-        self.advanced()
 
     def end(self, reason: str) -> None:
         """The state is given up: save as much as the policy allows, and wait for the disk."""
