@@ -1,4 +1,4 @@
-"""Draws docs/terminal.svg: runs the demo's command, and writes down what a terminal showed."""
+"""Draws docs/terminal.svg: runs two commands, and writes down what they printed."""
 
 import html
 import subprocess
@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 COMMANDS = [
-    [*("generate", "-p", "Write a function that adds two numbers."), "--seed", "1"],
-    ["bench", "--prompt", "64", "--gen", "8"],
+    ["generate", "Write a function that adds two numbers.", "--seed", "1"],
+    [*("convert", "ds4mlx/embedded", "~/models/tiny-q2"), "--recipe", "q2", "--dry-run"],
 ]
 WIDTH, LINE, CHARACTER = 92, 18, 8.0
 
@@ -17,7 +17,7 @@ def shown(command: list[str]) -> list[str]:
     run = [sys.executable, "-m", "ds4mlx", *command]
     done = subprocess.run(run, capture_output=True, text=True, check=True)
     typed = " ".join(f'"{word}"' if " " in word else word for word in command)
-    return [f"$ ds4mlx {typed}", *(done.stdout + done.stderr).strip().splitlines(), ""]
+    return [f"$ ds4mlx {typed}", *done.stdout.strip().splitlines(), ""]
 
 
 def picture(lines: list[str]) -> str:
