@@ -9,7 +9,7 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader
@@ -40,9 +40,9 @@ class GGUFFile:
         self.path = path
         try:
             with path.open("rb") as file:
-                head = Checker(path, file.read(LONGEST_HEADER), path.stat().st_size)
-            head.check()
-            self.header_digest = hashlib.sha256(head.raw[: head.position]).hexdigest()
+                head = Checker(path, file, os.fstat(file.fileno()).st_size)
+                head.check()
+            self.header_digest = head.digest.hexdigest()
             reader = GGUFReader(path)
             self.fields = dict(reader.fields)
             self.tensors = {tensor.name: _described(tensor) for tensor in reader.tensors}
@@ -101,8 +101,9 @@ def _described(tensor: Any) -> GGUFTensor:
 class Checker:
     """Walks over the header of a GGUF file and refuses whatever does not add up."""
 
-    def __init__(self, path: Path, raw: bytes, size: int):
-        self.path, self.raw, self.size, self.position = path, raw, size, 0
+    def __init__(self, path: Path, file: BinaryIO, size: int):
+        self.path, self.file, self.size, self.position = path, file, size, 0
+        self.digest = hashlib.sha256()
         self.alignment = 32
 
     def check(self) -> None:
@@ -123,11 +124,15 @@ class Checker:
         raise DataError(f"{self.path}: {cause}")
 
     def take(self, count: int) -> bytes:
-        """The next bytes."""
-        if count > len(self.raw) - self.position:
+        """The next bytes; the file's size bounds them before they are read."""
+        if count > min(self.size, LONGEST_HEADER) - self.position:
+            self.fail("truncated inside its header")
+        raw = self.file.read(count)
+        if len(raw) < count:
             self.fail("truncated inside its header")
         self.position += count
-        return self.raw[self.position - count : self.position]
+        self.digest.update(raw)
+        return raw
 
     def number(self, count: int) -> int:
         return int.from_bytes(self.take(count), "little")

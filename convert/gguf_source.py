@@ -50,7 +50,7 @@ class GGUFSource:
         for entries in self.inventory.values():
             for entry in entries:
                 self._check_shape(entry)
-        self.tokenizer = tokenizer_files(self.main)
+        self.tokenizer = tokenizer_files(self.main, self.config)
 
     def place(self, entry: Entry) -> tuple[GGUFFile, str]:
         """The file that holds an entry, and its name there."""

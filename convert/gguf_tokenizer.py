@@ -4,8 +4,11 @@ import json
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
+from ds4mlx.config import ModelConfig
 from ds4mlx.convert.gguf_files import GGUFFiles
+from ds4mlx.convert.special_tokens import check_special_tokens
 from ds4mlx.errors import DataError
+from ds4mlx.text.tokenizer import Tokenizer as OurTokenizer
 
 # Names under which llama.cpp has the pre-tokenizer of DeepSeek-V3 and -V4.
 PRE_TOKENIZERS = ("joyai-llm", "deepseek-v3")
@@ -24,11 +27,16 @@ WORDS = "|".join(
 )
 
 
-def tokenizer_files(file: GGUFFiles) -> dict[str, bytes]:
-    """{name: bytes} of tokenizer.json and tokenizer_config.json; none if the file has no tokenizer."""
+def tokenizer_files(file: GGUFFiles, model: ModelConfig) -> dict[str, bytes]:
+    """{name: bytes} of tokenizer.json and tokenizer_config.json; none if the file has no tokenizer.
+
+    Raises DataError if the tokenizer lacks a special token that chat writes.
+    """
     if file.value("tokenizer.ggml.tokens") is None:
         return {}
     tokenizer = build_tokenizer(file)
+    ours = OurTokenizer(tokenizer, model.bos_token_id, model.eos_token_id)
+    check_special_tokens(ours, file.path, model)
     config = {"add_bos_token": False, "add_eos_token": False}
     for name in ("bos", "eos"):
         number = file.value(f"tokenizer.ggml.{name}_token_id")
@@ -62,12 +70,21 @@ def build_tokenizer(file: GGUFFiles) -> Tokenizer:
     last = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*steps, last])  # type: ignore[assignment]
     tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
-    types = file.value("tokenizer.ggml.token_type") or []
-    special = [token for token, kind in zip(tokens, types, strict=False) if kind == CONTROL]
+    types = _types(file, len(tokens))
+    special = [token for token, kind in zip(tokens, types, strict=True) if kind == CONTROL]
     tokenizer.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in special])
-    own = [token for token, kind in zip(tokens, types, strict=False) if kind == USER_DEFINED]
+    own = [token for token, kind in zip(tokens, types, strict=True) if kind == USER_DEFINED]
     tokenizer.add_tokens([AddedToken(t, normalized=False, special=False) for t in own])
     return tokenizer
+
+
+def _types(file: GGUFFiles, count: int) -> list[int]:
+    """The type of every token: without it no token would be read as a special one."""
+    key = "tokenizer.ggml.token_type"
+    types = file.value(key)
+    if not isinstance(types, list) or len(types) != count or any(type(t) is not int for t in types):
+        raise DataError(f"{file.path}: {key} is missing or has not one number a token")
+    return types
 
 
 def _texts(file: GGUFFiles, key: str) -> list[str]:

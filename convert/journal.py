@@ -25,17 +25,17 @@ class Journal:
     def __init__(self, directory: Path, plan: str):
         self.path = directory / JOURNAL
         self._fd = _locked(directory, os.O_RDWR | os.O_CREAT | os.O_APPEND)
-        self.done: dict[str, dict[str, Any]] = {}  # complete file -> its record
-        self.progress: dict[str, dict[str, Any]] = {}  # unfinished file -> its last record
+        self.done: dict[str, dict[str, Any]] = {}  # complete file -> its entry
+        self.progress: dict[str, dict[str, Any]] = {}  # unfinished file -> its last entry
         try:
             self._take_up(plan)
         except BaseException:
             self.close()
             raise
 
-    def append(self, record: dict[str, Any]) -> None:
-        """Add a record and wait until it is on the disk."""
-        line = (json.dumps(record, separators=(",", ":")) + "\n").encode()
+    def append(self, entry: dict[str, Any]) -> None:
+        """Add an entry and wait until it is on the disk."""
+        line = (json.dumps(entry, separators=(",", ":")) + "\n").encode()
         write_all(self._fd, line)
         sync(self._fd)
 
@@ -49,29 +49,31 @@ class Journal:
 
     def _take_up(self, plan: str) -> None:
         """Begin, or learn what the runs before have done."""
-        records = self._read()
-        if not records:
+        entries = self._read()
+        if not entries:
             self.append({"plan": plan})
-        elif records[0].get("plan") != plan:
+        elif entries[0].get("plan") != plan:
             raise DataError(
                 f"{self.path.parent}: holds an unfinished conversion of another source, recipe or "
                 "release; finish that one or use --overwrite"
             )
-        for record in records[1:]:
-            (self.done if "header" in record else self.progress)[record["file"]] = record
+        for entry in entries[1:]:
+            (self.done if "header" in entry else self.progress)[entry["file"]] = entry
 
     def _read(self) -> list[dict[str, Any]]:
-        """All whole records; a torn tail is cut off."""
+        """All whole entries; a torn tail is cut off."""
         raw = self.path.read_bytes()
         whole = raw[: raw.rfind(b"\n") + 1]
         if len(whole) < len(raw):
             os.ftruncate(self._fd, len(whole))
         try:
-            records = [json.loads(line) for line in whole.splitlines()]
-            assert all(isinstance(r, dict) and ("plan" in r or "file" in r) for r in records)
-        except (ValueError, AssertionError):
-            raise DataError(f"{self.path}: damaged; use --overwrite to begin anew") from None
-        return records
+            entries = [json.loads(line) for line in whole.splitlines()]
+            sound = all(isinstance(e, dict) and ("plan" in e or "file" in e) for e in entries)
+        except ValueError:
+            entries, sound = [], False
+        if not sound:
+            raise DataError(f"{self.path}: damaged; use --overwrite to begin anew")
+        return entries
 
 
 def check_unlocked(directory: Path) -> None:

@@ -14,8 +14,9 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from ds4mlx.config import ModelConfig, read_json
 from ds4mlx.convert import codecs
+from ds4mlx.convert.special_tokens import check_special_tokens
 from ds4mlx.errors import DataError
-from ds4mlx.text.tokenizer import Tokenizer
+from ds4mlx.text.tokenizer import NoTokenizer, Tokenizer
 from ds4mlx.weights.inventory import Entry, experts, inventory
 from ds4mlx.weights.tensor_file import TensorFile, TensorInfo
 
@@ -66,7 +67,9 @@ class OfficialSource:
         for entries in self.inventory.values():
             for entry in entries:
                 self._check(entry)
-        Tokenizer.from_dir(self.path)  # a broken one would only be found when the model is loaded
+        tokenizer = Tokenizer.from_dir(self.path)  # a broken one is refused here, not when loaded
+        if not isinstance(tokenizer, NoTokenizer):
+            check_special_tokens(tokenizer, self.path / "tokenizer.json", self.config)
 
     def info(self, name: str) -> TensorInfo:
         """Header of an official tensor."""

@@ -11,7 +11,7 @@ import numpy as np
 from ds4mlx.convert.encoder import Encoder
 from ds4mlx.convert.gguf_source import GGUFSource
 from ds4mlx.convert.importance import Importance
-from ds4mlx.convert.quantise import QUANTISERS
+from ds4mlx.convert.quantise import QUANTISERS, quantisers_version
 from ds4mlx.convert.recipes import choose_recipe, format_of
 from ds4mlx.convert.sources import Source
 from ds4mlx.weights import tensor_file
@@ -110,6 +110,8 @@ class Plan:
         """Digest of everything that decides the output's bytes."""
         steered = self.importance.fingerprint if self.importance else None
         parts = [FORMAT_VERSION, self.recipe, self.release, self.source.fingerprint(), steered]
+        if any(out.quantised for out in self.entries):
+            parts.append(quantisers_version())
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def classes(self) -> list[tuple[str, str, str, bool, int]]:

@@ -1,7 +1,10 @@
 """Quantisers by format, and the two functions that go from values to planes and back."""
 
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -15,6 +18,9 @@ from ds4mlx.formats.gguf_blocks import BLOCK_BYTES, block_planes
 from ds4mlx.precision import keep_float32
 
 BLOCK = 256
+LEAST = 2.0**-60
+# The files that decide the bytes that quantising gives.
+SOURCES = ("quantise.py", "quantise_iq2.py", "quantise_k.py", "fitting.py")
 # Blocks quantised at a time: the search of IQ2_XXS takes about 64 KB of scratch a block.
 CPU_BATCH, GPU_BATCH = 1 << 9, 1 << 15
 
@@ -57,6 +63,13 @@ class Quantised:
     planes: Mapping[str, np.ndarray]
 
 
+@cache
+def quantisers_version() -> str:
+    """Digest of the quantisers' source: rows of two versions must never meet in one file."""
+    texts = (Path(__file__).with_name(name).read_bytes() for name in SOURCES)
+    return hashlib.sha256(b"".join(texts)).hexdigest()[:16]
+
+
 def _iq2(x: mx.array, importance: mx.array | None) -> dict[str, mx.array]:
     assert importance is not None
     return quantise_iq2(x, importance)
@@ -80,23 +93,26 @@ def quantise(
     Raises DataError if half precision cannot hold the scales.
     """
     keep_float32()
-    weight = None if importance is None else mx.array(importance)
+    weight = None if importance is None else np.asarray(importance, np.float32)
     if importance is None and format == "iq2_xxs":
-        weight = (values * values).sum(0)
+        weight = np.array((values * values).sum(0))
     rows, columns = values.shape
     blocks = values.reshape(-1, BLOCK)
-    per_row = None if weight is None else _even_if_zero(weight.reshape(-1, BLOCK))
+    per_row = None if weight is None else Weights.of(weight)
     batch = GPU_BATCH if mx.default_device() == mx.gpu else CPU_BATCH
     parts, losses = [], []
     for start in range(0, len(blocks), batch):
         x = blocks[start : start + batch]
         places = (start + mx.arange(len(x))) % (columns // BLOCK)
-        w = None if per_row is None else per_row[places]
-        parts.append(QUANTISERS[format](x, w))
-        losses.append(np.array(_loss(parts[-1], format, x, w)))
+        steer, weigh = per_row.at(places) if per_row else (None, mx.ones_like(x))
+        parts.append(QUANTISERS[format](x, steer))
+        losses.append(np.array(_loss(parts[-1], format, x, weigh)))
         mx.eval(parts[-1])
     joined = {p: np.concatenate([np.array(part[p]) for part in parts]) for p in parts[0]}
-    loss = Loss(*(float(x) for x in np.concatenate(losses, 1).sum(1, dtype=np.float64)))
+    sums = np.concatenate(losses, 1).sum(1, dtype=np.float64)
+    if per_row:
+        sums[:2] = np.ldexp(sums[:2], per_row.exponent)
+    loss = Loss(*map(float, sums))
     if not np.isfinite(loss.error):
         raise DataError(
             f"values up to {float(mx.abs(values).max()):.3g} are too large for {format}"
@@ -104,15 +120,44 @@ def quantise(
     return {p: a.reshape(rows, -1) for p, a in joined.items()}, loss
 
 
-def _even_if_zero(weight: mx.array) -> mx.array:
-    """Importances of blocks (n, 256), with ones for a block where all are 0."""
-    return mx.where(weight.max(-1, keepdims=True) > 0, weight, 1.0)
+class Weights(NamedTuple):
+    """The importances of a row, block by block, float32 (blocks, 256).
+
+    Only their ratios matter, and products of very large or very small ones would leave float32.
+    steer: each block scaled so that its largest lies in [1/4, 1), for the search; weigh: all scaled
+    alike by 2^-exponent, to sum up what was lost.
+    """
+
+    steer: mx.array
+    weigh: mx.array
+    exponent: int
+
+    @classmethod
+    def of(cls, importance: np.ndarray) -> "Weights":
+        """From importances (columns,), finite and not negative; ones for a block where all are 0."""
+        blocks = importance.astype(np.float64).reshape(-1, BLOCK)
+        blocks = np.where(blocks.max(-1, keepdims=True) > 0, blocks, 1.0)
+        steer = np.ldexp(blocks, -_even_exponent(blocks.max(-1, keepdims=True)))
+        # what is this much below the rest of its block matters as little as anything can
+        steer = np.where(steer > 0, np.maximum(steer, LEAST), 0)
+        exponent = int(_even_exponent(blocks.max()))
+        arrays = (mx.array(a.astype(np.float32)) for a in (steer, np.ldexp(blocks, -exponent)))
+        return cls(*arrays, exponent)
+
+    def at(self, places: mx.array) -> tuple[mx.array, mx.array]:
+        """`steer` and `weigh` of the blocks at these places of their rows."""
+        return self.steer[places], self.weigh[places]
 
 
-def _loss(planes: dict[str, mx.array], format: str, x: mx.array, w: mx.array | None) -> mx.array:
+def _even_exponent(largest: np.ndarray) -> np.ndarray:
+    """The least even e with largest < 2^e: square roots of weights scaled by it stay exact too."""
+    exponent = np.frexp(largest)[1]
+    return exponent + exponent % 2
+
+
+def _loss(planes: dict[str, mx.array], format: str, x: mx.array, w: mx.array) -> mx.array:
     """The four sums of `Loss` for every block (N, 256), as (4, N)."""
     gap = FORMATS[format].decode(planes) - x
-    w = mx.ones_like(x) if w is None else w
     sums = [w * gap * gap, w * x * x, gap * gap, x * x]
     return mx.stack([terms.sum(-1) for terms in sums])
 

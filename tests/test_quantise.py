@@ -196,3 +196,31 @@ def test_what_is_refused(message):
     with pytest.raises(DataError, match=message) as refused:
         quantize(*BAD[message])
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("type", TYPES)
+@pytest.mark.parametrize("exponent", [-140, -126, -60, -2, 2, 60, 120, 126])
+def test_only_ratios_of_importances_matter(type, exponent):
+    """The same bytes from importances 4^k times as large, up to float32's largest and smallest."""
+    w, importance = some(3)
+    importance = np.maximum(importance, 2.0**-8)  # so that the least stays a number of 24 bits
+    if exponent < -126 + 8:
+        importance = np.exp2(np.round(np.log2(importance)))  # these are exact below that too
+    want = quantize(w, type, importance).planes
+    got = quantize(w, type, np.ldexp(importance, exponent).astype(np.float32)).planes
+    assert all(np.array_equal(want[plane], got[plane]) for plane in want)
+
+
+@pytest.mark.parametrize("type", TYPES)
+@pytest.mark.parametrize("size", [1e-45, 1e-38, 1e-30, 1e30, 1e35, 3e38])
+@pytest.mark.parametrize("kind", ["random", "equal", "one", "two ends"])
+def test_extreme_importances_give_a_usable_matrix(type, size, kind):
+    w, importance = some(3)
+    chosen = {"equal": np.ones_like(importance), "one": np.arange(512) == 7}.get(kind, importance)
+    importance = (chosen * np.float64(size)).astype(np.float32)
+    if kind == "two ends":
+        importance[::2] = 1e-45
+    got = dequantize(quantize(w, type, importance))
+    assert np.isfinite(got).all()
+    alive = np.linalg.norm(got[:, importance > 0]) / np.linalg.norm(w[:, importance > 0])
+    assert alive > 0.3

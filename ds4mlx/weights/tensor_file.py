@@ -9,6 +9,7 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ds4mlx.errors import DataError
 
@@ -120,11 +121,13 @@ def _parse(text: bytes, path: Path, size: int) -> dict[str, TensorInfo]:
 
 def _entry(name: str, entry: object, path: Path, base: int) -> TensorInfo:
     try:
-        assert isinstance(entry, dict)
-        dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-        assert all(type(n) is int and n >= 0 for n in (*shape, start, end))
-    except (AssertionError, KeyError, TypeError, ValueError):
-        raise DataError(f"{path}: header entry of tensor {name} is malformed") from None
+        fields: Any = entry
+        dtype, shape, (start, end) = fields["dtype"], fields["shape"], fields["data_offsets"]
+        sound = all(type(n) is int and n >= 0 for n in (*shape, start, end))
+    except (KeyError, TypeError, ValueError):
+        sound = False
+    if not sound:
+        raise DataError(f"{path}: header entry of tensor {name} is malformed")
     if dtype not in ITEM_BYTES:
         raise DataError(f"{path}: tensor {name} has unknown type {dtype!r}")
     wanted = ITEM_BYTES[dtype] * math.prod(shape)
