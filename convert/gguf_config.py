@@ -75,15 +75,19 @@ def config_values(file: GGUFFiles, drafts: int) -> dict[str, Any]:
         "swiglu_limit": _clamp(file),
         "rope_scaling": {"type": "yarn"}
         | {o: _number(_required(file, k)) for o, k in SCALING.items()},
-        "bos_token_id": file.value("tokenizer.ggml.bos_token_id") or 0,
-        "eos_token_id": _eos(file),
+        "bos_token_id": _token(file, "bos"),
+        "eos_token_id": _token(file, "eos"),
         "index_ties": "heap",
     }
 
 
-def _eos(file: GGUFFiles) -> int:
-    found = file.value("tokenizer.ggml.eos_token_id")
-    return 1 if found is None else found
+def _token(file: GGUFFiles, which: str) -> int:
+    """The id of the token that begins or ends a text."""
+    key = f"tokenizer.ggml.{which}_token_id"
+    value = file.value(key)
+    if value is None:
+        raise DataError(f"{file.path}: metadata {key} is missing")
+    return value
 
 
 def _required(file: GGUFFiles, key: str) -> Any:

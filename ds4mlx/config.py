@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from ds4mlx.config_keys import official_names
 from ds4mlx.errors import DataError
 
 Count = Annotated[int, Field(ge=1, le=1 << 24, strict=True)]
@@ -31,6 +32,9 @@ REQUIRED = [
     *("qk_rope_head_dim", "q_lora_rank", "o_groups", "o_lora_rank", "sliding_window"),
     *("compress_ratios", "index_n_heads", "index_head_dim", "index_topk", "n_routed_experts"),
     *("num_experts_per_tok", "moe_intermediate_size", "num_hash_layers"),
+    *("num_nextn_predict_layers", "max_position_embeddings", "rope_theta", "compress_rope_theta"),
+    *("rope_scaling", "routed_scaling_factor", "swiglu_limit", "hc_mult", "hc_sinkhorn_iters"),
+    *("hc_eps", "rms_norm_eps", "bos_token_id", "eos_token_id"),
 ]
 
 
@@ -43,13 +47,6 @@ class RopeScaling(BaseModel):
     original_max_position_embeddings: Annotated[int, Field(ge=0)] = 65536
     beta_fast: Positive = 32.0
     beta_slow: Positive = 1.0
-
-    @model_validator(mode="before")
-    @classmethod
-    def _accept_rope_type(cls, values: Any) -> Any:
-        if isinstance(values, dict) and "type" not in values and "rope_type" in values:
-            return {**values, "type": values["rope_type"]}
-        return values
 
 
 class ModelConfig(BaseModel):
@@ -149,6 +146,7 @@ class ModelConfig(BaseModel):
         architecture.
         """
         _refuse_other_architectures(values, name)
+        values = official_names(values, name)
         missing = [key for key in REQUIRED if values.get(key) is None]
         if missing:
             raise DataError(f"{name}: missing {', '.join(missing)}")

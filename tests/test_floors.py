@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # Lowest first; rooms of one floor may import each other, but not in a circle.
 FLOORS = (
-    ("config", "errors", "durable", "blas", "precision"),
+    ("config", "config_keys", "errors", "durable", "blas", "precision"),
     ("formats",),
     ("custom_kernels",),
     ("state", "weights"),

@@ -123,11 +123,10 @@ def _entry(name: str, entry: object, path: Path, base: int) -> TensorInfo:
     try:
         fields: Any = entry
         dtype, shape, (start, end) = fields["dtype"], fields["shape"], fields["data_offsets"]
-        sound = all(type(n) is int and n >= 0 for n in (*shape, start, end))
+        if not all(type(n) is int and n >= 0 for n in (*shape, start, end)):
+            raise ValueError("a number is negative or none")
     except (KeyError, TypeError, ValueError):
-        sound = False
-    if not sound:
-        raise DataError(f"{path}: header entry of tensor {name} is malformed")
+        raise DataError(f"{path}: header entry of tensor {name} is malformed") from None
     if dtype not in ITEM_BYTES:
         raise DataError(f"{path}: tensor {name} has unknown type {dtype!r}")
     wanted = ITEM_BYTES[dtype] * math.prod(shape)
