@@ -1,9 +1,12 @@
 """kill -9 at random moments while a KV store is written, evicted from and read.
 
 One writer saves prefixes of a few branching conversations, two readers restore them and compare
-every byte. The writer is killed at a random moment, now and then the readers too; then everything
-that was acknowledged is looked for. Three stores in turn: one without a limit, one whose budget makes
-nearly every save evict, and one on a full file system (a tmpfs; needs the right to mount).
+every byte, and another process probes all the while what is in use and writes lines of another
+version into the index. The writer is killed at a random moment, now and then the others too; then
+everything that was acknowledged is looked for. Four stores in turn: one without a limit, one whose
+budget makes nearly every save evict, one from which the probing process evicts whatever is free (what
+the writer has just saved is in use, so it must stay), and one on a full file system (a tmpfs; needs
+the right to mount).
 
     python benchmarks/kill_store.py [--kills 1000] [--renew N] [--seed N] [--scratch DIR] [--results FILE]
 
@@ -22,6 +25,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +33,12 @@ from device import device
 from synthetic_state import same_state, synthetic_state
 
 from ds4mlx import DataError, KVStore, Model, ModelConfig
+from ds4mlx.store import eviction
+from ds4mlx.store.catalogue import Catalogue
+from ds4mlx.store.directory import INDEX
+from ds4mlx.store.eviction import StoreFull
+from ds4mlx.store.journal import Journal
+from ds4mlx.store.locks import is_pinned
 
 CONFIG = ModelConfig(
     vocab_size=512, hidden_size=64, num_hidden_layers=3, num_nextn_predict_layers=0,
@@ -38,7 +48,8 @@ CONFIG = ModelConfig(
 )  # fmt: skip
 LONGEST = 1500
 DISK = 3 << 20
-BUDGETS = {"unlimited": 1 << 40, "evicting": 1 << 20, "full disk": 1 << 40}
+EVICTED = "evicted beside"
+BUDGETS = {"unlimited": 1 << 40, "evicting": 1 << 20, EVICTED: 1 << 40, "full disk": 1 << 40}
 LONGEST_LIFE = 0.4  # seconds until a writer is killed
 RENEW = 60  # kills after which a store is begun anew
 
@@ -76,7 +87,10 @@ class Trial:
             with contextlib.suppress(DataError):  # full: then it is not acknowledged
                 store.save(tokens, state, rng.choice(["cold", "continue", "evict", "shutdown"]))
                 os.write(log, f"{branch} {length}\n".encode())
-                last = state  # in use: it must outlive the evictions of the next save
+                last = state  # in use: it must outlive all evictions until the next save
+                if self.kind == EVICTED:
+                    count = self.compare(store, branch, length)
+                    assert count == length, f"{branch} {length} is in use, but {count} is there"
         assert last is None
 
     def read(self, seed: int) -> None:
@@ -84,6 +98,25 @@ class Trial:
         rng, store = random.Random(seed), self.open()
         while True:
             self.compare(store, rng.randrange(16), rng.randint(1, LONGEST))
+
+    def probe(self, seed: int) -> None:
+        """Probe what is in use, and speak as another version, until killed; evict where asked."""
+        rng, catalogue = random.Random(seed), Catalogue(self.directory)
+        index = Journal(self.directory / INDEX)
+        while True:
+            catalogue.refresh()
+            for segment in list(catalogue.segments.values()):
+                is_pinned(catalogue.path(segment))
+            items = [*catalogue.segments.values(), *catalogue.records.values()]
+            if items and rng.random() < 0.1:
+                changed = {**asdict(rng.choice(items)), "colour": "blue"}
+                with contextlib.suppress(OSError):  # a full disk
+                    index.append([{"add": changed}, {"another": "version"}])
+            if self.kind == EVICTED:
+                with contextlib.suppress(StoreFull), catalogue.writing():
+                    catalogue.refresh()
+                    wanted = catalogue.nbytes // rng.randint(1, 4)
+                    eviction.evict(catalogue, eviction.plan(catalogue, wanted))
 
     def check(self, seed: int) -> None:
         """Look for what was acknowledged: some of it and the last; where saves evict, only the last.
@@ -96,6 +129,8 @@ class Trial:
         wanted = lines[-4:] + rng.sample(lines, min(12, len(lines)))
         if self.kind == "evicting":
             wanted = lines[self.seen :][-1:]
+        if self.kind == EVICTED:
+            wanted = []
         for branch, length in wanted:
             found = self.compare(store, branch, length)
             assert found == length, f"{branch} {length} was acknowledged, but {found} is there"
@@ -145,7 +180,8 @@ def trial(directory: Path, kind: str, model: Model, kills: int, rng: random.Rand
         return ["no right to mount a tmpfs"]
     subject, faults = Trial(directory, kind, model), []
     subject.open().close()
-    readers = [forked(subject.read, rng.randrange(1 << 30)) for _ in range(2)]
+    works = [subject.read, subject.read, subject.probe]
+    others = [forked(work, rng.randrange(1 << 30)) for work in works]
     for number in range(kills):
         writer = forked(subject.write, rng.randrange(1 << 30))
         os.read(subject.begun, 1)
@@ -153,17 +189,18 @@ def trial(directory: Path, kind: str, model: Model, kills: int, rng: random.Rand
         if not killed(writer):
             faults.append(f"{kind}: a writer failed")
         if number % 7 == 6:
-            place = rng.randrange(2)
-            if not killed(readers[place]):
-                faults.append(f"{kind}: a reader failed")
-            readers[place] = forked(subject.read, rng.randrange(1 << 30))
+            place = rng.randrange(3)
+            if not killed(others[place]):
+                faults.append(f"{kind}: {works[place].__name__} failed")
+            others[place] = forked(works[place], rng.randrange(1 << 30))
         checker = forked(subject.check, rng.randrange(1 << 30))
         if os.waitpid(checker, 0)[1]:
             faults.append(f"{kind}: what was acknowledged is not there after kill {number}")
         subject.seen = len(subject.lines())
     os.close(subject.begun)
     os.close(subject.begin)
-    faults += [f"{kind}: a reader failed" for reader in readers if not killed(reader)]
+    pairs = zip(works, others, strict=True)
+    faults += [f"{kind}: {work.__name__} failed" for work, other in pairs if not killed(other)]
     return faults
 
 
