@@ -13,7 +13,7 @@ from ds4mlx.errors import DataError
 from ds4mlx.model.model import Model
 from ds4mlx.state.boundaries import Spacing
 from ds4mlx.state.decode_state import DecodeState
-from ds4mlx.store import keys, restoring, texts
+from ds4mlx.store import keys, restoring, spelling, texts
 from ds4mlx.store.calls import Calls
 from ds4mlx.store.catalogue import Catalogue, Record, segment_path
 from ds4mlx.store.directory import make_store
@@ -186,22 +186,37 @@ class KVStore:
     def encode(self, prompt: str | Prompt) -> list[int]:
         """Token ids of a prompt, of which as many as possible are those of a stored prefix.
 
-        A text that was generated may be other tokens than the tokenizer would make of it: then the
-        stored ids stand for its beginning, and only what follows them is tokenised. Special tokens
-        count anywhere in a text, and in the markup of a `Prompt`; nothing else is taken for them.
+        They are those that the tokenizer makes of it, except where a stored prefix was sampled as
+        other tokens of the same text: see `respelled`. Special tokens count anywhere in a text, and
+        in the markup of a `Prompt`; nothing else is taken for them. Raises DataError without a
+        tokenizer.
         """
-        assert self.tokenizer is not None, "the store has no tokenizer"
+        if self.tokenizer is None:
+            raise DataError("a KV store that is to encode text needs the model's tokenizer")
         prompt = Prompt([markup(prompt)]) if isinstance(prompt, str) else prompt
-        ids = self.tokenizer.encode_segments(prompt)
-        self._catalogue.refresh()
-        own = self.longest(ids[:-1])
-        for record, rest in texts.matches(self._catalogue, self._fingerprint, prompt.text.encode()):
-            if record.tokens <= own or not rest:
+        return self.respelled(self.tokenizer.encode_segments(prompt))
+
+    def respelled(self, ids: Sequence[int]) -> list[int]:
+        """Ids of the same text as a prompt's `ids`, as many as possible those of a stored prefix.
+
+        They are `ids` themselves except where a history was sampled as other tokens: see
+        `ds4mlx.store.spelling`. No text becomes a special token.
+        """
+        given: list[int] = keys.token_array(ids).tolist()
+        if self.tokenizer is None or len(given) < 2:
+            return given
+        pieces = [self.tokenizer.token_bytes(token) for token in given]
+        own = len(b"".join(pieces[: self.longest(given[:-1])]))
+        for record in texts.matches(self._catalogue, self._fingerprint, b"".join(pieces[:-1])):
+            if record.text_bytes <= own:
+                break
+            stored = restoring.read_tokens(self._catalogue, record)
+            if stored is None:
                 continue
-            held = restoring.read_tokens(self._catalogue, record)
-            if held is not None and texts.have_same_specials(self.tokenizer, held.tolist(), ids):
-                return [*held.tolist(), *self.tokenizer.encode_segments(prompt.tail(len(rest)))]
-        return ids
+            joined = spelling.joined(self.tokenizer, stored.tolist(), given)
+            if joined is not None:
+                return joined
+        return given
 
     def _keep(self, cache: DecodeState, pin: Pin) -> None:
         """Keep the pinned chain from eviction as long as the state is alive."""

@@ -1,7 +1,7 @@
 """Prefixes by their rendered text, so that a history that is tokenised otherwise is found again."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -21,19 +21,8 @@ def token_texts(tokenizer: Tokenizer) -> Callable[[np.ndarray], list[bytes]]:
     return pieces
 
 
-def have_same_specials(tokenizer: Tokenizer, prefix: Sequence[int], ids: Sequence[int]) -> bool:
-    """Whether special tokens stand in `prefix` where they stand in `ids`, which has its text.
-
-    A text from outside may spell a special token: as such it is not what was stored, or is not
-    what is asked for.
-    """
-    size = sum(len(tokenizer.token_bytes(token)) for token in prefix)
-    wanted = [place for place in tokenizer.special_places(ids) if place[0] < size]
-    return tokenizer.special_places(prefix) == wanted
-
-
-def matches(catalogue: Catalogue, model: str, text: bytes) -> Iterator[tuple[Record, str]]:
-    """Records whose text begins `text`, longest first, with what follows it."""
+def matches(catalogue: Catalogue, model: str, text: bytes) -> Iterator[Record]:
+    """Records of prefixes whose text begins `text` and whose chains are whole, longest first."""
     ours = [r for r in catalogue.records.values() if r.model == model and r.text]
     ours = [r for r in ours if 0 < r.text_bytes <= len(text)]
     digest, done, names = hashlib.sha1(), 0, {}
@@ -42,9 +31,5 @@ def matches(catalogue: Catalogue, model: str, text: bytes) -> Iterator[tuple[Rec
         names[size], done = digest.hexdigest(), size
     found = [record for record in ours if record.text == names[record.text_bytes]]
     for record in sorted(found, key=lambda r: (r.text_bytes, r.created), reverse=True):
-        if catalogue.chain(record.segment, record.tokens) is None:
-            continue
-        try:
-            yield record, text[record.text_bytes :].decode()
-        except UnicodeDecodeError:  # the prefix ends inside a character
-            continue
+        if catalogue.chain(record.segment, record.tokens) is not None:
+            yield record

@@ -3,6 +3,7 @@
 import codecs
 import re
 from collections.abc import Iterable
+from itertools import accumulate
 from operator import index
 from pathlib import Path
 
@@ -135,6 +136,24 @@ class Tokenizer:
         if all(char in self._bytes for char in spelling):
             return bytes(self._bytes[char] for char in spelling)
         return spelling.encode()
+
+    def is_added(self, token: int) -> bool:
+        """Whether a token is a special one, which is recognised whole and merged with nothing."""
+        return token in self._added
+
+    def word_ends(self, text: bytes) -> list[int]:
+        """Where the words of a text without special tokens end, in bytes; [] if it is not UTF-8.
+
+        A word is what the tokenizer splits a text into first; no token reaches into two.
+        """
+        splitter = self.encoder.pre_tokenizer
+        try:
+            chars = text.decode()
+        except UnicodeDecodeError:
+            return []
+        ends = [] if splitter is None else [end for _, (_, end) in splitter.pre_tokenize_str(chars)]
+        sizes = [0, *accumulate(len(char.encode()) for char in chars)]
+        return sorted({sizes[end] for end in [*ends, len(chars)]})
 
     def stream(self) -> "TextStream":
         """A new stream of text from tokens."""
