@@ -359,6 +359,27 @@ def test_a_store_and_a_cache_are_not_taken_together(talker, tmp_path):
         generate(*talker, PROMPT, **options)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("options", [{}, {"sampler": Sampler(top_p=0.9)}, {"sampler": Sampler()}])
+@pytest.mark.parametrize("taken", [0, 3])
+def test_logits_that_are_not_finite_end_the_answer(talker, value, options, taken):
+    """With the cache as far as it was before, so that a sound model can go on."""
+    model, tokenizer = talker
+    ids, cache, weight = tokenizer.encode(PROMPT), model.make_cache(), model.norm.weight
+    want = tokens_of(stream_generate(model, tokenizer, ids, 6))
+    run = stream_generate(model, tokenizer, ids, 6, cache=cache, **(options if not taken else {}))
+    seen = tokens_of(next(run) for _ in range(taken))
+    try:
+        model.norm.weight = weight * value
+        with pytest.raises(DataError, match="not finite numbers"):
+            next(run)
+    finally:
+        model.norm.weight = weight
+    assert cache.offset == (len(ids) + taken - 1 if taken else 0)
+    rest = stream_generate(model, tokenizer, (ids + seen)[cache.offset :], 6 - taken, cache=cache)
+    assert seen + tokens_of(rest) == want
+
+
 def test_other_threads_generate_too(talker):
     """Where signals can neither come nor be handled."""
     got = []

@@ -12,7 +12,7 @@ from ds4mlx.engine.prefill import PREFILL_STEP, prefill
 from ds4mlx.engine.requests import check_count, check_prompt
 from ds4mlx.engine.sampling import Sampler, log_probs
 from ds4mlx.engine.sequence import Sequence
-from ds4mlx.engine.step import draw, step
+from ds4mlx.engine.step import draw, refuse_not_finite, step
 from ds4mlx.errors import DataError
 from ds4mlx.model.model import Model
 from ds4mlx.state.decode_state import DecodeState
@@ -75,7 +75,7 @@ def stream_generate(
     The cache moves on by the prompt and by every token given out but the last: a token is fed
     when the next one is asked for. Ctrl-C comes between two steps and leaves the cache whole.
     Raises DataError, at once, for an empty prompt, ids outside the vocabulary, or too little
-    context.
+    context; and later where logits are not finite, with the cache as before the step that failed.
     """
     if store is not None and cache is not None:
         raise DataError("a store needs all tokens, and those that the cache holds are not known")
@@ -117,8 +117,9 @@ def answer(
         return
     clock, cached = _Clock(len(sequence.pending)), sequence.state.offset
     logits = prefill(model, sequence.pending, sequence.state, prefill_step, told)
-    (token,) = draw([sequence], logits)
+    (token,), before = draw([sequence], logits), cached
     while True:
+        refuse_not_finite(token, sequence.state, before)
         text = sequence.take(token)
         if keeper is not None:
             keeper.advanced()
@@ -136,6 +137,7 @@ def answer(
         )
         if sequence.reason:
             return
+        before = sequence.state.offset
         (token,), logits = step(model, [sequence])
 
 

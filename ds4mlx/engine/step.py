@@ -5,8 +5,10 @@ from collections import abc
 import mlx.core as mx
 
 from ds4mlx.engine.interrupts import undivided
-from ds4mlx.engine.sequence import Sequence
+from ds4mlx.engine.sequence import NOT_FINITE, Sequence
+from ds4mlx.errors import DataError
 from ds4mlx.model.model import Model
+from ds4mlx.state.decode_state import DecodeState, RewindError
 
 
 def step(model: Model, sequences: abc.Sequence[Sequence]) -> tuple[list[int], mx.array]:
@@ -28,3 +30,20 @@ def draw(sequences: abc.Sequence[Sequence], logits: mx.array) -> list[int]:
     tokens = mx.concatenate([s.draw(logits[i : i + 1]) for i, s in enumerate(sequences)])
     mx.eval(tokens, logits)
     return tokens.tolist()  # type: ignore[return-value]
+
+
+def refuse_not_finite(token: int, state: DecodeState, before: int) -> None:
+    """Raises DataError if a draw gave NOT_FINITE, with the state back at `before` tokens.
+
+    Where those cannot be reached any more the state goes back further, as far as it must.
+    """
+    if token != NOT_FINITE:
+        return
+    after = state.offset
+    try:
+        state.rewind(before)
+    except RewindError as error:
+        state.rewind(error.below)
+    raise DataError(
+        f"the model's logits after {after} tokens are not finite numbers, so no token can be drawn"
+    )
