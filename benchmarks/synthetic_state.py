@@ -13,10 +13,10 @@ from ds4mlx.store.state_bytes import parts
 
 
 def synthetic_state(model: Model, tokens: np.ndarray, spacing: int = 0) -> DecodeState:
-    """The state after `tokens`; with `spacing` it has set records aside at its multiples."""
+    """The state after `tokens`; with `spacing` it has records at its multiples."""
     state, count = model.make_cache(), len(tokens)
     if spacing:
-        kept = state.marks.spacing.thinned(range(spacing, count + 1, spacing), count)
+        kept = state.boundaries.spacing.thinned(range(spacing, count + 1, spacing), count)
         for position in sorted(kept):
             _load_recent(state, tokens, position)
             state.records[position] = mx.array(np.array(state.record(position)))
@@ -25,8 +25,8 @@ def synthetic_state(model: Model, tokens: np.ndarray, spacing: int = 0) -> Decod
         rows = count // part.ratio
         if rows:
             words = part.form.dtype.size * part.form.elements // 4
-            values = np.zeros((1, part.rows.capacity(rows), words), np.uint32)
-            values[0, :rows] = _pattern(tokens[part.ratio - 1 :: part.ratio][:rows], words, number)
+            values = np.zeros((part.rows.capacity(rows), words), np.uint32)
+            values[:rows] = _pattern(tokens[part.ratio - 1 :: part.ratio][:rows], words, number)
             part.rows.load(mx.array(values).view(part.form.dtype), rows)
     mx.eval(state.arrays)
     return state
@@ -44,18 +44,16 @@ def same_state(state: DecodeState, other: DecodeState) -> bool:
 
 
 def _load_recent(state: DecodeState, tokens: np.ndarray, end: int) -> None:
-    form = state.form.kv
     for number, layer in enumerate(state):
-        first = max(0, end - layer.window.keep)
+        form, first = layer.form, max(0, end - layer.window.keep)
         words = form.elements * form.dtype.size // 4
-        rows = _pattern(tokens[first:end], words, 1000 + number)[None]
+        rows = _pattern(tokens[first:end], words, 1000 + number)
         layer.window.load(mx.array(rows).view(form.dtype), end)
         for place, part in enumerate(layer.compressors):
             first = max(0, end - part.recent.keep)
             values = _pattern(tokens[first:end], 2 * part.channels, 2000 + 2 * number + place)
-            shape = (1, end - first, 2, part.channels)
+            shape = (end - first, 2, part.channels)
             part.recent.load(mx.array(values.astype(np.float32).reshape(shape)), end)
-        layer.offset = end
 
 
 def _pattern(tokens: np.ndarray, words: int, salt: int) -> np.ndarray:

@@ -7,7 +7,9 @@ from reference import run
 
 from ds4mlx.formats.dense import _widened_matmul
 from ds4mlx.model import attention
-from ds4mlx.model.attention import sink_attention
+from ds4mlx.model.batch import Batch
+from ds4mlx.model.sink import sink_attention
+from ds4mlx.state.step import Step, commit
 
 
 @pytest.mark.parametrize("scratch", [1, 3000, 40_000])
@@ -21,22 +23,30 @@ def test_block_size_does_not_change_the_result(small_model, monkeypatch, scratch
 def test_scratch_does_not_grow_with_tokens_times_rows(small_model, monkeypatch):
     """Attention over 4 times the depth takes the same scratch beyond what is per token."""
     monkeypatch.setattr(attention, "SCRATCH", 1 << 16)
-    attn, peaks = small_model.layers[1].attn, []
+    peaks = []
     for depth in (2048, 8192):
         cache = small_model.make_cache()
-        x = mx.random.normal((1, depth, small_model.args.hidden_size))
-        mx.eval(attn(x, cache[1]))
-        cache[1].offset = depth
-        chunk = mx.random.normal((1, 512, small_model.args.hidden_size))
+        x = mx.random.normal((depth, small_model.args.hidden_size))
+        mx.eval(attended(small_model, x, cache[1]))
+        chunk = mx.random.normal((512, small_model.args.hidden_size))
         mx.eval(chunk, cache[1].state)
         mx.clear_cache()
         base = mx.get_active_memory()
         mx.reset_peak_memory()
-        mx.eval(attn(chunk, cache[1]), cache[1].state)
+        mx.eval(attended(small_model, chunk, cache[1]), cache[1].state)
         peaks.append(mx.get_peak_memory() - base)
     rows = 8192 // 4
     assert peaks[1] < peaks[0] + 512 * rows  # a full score matrix would take 512 * rows * heads * 4
     assert peaks[1] < 16e6
+
+
+def attended(model, x, state):
+    """What layer 1 makes of tokens x (L, D), and its state moves on."""
+    step = Step(state.offset, len(x))
+    batch = Batch.of(mx.zeros((len(x),), mx.int32), [step], model._rotary)
+    out = model.layers[1].attn(x, batch, [state])
+    commit([step])
+    return out
 
 
 def naive(q, rows, mask, sink, scale):
@@ -56,18 +66,18 @@ def test_sink_attention_against_a_loop():
     shared_mask, own_mask = rng.random((5, 7)) < 0.6, rng.random((5, 4)) < 0.6
     shared_mask[2], own_mask[2] = False, False
     got = sink_attention(
-        mx.array(q[None]).astype(mx.float32),
+        mx.array(q).astype(mx.float32),
         [
-            (mx.array(shared[None]).astype(mx.float32), mx.array(shared_mask)),
-            (mx.array(own[None]).astype(mx.float32), mx.array(own_mask[None])),
+            (mx.array(shared).astype(mx.float32), mx.array(shared_mask)),
+            (mx.array(own).astype(mx.float32), mx.array(own_mask)),
         ],
         mx.array(sink).astype(mx.float32),
         0.3,
     )
     rows = np.concatenate([np.broadcast_to(shared, (5, 7, 8)), own], axis=1)
     want = naive(q, rows, np.concatenate([shared_mask, own_mask], axis=1), sink, 0.3)
-    assert np.abs(np.array(got)[0] - want).max() < 1e-6
-    assert (np.array(got)[0, 2] == 0).all()  # nothing visible: the sink takes all
+    assert np.abs(np.array(got) - want).max() < 1e-6
+    assert (np.array(got)[2] == 0).all()  # nothing visible: the sink takes all
 
 
 def test_widened_matmul_in_blocks(monkeypatch):

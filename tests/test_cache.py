@@ -13,14 +13,21 @@ from ds4mlx.state.boundaries import Spacing
 from ds4mlx.state.buffers import SLACK, Recent, Rows
 from ds4mlx.state.decode_state import RECORDS, DecodeState, RewindError, state_bytes
 from ds4mlx.state.layer import REWIND
-from ds4mlx.state.record import load_record, record_bytes
+from ds4mlx.state.record import record_bytes
+from ds4mlx.state.step import Step, commit
 
 
 def numbered(start: int, count: int) -> mx.array:
-    """Rows (1, count, 2) that carry their own number."""
-    return mx.broadcast_to(
-        mx.arange(start, start + count, dtype=mx.float32)[None, :, None], (1, count, 2)
-    )
+    """Rows (count, 2) that carry their own number."""
+    return mx.broadcast_to(mx.arange(start, start + count, dtype=mx.float32)[:, None], (count, 2))
+
+
+def stepped(part, *arguments) -> np.ndarray:
+    """The first column of what extending a part of a state gives, in a step of its own."""
+    step = Step(0, 0)
+    rows = part.extend(*arguments, step)
+    commit([step])
+    return np.array(rows)[:, 0]
 
 
 @settings(max_examples=60, deadline=None)
@@ -32,12 +39,12 @@ def test_recent_returns_the_rows_before_and_the_new_ones(keep, steps):
     recent, end = Recent(keep), 0
     for count, back in steps:
         back = min(back, keep)
-        got = np.array(recent.extend(numbered(end, count), back))[0, :, 0]
+        got = stepped(recent, numbered(end, count), back)
         assert got.tolist() == list(range(max(0, end - back), end + count))
         end += count
         assert recent.end == end
         assert recent.reaches(max(0, end - keep))
-        assert recent.buffer is not None and recent.buffer.shape[1] == keep + SLACK
+        assert recent.buffer is not None and recent.buffer.shape[0] == keep + SLACK
 
 
 @settings(max_examples=60, deadline=None)
@@ -48,7 +55,7 @@ def test_recent_returns_the_rows_before_and_the_new_ones(keep, steps):
 def test_rows_hold_everything_through_growth_and_truncation(growth, steps):
     rows, count = Rows(growth), 0
     for more, fewer in steps:
-        got = np.array(rows.extend(numbered(count, more)))[0, :, 0]
+        got = stepped(rows, numbered(count, more))
         count += more
         assert got.tolist() == list(range(count))
         count = max(0, count - fewer)
@@ -60,7 +67,7 @@ def snapshot(cache: DecodeState) -> list[np.ndarray]:
     if cache.offset == 0:
         return []
     held = [part.rows for layer in cache for part in layer.compressors if part.rows.count]
-    return [np.array(cache.record(cache.offset)), *(np.array(r.buffer[:, : r.count]) for r in held)]
+    return [np.array(cache.record(cache.offset)), *(np.array(r.buffer[: r.count]) for r in held)]
 
 
 @pytest.mark.parametrize(
@@ -147,18 +154,19 @@ def test_state_bytes_are_the_bytes_of_a_state(tokens, rounding):
         num_hidden_layers=3, compress_ratios=(0, 4, 128), num_nextn_predict_layers=0
     )
     cache = DecodeState(config, rounding=rounding)
+    step = cache.step(tokens)
     for layer in cache:
-        form = cache.form
-        layer.window.extend(held(form.kv, tokens), 127)
-        for part, rows in zip(layer.compressors, (form.kv, form.index), strict=False):
-            part.recent.extend(mx.zeros((1, tokens, 2, part.channels)), part.ratio - 1)
-            part.rows.extend(held(rows, tokens // part.ratio))
-    cache.set_aside()
+        layer.window.extend(blank(layer.form, tokens), 127, step)
+        for part in layer.compressors:
+            part.recent.extend(mx.zeros((tokens, 2, part.channels)), part.ratio - 1, step)
+            part.rows.extend(blank(part.form, tokens // part.ratio), step)
+    cache.finish(step)
+    commit([step])
     assert cache.nbytes == state_bytes(config, tokens, rounding=rounding)
 
 
-def held(form, count):
-    return mx.zeros((1, count, form.elements), form.dtype)
+def blank(form, count):
+    return mx.zeros((count, form.elements), form.dtype)
 
 
 def test_a_million_tokens_of_flash_stay_under_3_8_gigabytes():
@@ -179,7 +187,7 @@ def test_a_rewind_to_a_boundary_is_the_state_of_a_run_that_ended_there(small_dir
     model = load(small_dir, dtype=mx.float32, rounding=rounding)[0]
     ids = np.random.default_rng(5).integers(0, 288, 600)
     cache, straight = model.make_cache(), model.make_cache()
-    cache.marks.spacing = CLOSE
+    cache.boundaries.spacing = CLOSE
     run_chunks(model, ids, chunks, cache)
     assert sorted(cache.records) == [256, 512]
     run_chunks(model, ids[:256], chunks, straight)
@@ -195,7 +203,7 @@ def test_a_boundary_within_a_chunk_is_that_of_a_run_that_could_still_step_back(s
     """The chunk decides the bits of the rows; the record must belong to them."""
     ids = np.random.default_rng(6).integers(0, 288, 300)
     cache, straight = small_model.make_cache(), small_model.make_cache()
-    cache.marks.spacing = CLOSE
+    cache.boundaries.spacing = CLOSE
     for each in (cache, straight):
         run_chunks(small_model, ids, [100], each)
     straight.rewind(256)
@@ -213,9 +221,8 @@ def test_a_record_is_what_continuing_reads(small_model, tokens):
     run(model, ids[:tokens], cache)
     record = cache.record(tokens)
     assert record.nbytes == record_bytes(cache.layers, tokens)
-    load_record(copy.layers, record, tokens)
+    copy.load(record, tokens)
     for ours, theirs in zip(copy, cache, strict=True):
-        ours.offset = tokens
         for part, other in zip(ours.compressors, theirs.compressors, strict=True):
             if other.rows.buffer is not None:
                 part.rows.load(mx.array(other.rows.buffer), other.rows.count)
@@ -225,30 +232,16 @@ def test_a_record_is_what_continuing_reads(small_model, tokens):
     assert all(np.array_equal(a, b) for a, b in zip(want, got, strict=True))
 
 
-def test_a_mark_sets_a_record_aside_within_a_chunk(small_model):
+def test_a_boundary_that_was_asked_for_gets_a_record_within_a_chunk(small_model):
     ids = np.random.default_rng(0).integers(0, 288, 1000)
     cache = small_model.make_cache()
-    cache.mark(384)
+    cache.add_boundary(384)
     run(small_model, ids, cache)
     assert list(cache.records) == [384]
     cache.rewind(384)
     assert cache.offset == 384
     with pytest.raises(RewindError, match="nearest reachable is 384"):
         cache.rewind(200)
-
-
-def test_records_of_a_batch_belong_to_their_sequences(small_model):
-    ids = mx.array(np.random.default_rng(2).integers(0, 288, (2, 300)))
-    both = small_model.make_cache()
-    both.mark(130)
-    mx.eval(small_model(ids, cache=both))
-    both.rewind(130)
-    logits = small_model(ids[:, :3], cache=both)
-    for row in range(2):
-        cache = small_model.make_cache()
-        mx.eval(small_model(ids[row : row + 1, :130], cache=cache))
-        one = small_model(ids[row : row + 1, :3], cache=cache)
-        assert np.abs(np.array(logits[row] - one[0])).max() < 2e-5
 
 
 @given(

@@ -188,7 +188,7 @@ np.save(sys.argv[3], np.array(model(mx.array(ids[None, 331:340]), cache=cache))[
 
 def test_one_save_stores_the_boundaries_that_were_set_aside(small_model, store):
     cache = small_model.make_cache()
-    cache.marks.spacing = Spacing(256, 2048, 1024)
+    cache.boundaries.spacing = Spacing(256, 2048, 1024)
     fed(small_model, IDS[:1000], cache)
     store.save(IDS[:1000], cache)
     for shared, want in ((999, 768), (1000, 1000), (600, 512), (256, 256), (255, 0)):

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from ds4mlx.config import ModelConfig
-from ds4mlx.model.rope import Rotary, frequencies, rotate
+from ds4mlx.model.batch import Batch, row_positions
+from ds4mlx.model.rope import Rotary, frequencies, rotary_tables, rotate
+from ds4mlx.state.step import Step
 
 FLASH = ModelConfig()
 
@@ -27,20 +29,20 @@ def test_window_layers_have_no_yarn():
 
 @pytest.mark.parametrize("position", [0, 1, 65535, 1_048_575])
 def test_angles_are_float32_products_with_full_range_reduction(position):
-    cos, sin = (np.array(a)[0] for a in Rotary(FLASH, True).angles(position, 1))
+    cos, sin = (np.array(a)[0] for a in Rotary(FLASH, True).angles(np.array([position])))
     for i, f in enumerate(frequencies(FLASH, True)):
         angle = float(np.float32(np.float32(position) * f))
         assert abs(cos[i] - math.cos(angle)) < 1e-7 and abs(sin[i] - math.sin(angle)) < 1e-7
 
 
 def test_rotation_is_interleaved_on_the_last_channels_and_undone_by_its_inverse():
-    x = np.random.default_rng(0).normal(size=(2, 3, 4, 72)).astype(np.float32)
-    angles = Rotary(FLASH, False).angles(5, 3)
+    x = np.random.default_rng(0).normal(size=(3, 4, 72)).astype(np.float32)
+    angles = Rotary(FLASH, False).angles(np.arange(5, 8))
     got = np.array(rotate(mx.array(x), angles))
     assert np.array_equal(got[..., :8], x[..., :8])
     turned = (x[..., 8::2] + 1j * x[..., 9::2]) * np.exp(
         1j * np.multiply.outer(np.arange(5, 8), frequencies(FLASH, False)).astype(np.float32)
-    )[None, :, None]
+    )[:, None]
     assert np.abs(got[..., 8::2] - turned.real).max() < 1e-6
     assert np.abs(got[..., 9::2] - turned.imag).max() < 1e-6
     back = rotate(mx.array(got), angles, inverse=True)
@@ -48,7 +50,11 @@ def test_rotation_is_interleaved_on_the_last_channels_and_undone_by_its_inverse(
 
 
 def test_compressed_rows_step_by_their_ratio():
-    table = Rotary(FLASH, True)
-    stepped, plain = table.angles(8, 5, 4), table.angles(8, 20)
-    for a, b in zip(stepped, plain, strict=True):
-        assert bool((a == b[::4]).all())
+    """Row j to token ratio * j, those rows that a step from 6 to 29 tokens completes."""
+    assert row_positions(Step(6, 23), 4).tolist() == [4, 8, 12, 16, 20, 24]
+    assert row_positions(Step(6, 1), 4).tolist() == []
+    assert row_positions(Step(120, 140), 128).tolist() == [0, 128]
+    batch = Batch.of(mx.arange(23), [Step(6, 23)], rotary_tables(FLASH))
+    table = Rotary(FLASH, True).angles(np.arange(30))
+    for rows, tokens, every in zip(batch.spans[0].rows[4], batch.angles[4], table, strict=True):
+        assert bool((rows == every[4:28:4]).all()) and bool((tokens == every[6:29]).all())

@@ -110,7 +110,7 @@ def test_a_synthetic_state_is_shaped_like_a_real_one():
     assert counts[0] == counts[1]
 
 
-def test_decoding_goes_on_from_a_synthetic_state_at_a_mark():
+def test_decoding_goes_on_from_a_synthetic_state_at_a_boundary():
     """2,048 tokens are where a read-in prompt sets a boundary record aside."""
     model = synth_model(SMALL, "q2", mx.float32)
     made = bench_model.synthetic_state(model, 2048)

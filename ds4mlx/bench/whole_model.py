@@ -20,6 +20,7 @@ from ds4mlx.model.model import Model
 from ds4mlx.state.decode_state import DecodeState, state_bytes
 from ds4mlx.state.layer import LayerState
 from ds4mlx.state.row_forms import RowForm
+from ds4mlx.state.step import Step, commit
 
 Fill = Literal["real", "synthetic"]
 # Operations of MLX's graph that only look at memory another way.
@@ -141,18 +142,18 @@ def synthetic_state(model: Model, tokens: int) -> DecodeState:
 
 
 def _fill(state: LayerState, model: Model, tokens: int) -> None:
-    forms, dtype = (state.form.kv, state.form.index), model.dtype
-    state.offset = tokens
+    dtype, step = model.dtype, Step(0, tokens)
     kept = min(tokens, state.before)
-    state.window.load(_random_rows(forms[0], kept, dtype), tokens)
-    for part, form in zip(state.compressors, forms, strict=False):
+    state.window.load(_random_rows(state.form, kept, dtype), tokens)
+    for part in state.compressors:
         recent = tokens - part.needed(tokens)
-        part.recent.load(mx.random.normal((1, recent, 2, part.channels)), tokens)
-        part.rows.extend(_random_rows(form, tokens // part.ratio, dtype))
+        part.recent.load(mx.random.normal((recent, 2, part.channels)), tokens)
+        part.rows.extend(_random_rows(part.form, tokens // part.ratio, dtype), step)
+    commit([step])
 
 
 def _random_rows(form: RowForm, count: int, dtype: mx.Dtype) -> mx.array:
-    return form.pack(mx.random.normal((1, count, form.width)).astype(dtype))
+    return form.pack(mx.random.normal((count, form.width)).astype(dtype))
 
 
 def table(rows: list[Row]) -> str:

@@ -19,18 +19,18 @@ def hidden_rows(model: Model, kind: str) -> Iterator[None]:
     """
     chosen = [layer.attn for layer in model.layers if layer.attn.ratio == RATIOS[kind]]
     for attention in chosen:
-        attention.context = _without_rows(attention)
+        attention.contexts = _without_rows(attention)
     try:
         yield
     finally:
         for attention in chosen:
-            del attention.context
+            del attention.contexts
 
 
-def _without_rows(attention: Attention) -> Callable[..., Context]:
-    usual = attention.context
+def _without_rows(attention: Attention) -> Callable[..., list[Context]]:
+    usual = attention.contexts
 
-    def context(*arguments) -> Context:
-        return replace(usual(*arguments), rows=None, index_q=None)
+    def contexts(*arguments) -> list[Context]:
+        return [replace(c, rows=c.rows[:0], selection=None) for c in usual(*arguments)]
 
-    return context
+    return contexts

@@ -81,7 +81,7 @@ def read(model: Model, ids: Sequence[int], progress: tqdm | None = None) -> Deco
     """
     check_ids(model.args, ids)
     cache, told = model.make_cache(), 0 if progress is None else progress.n
-    cache.mark(len(ids))
+    cache.add_boundary(len(ids))
 
     def on_chunk(done: int, total: int) -> None:
         if progress is not None:

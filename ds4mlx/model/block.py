@@ -1,14 +1,16 @@
 """One block of the model: attention and MoE, each inside a hyper-connection."""
 
+from collections.abc import Sequence
+
 import mlx.core as mx
 import mlx.nn as nn
 
 from ds4mlx.config import ModelConfig
-from ds4mlx.model.attention import Attention
+from ds4mlx.model.attention import attention_of
+from ds4mlx.model.batch import Batch
 from ds4mlx.model.hyper import HyperConnection
 from ds4mlx.model.linear import RMSNorm
 from ds4mlx.model.moe import MoE
-from ds4mlx.model.rope import Rotary
 from ds4mlx.state.layer import LayerState
 from ds4mlx.state.rounding import Rounding
 
@@ -16,23 +18,23 @@ from ds4mlx.state.rounding import Rounding
 class Block(nn.Module):
     """Attention and MoE, each between the two halves of a hyper-connection."""
 
-    def __init__(self, config: ModelConfig, block: int, rounding: Rounding, rotary: Rotary):
+    def __init__(self, config: ModelConfig, block: int, rounding: Rounding):
         super().__init__()
         self.hc_attn = HyperConnection(config)
         self.attn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.attn = Attention(config, block, rounding, rotary)
+        self.attn = attention_of(config, block, rounding)
         self.hc_ffn = HyperConnection(config)
         self.ffn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.ffn = MoE(config, block)
 
-    def __call__(self, streams: mx.array, ids: mx.array, state: LayerState) -> mx.array:
-        """streams (B, L, n, D) of tokens ids (B, L) -> streams; `state` moves on by L tokens."""
-        shape, streams = streams.shape, streams.flatten(0, 1)
+    def __call__(self, streams: mx.array, batch: Batch, states: Sequence[LayerState]) -> mx.array:
+        """streams (N, n, D) of the batch's tokens -> streams.
+
+        states: this block's, one for each span; what becomes of them goes into the spans' steps.
+        """
         x, post, comb = self.hc_attn.before(streams)
-        x = mx.unflatten(self.attn_norm(x), 0, ids.shape)
-        out = self.attn(x, state).flatten(0, 1)
+        out = self.attn(self.attn_norm(x), batch, states)
         streams = self.hc_attn.merge(streams, out, post, comb)
         x, post, comb = self.hc_ffn.before(streams)
-        out = self.ffn(self.ffn_norm(x), ids.flatten())
-        state.offset += ids.shape[1]
-        return self.hc_ffn.merge(streams, out, post, comb).reshape(shape)
+        out = self.ffn(self.ffn_norm(x), batch.ids)
+        return self.hc_ffn.merge(streams, out, post, comb)

@@ -8,8 +8,9 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ds4mlx.config import ModelConfig
+from ds4mlx.model.batch import Span
 from ds4mlx.model.linear import Linear, RMSNorm
-from ds4mlx.model.rope import Rotary, rotate
+from ds4mlx.model.rope import rotate
 from ds4mlx.state.layer import CompressorState
 
 
@@ -26,53 +27,47 @@ class Compressor(nn.Module):
         self.norm = RMSNorm(width, config.rms_norm_eps)
 
     def __call__(
-        self, x: mx.array, offset: int, state: CompressorState, rotary: Rotary
+        self, projected: mx.array, span: Span, state: CompressorState, dtype: mx.Dtype
     ) -> mx.array:
-        """Take tokens x (B, L, D) at positions from `offset`; return the rows they complete.
+        """Take a span's projections (L, 2, channels); return the rows that its tokens complete.
 
-        Rows are (B, g, width) in x's type, g >= 0, not yet rounded; row j stands for tokens
-        ratio * j .. ratio * j + ratio - 1 and is rotated to the first of them.
+        Rows are (g, width) of type `dtype`, g >= 0, not yet rounded.
         """
-        span = self.span(x, offset, state)
-        first, last = offset // self.ratio, (offset + x.shape[1]) // self.ratio
+        step = span.step
+        back = step.offset - state.needed(step.offset)
+        recent = state.recent.extend(projected, back, step)
+        first, last = step.offset // self.ratio, step.end // self.ratio
         if first == last:
-            return mx.zeros((x.shape[0], 0, self.width), x.dtype)
-        rows = self.pool(self.groups(span, first, last))
-        angles = rotary.angles(first * self.ratio, last - first, self.ratio)
-        return rotate(self.norm(rows.astype(x.dtype)), angles)
+            return mx.zeros((0, self.width), dtype)
+        rows = self.pool(self.groups(recent, first, last)).astype(dtype)
+        return rotate(self.norm(rows), span.rows[self.ratio])
 
-    def span(self, x: mx.array, offset: int, state: CompressorState) -> mx.array:
-        """Projections of x and of the earlier tokens its groups need, (B, ., 2, channels)."""
-        back = offset - state.needed(offset)
-        return state.recent.extend(self.project(x, offset), back)
-
-    def project(self, x: mx.array, offset: int) -> mx.array:
-        """Values and scores of tokens x (B, L, D), float32 (B, L, 2, channels).
+    def project(self, x: mx.array, positions: mx.array) -> mx.array:
+        """Values and scores of tokens x (N, D), float32 (N, 2, channels).
 
         Each score carries the bias of its token's place in its group.
         """
         x = x.astype(mx.float32)
-        place = (offset + mx.arange(x.shape[1])) % self.ratio
-        return mx.stack([self.wkv(x), self.wgate(x) + self.ape[place]], axis=-2)
+        scores = self.wgate(x) + self.ape[positions % self.ratio]
+        return mx.stack([self.wkv(x), scores], axis=-2)
 
-    def groups(self, span: mx.array, first: int, last: int) -> mx.array:
-        """Pooling candidates of rows first..last-1: (B, rows, candidates, 2, width)."""
-        batch, _, two, channels = span.shape
+    def groups(self, recent: mx.array, first: int, last: int) -> mx.array:
+        """Pooling candidates of rows first..last-1: (rows, candidates, 2, width)."""
         if self.overlaps and first == 0:
-            span = mx.concatenate([self.nothing(batch), span], axis=1)
+            recent = mx.concatenate([self.nothing(), recent])
         count = last - first + (1 if self.overlaps else 0)
-        span = span[:, : count * self.ratio].reshape(batch, count, self.ratio, two, channels)
+        groups = mx.unflatten(recent[: count * self.ratio], 0, (count, self.ratio))
         if not self.overlaps:
-            return span
-        previous, current = span[:, :-1, ..., : self.width], span[:, 1:, ..., self.width :]
-        return mx.concatenate([previous, current], axis=2)
+            return groups
+        previous, current = groups[:-1, ..., : self.width], groups[1:, ..., self.width :]
+        return mx.concatenate([previous, current], axis=1)
 
-    def nothing(self, batch: int) -> mx.array:
+    def nothing(self) -> mx.array:
         """The group before the first: values 0, scores -inf, so that it takes no part."""
-        values = mx.zeros((batch, self.ratio, 1, 2 * self.width))
-        return mx.concatenate([values, values - mx.inf], axis=2)
+        values = mx.zeros((self.ratio, 1, 2 * self.width))
+        return mx.concatenate([values, values - mx.inf], axis=1)
 
     def pool(self, candidates: mx.array) -> mx.array:
-        """Softmax over the candidates, for every channel by itself: (B, rows, width) float32."""
+        """Softmax over the candidates, for every channel by itself: (rows, width) float32."""
         values, scores = candidates[..., 0, :], candidates[..., 1, :]
-        return (mx.softmax(scores, axis=2, precise=True) * values).sum(axis=2)
+        return (mx.softmax(scores, axis=1, precise=True) * values).sum(axis=1)

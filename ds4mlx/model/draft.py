@@ -6,7 +6,6 @@ from ds4mlx.config import ModelConfig
 from ds4mlx.model.block import Block
 from ds4mlx.model.hyper import HyperHead
 from ds4mlx.model.linear import Linear, RMSNorm
-from ds4mlx.model.rope import Rotary
 from ds4mlx.state.rounding import Rounding
 
 
@@ -16,8 +15,8 @@ class MTP(Block):
     Embedding and head are the main model's; it is called through `Model.draft`.
     """
 
-    def __init__(self, config: ModelConfig, block: int, rounding: Rounding, rotary: Rotary):
-        super().__init__(config, block, rounding, rotary)
+    def __init__(self, config: ModelConfig, block: int, rounding: Rounding):
+        super().__init__(config, block, rounding)
         eps, width = config.rms_norm_eps, config.hidden_size
         self.enorm, self.hnorm = RMSNorm(width, eps), RMSNorm(width, eps)
         self.e_proj, self.h_proj = Linear(width, width), Linear(width, width)
@@ -25,5 +24,5 @@ class MTP(Block):
         self.norm = RMSNorm(width, eps)
 
     def joined(self, streams: mx.array, embedded: mx.array) -> mx.array:
-        """The block's input streams from streams (B, L, n, D) and next tokens' embeddings."""
+        """The block's input (N, n, D) from streams (N, n, D) and next tokens' embeddings (N, D)."""
         return self.e_proj(self.enorm(embedded))[..., None, :] + self.h_proj(self.hnorm(streams))

@@ -4,11 +4,12 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ds4mlx.config import ModelConfig
+from ds4mlx.model.batch import Span
 from ds4mlx.model.compressor import Compressor
 from ds4mlx.model.linear import Linear
-from ds4mlx.model.rope import Angles, Rotary, rotate
+from ds4mlx.model.rope import Angles, rotate
 from ds4mlx.model.ties import settle
-from ds4mlx.state.layer import LayerState
+from ds4mlx.state.layer import CompressorState
 from ds4mlx.state.rounding import Rounding, round_index, spread_index
 from ds4mlx.state.row_forms import RowForm
 
@@ -16,7 +17,7 @@ from ds4mlx.state.row_forms import RowForm
 class Indexer(nn.Module):
     """Scores rows by sum_h w_h relu(q_h . k) with its own small compressor and heads."""
 
-    def __init__(self, config: ModelConfig, ratio: int, rounding: Rounding):
+    def __init__(self, config: ModelConfig, rounding: Rounding):
         super().__init__()
         self.heads, self.width, self.topk = (
             config.index_n_heads,
@@ -25,50 +26,49 @@ class Indexer(nn.Module):
         )
         self.wq_b = Linear(self.heads * self.width, config.q_lora_rank)
         self.weights_proj = Linear(self.heads, config.hidden_size)
-        self.compressor = Compressor(config, self.width, ratio)
+        self.compressor = Compressor(config, self.width, 4)
         self.rounding: Rounding = rounding
         self.heap_ties = config.index_ties == "heap"
         self.settles_on_gpu = False  # where the host's choice would keep it waiting
 
-    def extend(self, x: mx.array, state: LayerState, rotary: Rotary) -> mx.array:
-        """Take tokens x (B, L, D); return all index rows so far, as held, (B, R, .)."""
-        assert state.indexer is not None
-        rows = self.compressor(x, state.offset, state.indexer, rotary)
-        return state.indexer.rows.extend(state.form.index.pack(spread_index(rows, self.rounding)))
+    def extend(
+        self, projected: mx.array, span: Span, state: CompressorState, dtype: mx.Dtype
+    ) -> mx.array:
+        """Take a span's projections by `compressor`; all index rows so far, as laid out, (R, .)."""
+        rows = spread_index(self.compressor(projected, span, state, dtype), self.rounding)
+        return state.rows.extend(state.form.pack(rows), span.step)
 
     def queries(self, qr: mx.array, angles: Angles) -> mx.array:
-        """Index queries from the normed query latent qr (B, L, rank): (B, L, heads, width)."""
-        q = self.wq_b(qr).reshape(*qr.shape[:2], self.heads, self.width)
+        """Index queries from the normed query latent qr (N, rank): (N, heads, width)."""
+        q = self.wq_b(qr).reshape(-1, self.heads, self.width)
         return round_index(rotate(q, angles), self.rounding)
 
     def head_weights(self, x: mx.array) -> mx.array:
-        """Signed weight of every head, float32 (B, L, heads)."""
+        """Signed weight of every head, float32 (N, heads)."""
         scale = (self.width * self.heads) ** -0.5
         return self.weights_proj(x.astype(mx.float32)) * scale
 
     def scores(
         self, q: mx.array, weights: mx.array, rows: mx.array, form: RowForm, scratch: int
     ) -> mx.array:
-        """Scores of all rows (B, R, .), as held, for queries (B, L, heads, width): (B, L, R) float32.
+        """Scores of all rows (R, .), as laid out, for queries (L, heads, width): (L, R) float32.
 
         At most about `scratch` elements of per-head products, or of unpacked rows, exist at a time.
         """
-        batch, length, heads, width = q.shape
-        flat = q.astype(mx.float32).reshape(batch, length * heads, width)
-        step = max(1, scratch // (batch * max(length * heads, width)))
+        length, heads, width = q.shape
+        flat = q.astype(mx.float32).reshape(length * heads, width)
+        size = max(1, scratch // max(length * heads, width))
         parts: list[mx.array] = []
-        for start in range(0, rows.shape[1], step):
-            block = rows[:, start : start + step]
+        for start in range(0, len(rows), size):
+            block = rows[start : start + size]
             if parts:  # in turn, so that one block's products are alive at a time
                 block = mx.depends([block], parts[-1:])[0]
-            block = form.unpack(block)
-            hits = mx.maximum(flat @ mx.swapaxes(block, -1, -2), 0)
-            hits = hits.reshape(batch, length, heads, -1)
-            parts.append((weights[..., None, :] @ hits).squeeze(-2))
+            hits = mx.maximum(flat @ form.unpack(block).T, 0).reshape(length, heads, -1)
+            parts.append((weights[:, None] @ hits).squeeze(1))
         return mx.concatenate(parts, axis=-1)
 
     def select(self, scores: mx.array, visible: mx.array) -> mx.array:
-        """The `topk` best visible rows: scores (B, L, R), visible bool (L, R) -> int (B, L, topk).
+        """The `topk` best visible rows: scores and visible bool (L, R) -> int (L, topk).
 
         A query with fewer visible rows gets invisible ones among them: mask by visibility again.
         """

@@ -4,22 +4,33 @@ The module tree carries the official tensor names, so a weight is found by its n
 checkpoint and a computation by its name in the paper.
 """
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, overload
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from ds4mlx.config import ModelConfig
+from ds4mlx.errors import DataError
+from ds4mlx.model.batch import Batch
 from ds4mlx.model.block import Block
 from ds4mlx.model.draft import MTP
 from ds4mlx.model.hyper import HyperHead
+from ds4mlx.model.inputs import Cache, Inputs, Tokens, read_states, read_tokens
 from ds4mlx.model.linear import Embedding, Linear, RMSNorm
-from ds4mlx.model.rope import Rotary
+from ds4mlx.model.rope import rotary_tables
 from ds4mlx.precision import keep_float32
 from ds4mlx.state.decode_state import DecodeState
 from ds4mlx.state.layer import LayerState
 from ds4mlx.state.rounding import Rounding
 from ds4mlx.state.row_forms import StateForm
+from ds4mlx.state.step import Step, commit
+
+# Most sequences that `step` takes.
+MOST_STEPPED = 8
+
+Out = TypeVar("Out")
 
 
 class Model(nn.Module):
@@ -27,6 +38,12 @@ class Model(nn.Module):
 
     `rounding="official"` rounds KV rows to FP8 and the indexer's queries and rows to FP4, as in the
     forward pass the weights were trained with; "none" leaves them as computed.
+
+    Tokens are int (B, L), an mx.array or NumPy's, or a list of sequences of any lengths; a cache is
+    one decode state, or a list of one for each sequence, each at its own depth. A call that raises
+    leaves every state as it was. DataError: a wrong rank or type, no tokens, ids outside the
+    vocabulary (see `inputs` for the one kind of call whose ids are not read), a wrong number of
+    states, a state of another model, or one state given twice.
     """
 
     def __init__(
@@ -41,53 +58,72 @@ class Model(nn.Module):
         self.rounding: Rounding = rounding
         self.model_type = args.model_type
         self.identity: str | None = None  # of the directory it was loaded from
-        plain, long = Rotary(args, compressed=False), Rotary(args, compressed=True)
-        tables = {0: plain, 4: long, 128: long}
+        self._rotary = rotary_tables(args)
         layers, drafts = args.num_hidden_layers, args.num_nextn_predict_layers
         self.embed = Embedding(args.vocab_size, args.hidden_size)
-        self.layers = [Block(args, i, rounding, tables[args.ratio(i)]) for i in range(layers)]
+        self.layers = [Block(args, i, rounding) for i in range(layers)]
         self.hc_head = HyperHead(args)
         self.norm = RMSNorm(args.hidden_size, args.rms_norm_eps)
         self.head = Linear(args.vocab_size, args.hidden_size)
-        self.mtp = [
-            MTP(args, i, rounding, tables[args.ratio(i)]) for i in range(layers, layers + drafts)
-        ]
+        self.mtp = [MTP(args, i, rounding) for i in range(layers, layers + drafts)]
 
-    def __call__(self, tokens: mx.array, cache: DecodeState | None = None) -> mx.array:
-        """tokens int (B, L) -> logits float32 (B, L, vocab); `cache` moves on by L tokens.
+    @overload
+    def __call__(self, tokens: mx.array | np.ndarray, cache: Cache = None) -> mx.array: ...
+    @overload
+    def __call__(self, tokens: Sequence, cache: Cache = None) -> list[mx.array]: ...
+    def __call__(self, tokens: Tokens, cache: Cache = None) -> mx.array | list[mx.array]:
+        """Logits float32 of every token: (B, L, vocab), or for a list of sequences a list of (L, vocab).
 
-        Without a cache the tokens stand alone. L may be 1 or any chunk, at any depth.
+        Each state moves on by its sequence's tokens; L may be 1 or any chunk, at any depth.
+        Without a cache the sequences stand alone.
         """
-        return self.logits(self.streams(tokens, cache))
+        call = _Call(self, tokens, cache)
+        return call.done(self.logits(self._run(call.batch, call.states)))
 
-    def last_logits(self, tokens: mx.array, cache: DecodeState) -> mx.array:
-        """Like calling the model, but the head runs for the last token only: (B, vocab)."""
-        return self.logits(self.streams(tokens, cache)[:, -1:])[:, 0]
+    def last_logits(self, tokens: Tokens, cache: Cache) -> mx.array:
+        """Like calling the model, but the head runs for the last tokens only: (B, vocab)."""
+        call = _Call(self, tokens, cache)
+        streams = self._run(call.batch, call.states)
+        return call.moved(self.logits(streams[call.inputs.last]))
 
-    def embedded(self, tokens: mx.array) -> mx.array:
-        """tokens (B, L) -> (B, L, D)."""
-        return self.embed(tokens).astype(self.dtype)
+    def step(self, tokens: mx.array | Sequence[int], states: Sequence[DecodeState]) -> mx.array:
+        """One more token of up to 8 sequences: int (B,) and B states -> logits (B, vocab)."""
+        if len(states) > MOST_STEPPED:
+            raise DataError(f"{len(states)} sequences at once: a step takes {MOST_STEPPED} at most")
+        column = tokens if isinstance(tokens, mx.array) else np.asarray(tokens)
+        if column.ndim != 1:
+            raise DataError(f"the tokens of a step must be (B,), not {tuple(column.shape)}")
+        return self.last_logits(column[:, None], states)
 
-    def streams(self, tokens: mx.array, cache: DecodeState | None = None) -> mx.array:
-        """Residual streams after the last layer, (B, L, n, D), in the activation type.
+    @overload
+    def streams(self, tokens: mx.array | np.ndarray, cache: Cache = None) -> mx.array: ...
+    @overload
+    def streams(self, tokens: Sequence, cache: Cache = None) -> list[mx.array]: ...
+    def streams(self, tokens: Tokens, cache: Cache = None) -> mx.array | list[mx.array]:
+        """Residual streams after the last layer, (B, L, n, D) or a list, in the activation type.
 
-        Evaluating them evaluates the cache, so that no graph outlives a token.
+        Evaluating them evaluates the states, so that no graph outlives a token.
         """
-        state = self.make_cache() if cache is None else cache
-        streams = mx.repeat(self.embedded(tokens)[:, :, None], self.args.hc_mult, axis=2)
-        for layer, layer_state in zip(self.layers, state, strict=True):
-            streams = layer(streams, tokens, layer_state)
-        if cache is None:
-            return streams
-        cache.set_aside()
-        return mx.depends([streams], cache.arrays)[0]
+        call = _Call(self, tokens, cache)
+        return call.done(self._run(call.batch, call.states))
+
+    def _run(self, batch: Batch, states: Sequence[DecodeState]) -> mx.array:
+        """Streams (N, n, D) after the last layer; the changes of the states go into the batch."""
+        streams = mx.repeat(self.embedded(batch.ids)[:, None], self.args.hc_mult, axis=1)
+        for number, layer in enumerate(self.layers):
+            streams = layer(streams, batch, [state[number] for state in states])
+        return streams
+
+    def embedded(self, ids: mx.array) -> mx.array:
+        """ids (...,) -> (..., D)."""
+        return self.embed(ids).astype(self.dtype)
 
     def logits(self, streams: mx.array) -> mx.array:
-        """Head: collapse (B, L, n, D), norm, float32 product with the vocabulary."""
+        """Head: collapse (..., n, D), norm, float32 product with the vocabulary."""
         return self.unembedded(self.norm(self.hc_head(streams)))
 
     def unembedded(self, hidden: mx.array) -> mx.array:
-        """hidden (B, L, D), normed -> logits float32 (B, L, vocab)."""
+        """hidden (..., D), normed -> logits float32 (..., vocab)."""
         return self.head(hidden.astype(mx.float32))
 
     def draft(
@@ -95,17 +131,23 @@ class Model(nn.Module):
     ) -> tuple[mx.array, mx.array]:
         """Logits of MTP block `depth` and its streams.
 
-        streams: (B, L, n, D) at positions t; tokens: int (B, L), those at t + 1; the logits
-        (B, L, vocab) are for t + 2. `state` is the block's own, see `make_draft_state`.
+        streams: (1, L, n, D) at positions t; tokens: int (1, L), those at t + 1; the logits
+        (1, L, vocab) are for t + 2. `state` is the block's own, see `make_draft_state`.
         """
         state = self.make_draft_state(depth) if state is None else state
-        block = self.mtp[depth]
-        streams = block(block.joined(streams, self.embedded(tokens)), tokens, state)
-        return self.unembedded(block.norm(block.hc_head(streams))), streams
+        block, inputs = self.mtp[depth], read_tokens(tokens, self.args.vocab_size, True)
+        step = Step(state.offset, sum(inputs.lengths))
+        batch = Batch.of(inputs.ids, [step], self._rotary)
+        flat = block.joined(streams.flatten(0, 1), self.embedded(inputs.ids))
+        flat = block(flat, batch, [state])
+        logits = self.unembedded(block.norm(block.hc_head(flat)))
+        out = mx.depends([logits, flat], step.arrays)
+        commit([step])
+        return out[0][None], out[1][None]
 
     @property
     def state_form(self) -> StateForm:
-        """How this model's decode states hold their rows."""
+        """How this model's decode states lay out their rows."""
         return StateForm.of(self.args, self.dtype, self.rounding)
 
     def make_cache(self) -> DecodeState:
@@ -120,3 +162,38 @@ class Model(nn.Module):
     def sanitize(self, weights: dict[str, Any]) -> dict[str, Any]:
         """The weights of a converted directory as they are: names and shapes are the model's own."""
         return weights
+
+
+class _Call:
+    """One call of a model: its checked inputs, its states, the batch, and its end."""
+
+    def __init__(self, model: Model, tokens: Tokens, cache: Cache):
+        self.kept = cache is not None
+        self.inputs: Inputs = read_tokens(tokens, model.args.vocab_size, self.kept)
+        lengths = self.inputs.lengths
+        if self.kept:
+            self.states = read_states(cache, len(lengths), model.state_form, len(model.layers))
+            steps = [s.step(n) for s, n in zip(self.states, lengths, strict=True)]
+        else:
+            self.states = [model.make_cache() for _ in lengths]
+            steps = [Step(0, length) for length in lengths]
+        self.batch = Batch.of(self.inputs.ids, steps, model._rotary)
+
+    def done(self, flat: mx.array) -> mx.array | list[mx.array]:
+        """What was made of each token, (N, ...), shaped as the tokens; the states move on."""
+        return self._ended(flat, self.inputs.shaped)
+
+    def moved(self, out: mx.array) -> mx.array:
+        """What was made of each sequence, (B, ...); the states move on."""
+        return self._ended(out, lambda out: out)
+
+    def _ended(self, flat: mx.array, shaped: Callable[[mx.array], Out]) -> Out:
+        """`flat`, shaped, after whose evaluation the states are evaluated; commits them last."""
+        if not self.kept:
+            return shaped(flat)
+        steps = [span.step for span in self.batch.spans]
+        for state, step in zip(self.states, steps, strict=True):
+            flat = mx.depends([flat], state.finish(step))[0]
+        out = shaped(flat)
+        commit(steps)
+        return out

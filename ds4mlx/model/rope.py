@@ -6,7 +6,6 @@ trigonometry is wrong at long contexts.
 """
 
 import math
-from functools import lru_cache
 
 import mlx.core as mx
 import numpy as np
@@ -26,14 +25,18 @@ class Rotary:
     def __init__(self, config: ModelConfig, compressed: bool):
         self.frequencies = frequencies(config, compressed)
 
-    @lru_cache(maxsize=8)  # noqa: B019 - one object per kind of layer, alive with its model
-    def angles(self, start: int, count: int, step: int = 1) -> Angles:
-        """cos and sin, each float32 (count, rope_dims / 2), of positions start, start + step, ..."""
-        positions = (start + step * np.arange(count)).astype(np.float32)
-        angle = np.multiply.outer(positions, self.frequencies).astype(np.float64)
-        return mx.array(np.cos(angle).astype(np.float32)), mx.array(
-            np.sin(angle).astype(np.float32)
-        )
+    def angles(self, positions: np.ndarray) -> Angles:
+        """cos and sin, each float32 (L, rope_dims / 2), of positions int (L,)."""
+        angle = np.multiply.outer(positions.astype(np.float32), self.frequencies)
+        angle = angle.astype(np.float64)
+        cos, sin = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
+        return mx.array(cos), mx.array(sin)
+
+
+def rotary_tables(config: ModelConfig) -> dict[int, Rotary]:
+    """The table of the layers of each compression ratio; those that compress share one."""
+    compressed = Rotary(config, compressed=True)
+    return {0: Rotary(config, compressed=False), 4: compressed, 128: compressed}
 
 
 def frequencies(config: ModelConfig, compressed: bool) -> np.ndarray:
@@ -63,9 +66,9 @@ def _pair_turning(config: ModelConfig, base: float, turns: float) -> float:
 def rotate(x: mx.array, angles: Angles, inverse: bool = False) -> mx.array:
     """Turn the channel pairs (2i, 2i + 1) of x's last rope_dims channels.
 
-    x: (B, L, c) or (B, L, H, c), any float type; angles: (L, rope_dims / 2) each. float32 inside.
+    x: (L, c) or (L, H, c), any float type; angles: (L, rope_dims / 2) each. float32 inside.
     """
-    cos, sin = (a if x.ndim == 3 else a[:, None] for a in angles)
+    cos, sin = (a if x.ndim == 2 else a[:, None] for a in angles)
     sin = -sin if inverse else sin
     dims = 2 * cos.shape[-1]
     pairs = x[..., -dims:].astype(mx.float32).reshape(*x.shape[:-1], dims // 2, 2)

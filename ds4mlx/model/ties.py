@@ -19,7 +19,7 @@ class Scored(float):
 
 
 def settle(scores: mx.array, chosen: mx.array) -> mx.array:
-    """Replace choices (B, L, k) that equal scores (B, L, R) left open by those of a heap."""
+    """Replace choices (L, k) that equal scores (L, R) left open by those of a heap."""
     wide, picked = np.array(scores), np.array(chosen)
     k = picked.shape[-1]
     best = -np.partition(-wide, (k - 1, k), axis=-1)

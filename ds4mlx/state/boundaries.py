@@ -1,8 +1,9 @@
-"""Where a decode state sets boundary records aside, and which of them are kept.
+"""At which positions a decode state makes boundary records, and which of them it keeps.
 
-A boundary record is what the state at a position holds beside the rows that only grow: the window
-rows and the compressors' open projections. With it and the rows, the state at that position is
-exact again. Dense near the end of a conversation, thinned behind it.
+A boundary is a position at which a state can be resumed. Its record is what the state there holds
+beside the rows that only grow: the window rows and the compressors' open projections. With it and
+the rows, the state at that position is exact again. Boundaries are dense near the end of a
+conversation and thinned behind it.
 """
 
 from collections.abc import Iterable
@@ -41,16 +42,19 @@ class Spacing:
 
 
 @dataclass
-class Marks:
-    """The positions at which records are set aside: every `dense` tokens, and those asked for."""
+class Boundaries:
+    """The positions at which records are made: every `dense` tokens, and those asked for."""
 
     spacing: Spacing = field(default_factory=Spacing)
-    extra: set[int] = field(default_factory=set)
+    asked: frozenset[int] = frozenset()
 
     def passed(self, before: int, after: int) -> list[int]:
-        """The marks in before + 1 .. after."""
+        """The boundaries in before + 1 .. after, in order."""
         step = self.spacing.dense
-        found = list(range((before // step + 1) * step, after + 1, step))
-        if self.extra:
-            found += sorted(m for m in self.extra if before < m <= after and m % step)
-        return found
+        regular = range((before // step + 1) * step, after + 1, step)
+        asked = (p for p in self.asked if before < p <= after and p % step)
+        return sorted((*regular, *asked))
+
+    def regular(self, positions: Iterable[int]) -> list[int]:
+        """Those of `positions` that were not asked for: only they are thinned."""
+        return [p for p in positions if p % self.spacing.dense == 0]

@@ -1,118 +1,108 @@
-"""Two kinds of storage of the decode state.
+"""The two kinds of buffer of a decode state.
 
 `Recent` keeps the last rows of something every token makes (window rows, compressor projections);
 `Rows` keeps every row of something that only grows (compressed rows, indexer rows). What a later
-token needs is read off these, so stepping back is moving their ends.
+token needs is read off these, so stepping back is moving their ends. A buffer is written in place
+when its graph is evaluated, beyond the end that is committed.
 """
 
 from collections.abc import Callable
+from copy import copy
 
 import mlx.core as mx
 
-from ds4mlx.state.boundaries import Marks
+from ds4mlx.state.step import Step
 
 # New tokens a `Recent` takes before it moves what it keeps to the front of a new buffer.
 SLACK = 128
 
 
 class Recent:
-    """The last rows of a growing sequence, at least `keep` of them, in one buffer (B, ., ...).
+    """The last rows of a growing sequence, at least `keep` of them, in one buffer (capacity, ...).
 
-    Where it passes a mark in the middle of a chunk it puts the rows that continuing from there
-    needs, from position `needed(mark)` on, into `cuts`.
+    A record at a boundary takes the rows from position `needed(boundary)` on.
     """
 
-    def __init__(
-        self,
-        keep: int,
-        marks: Marks | None = None,
-        needed: Callable[[int], int] = lambda mark: mark,
-    ):
-        self.keep, self.marks, self.needed = keep, marks, needed
+    def __init__(self, keep: int, needed: Callable[[int], int] = lambda boundary: boundary):
+        self.keep, self.needed = keep, needed
         self.buffer: mx.array | None = None
-        self.start = self.end = 0  # absolute positions of the rows held
-        self.cuts: dict[int, mx.array] = {}
+        self.start = self.end = 0  # absolute positions of the rows in the buffer
 
-    def extend(self, rows: mx.array, back: int) -> mx.array:
-        """Take new rows (B, L, ...); return the `back` (<= keep) rows before them and them.
+    def extend(self, rows: mx.array, back: int, step: Step) -> mx.array:
+        """Take new rows (L, ...) as a part of a step; the `back` (<= keep) rows before and them.
 
         Near the beginning there are fewer than `back`.
         """
-        buffer = self._renew(rows[:, :0]) if self.buffer is None else self.buffer
-        used, length = self.end - self.start, rows.shape[1]
-        self.end += length
-        if used + length <= buffer.shape[1]:
-            buffer[:, used : used + length] = rows
-            span = buffer[:, max(0, used - back) : used + length]
+        buffer = self._roomy(rows[:0]) if self.buffer is None else self.buffer
+        used, start = self.end - self.start, self.start
+        stop, end = used + len(rows), self.end + len(rows)
+        if stop <= len(buffer):
+            buffer = _written(buffer, rows, used)
+            span = buffer[max(0, used - back) : stop]
         else:
-            joined = mx.concatenate([buffer[:, max(0, used - self.keep) : used], rows], axis=1)
-            self._renew(joined[:, -self.keep :])
-            span = joined[:, -(back + length) :]
-        if self.marks is not None:
-            self._cut(span, self.marks.passed(self.end - length, self.end))
+            joined = mx.concatenate([buffer[max(0, used - self.keep) : used], rows])
+            kept = joined[-self.keep :]
+            buffer, start = self._roomy(kept), end - len(kept)
+            span = joined[-(back + len(rows)) :]
+        first = end - len(span)
+        for boundary in step.boundaries:
+            piece = span[self.needed(boundary) - first : boundary - first]
+            step.pieces[self, boundary] = piece
+        step.change(self, buffer=buffer, start=start, end=end)
         return span
 
     def between(self, first: int, last: int) -> mx.array:
-        """The rows of positions first..last-1, which must be held."""
+        """The rows of positions first..last-1, which must be in the buffer."""
         assert self.buffer is not None and self.start <= first <= last <= self.end
-        return self.buffer[:, first - self.start : last - self.start]
+        return self.buffer[first - self.start : last - self.start]
 
     def load(self, rows: mx.array, end: int) -> None:
         """Hold `rows`, those before position `end`, and nothing else, not even room for more."""
-        self.start, self.end, self.cuts = end - rows.shape[1], end, {}
-        self.buffer = rows
+        self.buffer, self.start, self.end = rows, end - len(rows), end
 
-    def _cut(self, span: mx.array, marks: list[int]) -> None:
-        first = self.end - span.shape[1]
-        for mark in marks:
-            self.cuts[mark] = span[:, self.needed(mark) - first : mark - first]
-
-    def _renew(self, kept: mx.array) -> mx.array:
-        """Start a new buffer that begins with `kept`, the rows up to the end."""
-        batch, count, *width = kept.shape
-        room = mx.zeros((batch, self.keep + SLACK - count, *width), kept.dtype)
-        self.buffer = mx.concatenate([kept, room], axis=1)
-        self.start = self.end - count
-        return self.buffer
+    def _roomy(self, kept: mx.array) -> mx.array:
+        """A new buffer that begins with `kept`."""
+        count, *width = kept.shape
+        room = mx.zeros((self.keep + SLACK - count, *width), kept.dtype)
+        return mx.concatenate([kept, room])
 
     def reaches(self, position: int) -> bool:
-        """Whether the rows from `position` to the end are held."""
+        """Whether the rows from `position` to the end are in the buffer."""
         return self.start <= position
 
     def truncate(self, end: int) -> None:
         """Forget the rows from position `end` on."""
-        self.end, self.cuts = end, {}
+        self.end = end
         if end == 0:
             self.buffer, self.start = None, 0
 
 
 class Rows:
-    """Every row so far of something that only grows, in a buffer (B, capacity, width)."""
+    """Every row so far of something that only grows, in a buffer (capacity, width)."""
 
     def __init__(self, growth: int):
         self.growth = growth
         self.buffer: mx.array | None = None
         self.count = 0
 
-    def extend(self, rows: mx.array) -> mx.array:
-        """Append rows (B, g, width), g >= 0, and return all rows (B, count, width)."""
-        first, self.count = self.count, self.count + rows.shape[1]
-        buffer = self._grown(rows[:, :0] if self.buffer is None else self.buffer)
-        if self.count > first:
-            buffer[:, first : self.count] = rows
-        self.buffer = buffer
-        return buffer[:, : self.count]
+    def extend(self, rows: mx.array, step: Step) -> mx.array:
+        """Append rows (g, width), g >= 0, as a part of a step; all rows (count, width)."""
+        buffer, count = rows[:0] if self.buffer is None else self.buffer, self.count + len(rows)
+        if len(rows):
+            buffer = _written(self._grown(buffer, count), rows, self.count)
+            step.change(self, buffer=buffer, count=count)
+        return buffer[:count]
 
-    def _grown(self, held: mx.array) -> mx.array:
-        """A buffer with room for `count` rows that begins with `held`."""
-        batch, capacity, width = held.shape
-        if self.count <= capacity:
-            return held
-        more = -(-(self.count - capacity) // self.growth) * self.growth
-        return mx.concatenate([held, mx.zeros((batch, more, width), held.dtype)], axis=1)
+    def _grown(self, buffer: mx.array, count: int) -> mx.array:
+        """A buffer with room for `count` rows that begins with `buffer`."""
+        capacity, width = buffer.shape
+        if count <= capacity:
+            return buffer
+        more = self.capacity(count - capacity)
+        return mx.concatenate([buffer, mx.zeros((more, width), buffer.dtype)])
 
     def load(self, buffer: mx.array, count: int) -> None:
-        """Hold the first `count` rows of `buffer` (B, capacity, width)."""
+        """Hold the first `count` rows of `buffer` (capacity, width)."""
         self.buffer, self.count = buffer, count
 
     def capacity(self, count: int) -> int:
@@ -124,3 +114,13 @@ class Rows:
         self.count = count
         if count == 0:
             self.buffer = None
+
+
+def _written(buffer: mx.array, rows: mx.array, first: int) -> mx.array:
+    """The buffer with `rows` from row `first` on; the array given stays what it is.
+
+    The memory is the same as long as nothing else holds the buffer when this is evaluated.
+    """
+    written = copy(buffer)
+    written[first : first + len(rows)] = rows
+    return written

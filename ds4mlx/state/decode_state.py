@@ -1,7 +1,7 @@
-"""The decode state of a batch of sequences: one object, a part for every layer.
+"""The decode state of one sequence: one object, a part for every layer.
 
-Besides the layers' states it holds boundary records of some earlier lengths, to which it can go
-back however far behind they are.
+Besides the layers' states it has boundary records of some earlier lengths, to which it can go back
+however far behind they are.
 """
 
 from collections.abc import Iterator
@@ -12,14 +12,15 @@ import mlx.core as mx
 
 from ds4mlx.config import ModelConfig
 from ds4mlx.errors import DataError
-from ds4mlx.state.boundaries import Marks
+from ds4mlx.state.boundaries import Boundaries
 from ds4mlx.state.buffers import SLACK
 from ds4mlx.state.layer import LayerState
-from ds4mlx.state.record import cut_record, layer_record, load_record, record_bytes
+from ds4mlx.state.record import layer_record, load_record, record_bytes, step_record
 from ds4mlx.state.rounding import Rounding
 from ds4mlx.state.row_forms import StateForm, row_bytes
+from ds4mlx.state.step import Step
 
-# Boundary records held in memory; longer sequences have them further apart.
+# Boundary records kept in memory; longer sequences have them further apart.
 RECORDS = 32
 
 
@@ -29,11 +30,11 @@ class RewindError(DataError):
     `nearest` is the reachable length closest to it, `below` the longest that is not beyond it.
     """
 
-    def __init__(self, wanted: int, reachable: list[int], held: int):
+    def __init__(self, wanted: int, reachable: list[int], offset: int):
         self.nearest = min(reachable, key=lambda n: abs(n - wanted))
         self.below = max((n for n in reachable if n <= wanted), default=0)
         super().__init__(
-            f"cannot rewind to {wanted} of {held} tokens: the nearest reachable is {self.nearest}"
+            f"cannot rewind to {wanted} of {offset} tokens: the nearest reachable is {self.nearest}"
         )
 
 
@@ -47,19 +48,19 @@ class Stored:
 
 
 class DecodeState:
-    """The state of all main layers after `offset` tokens; iterating gives the layers' states.
+    """The state of one sequence after `offset` tokens; iterating gives the main layers' states.
 
     dtype and rounding are the model's. As the state passes multiples of 2,048 tokens, and the
-    positions given to `mark`, it sets boundary records aside, bytes (B, n) by position.
+    positions given to `add_boundary`, it makes boundary records, bytes (n,) by position.
     """
 
     def __init__(
         self, config: ModelConfig, dtype: mx.Dtype = mx.bfloat16, rounding: Rounding = "official"
     ):
         self.form = StateForm.of(config, dtype, rounding)
-        self.marks = Marks()
+        self.boundaries = Boundaries()
         blocks = range(config.num_hidden_layers)
-        self.layers = [LayerState(config, block, self.form, self.marks) for block in blocks]
+        self.layers = [LayerState(config, block, self.form) for block in blocks]
         self.records: dict[int, mx.array] = {}
         self.stored: Stored | None = None
 
@@ -74,44 +75,53 @@ class DecodeState:
 
     @property
     def offset(self) -> int:
-        """Tokens held."""
+        """Tokens read."""
         return self.layers[0].offset
 
     @property
     def arrays(self) -> list[mx.array]:
-        """Every array held, for `mx.eval`."""
+        """Every array in it, for `mx.eval`."""
         return [*(array for layer in self.layers for array in layer.state), *self.records.values()]
 
     @property
     def nbytes(self) -> int:
-        """Bytes held, room for growth and boundary records included."""
+        """Bytes of its arrays, room for growth and boundary records included."""
         return sum(array.nbytes for array in self.arrays)
 
-    def mark(self, tokens: int) -> None:
-        """Set a boundary record aside when the state comes to `tokens` tokens, also in a chunk."""
-        self.marks.extra.add(tokens)
+    def add_boundary(self, tokens: int) -> None:
+        """Have a record made when the state comes to `tokens` tokens, also within a chunk."""
+        self.boundaries.asked |= {tokens}
 
-    def set_aside(self) -> None:
-        """Make records of what the layers have cut out at marks; the model calls it every chunk."""
-        if not self.layers[0].window.cuts:
-            return
-        for position in sorted(self.layers[0].window.cuts):
-            self.records[position] = cut_record(self.layers, position)
-            self.marks.extra.discard(position)
-        for part in (part for layer in self.layers for part in layer.recents):
-            part.cuts = {}
-        step = self.marks.spacing.dense
-        regular = [p for p in self.records if p % step == 0]
-        if len(regular) > 1:
-            end = max(regular)
-            spacing = self.marks.spacing.coarsened(end, RECORDS)
-            for position in set(regular) - spacing.thinned(regular, end):
-                del self.records[position]
+    def step(self, tokens: int) -> Step:
+        """A step of `tokens` tokens from here, for the layers to put their changes into."""
+        end = self.offset + tokens
+        return Step(self.offset, tokens, self.boundaries.passed(self.offset, end))
+
+    def finish(self, step: Step) -> list[mx.array]:
+        """Add to a step that all layers have taken the records of the boundaries it passes.
+
+        Returns the arrays that are to be evaluated with what the step gives.
+        """
+        records = self.records
+        if step.boundaries:
+            made = {b: step_record(self.layers, step, b) for b in step.boundaries}
+            records = self._thinned(records | made)
+            step.change(self, records=records)
+            step.change(self.boundaries, asked=self.boundaries.asked - set(step.boundaries))
+        return [*step.arrays, *records.values()]
+
+    def _thinned(self, records: dict[int, mx.array]) -> dict[int, mx.array]:
+        """The records without those that lie closer together than need be so far behind."""
+        regular = self.boundaries.regular(records)
+        end = max(regular, default=0)
+        kept = self.boundaries.spacing.coarsened(end, RECORDS).thinned(regular, end)
+        dropped = set(regular) - kept
+        return {position: r for position, r in records.items() if position not in dropped}
 
     def record(self, tokens: int) -> mx.array:
-        """The boundary record, bytes (B, n), of the state after `tokens` tokens.
+        """The boundary record, bytes (n,), of the state after `tokens` tokens.
 
-        Raises RewindError where it was neither set aside nor can be read off the buffers.
+        Raises RewindError where there is none and it cannot be read off the buffers either.
         """
         if tokens in self.records:
             return self.records[tokens]
@@ -119,12 +129,19 @@ class DecodeState:
             raise self._unreachable(tokens)
         return layer_record(self.layers, tokens)
 
+    def load(self, record: mx.array, tokens: int) -> None:
+        """Become the state after `tokens` tokens, whose rows are in place, by its record (n,)."""
+        load_record(self.layers, record, tokens)
+
     def rewind(self, tokens: int) -> None:
         """Go back to the exact state after `tokens` tokens.
 
-        Always possible for 0, for the last 128 lengths, for what the buffers still hold beyond,
-        and for the positions of `records`. Otherwise raises RewindError (its `nearest` is the
-        closest reachable length) and leaves the state as it is.
+        Possible for 0, for the positions of `records`, and for what the buffers reach: that is at
+        least the last 128 lengths, as far as they were appended since the state was empty, came
+        from a record (a rewind beyond the buffers), or from a store. A record carries what
+        continuing from its own length needs and nothing before it.
+        Boundaries that lie ahead stay asked for. Raises RewindError (its `nearest` is the closest
+        reachable length) and leaves the state as it is where the length is out of reach.
         """
         reachable = self._reaches(tokens) if 0 <= tokens <= self.offset else False
         if not reachable and (tokens not in self.records or tokens > self.offset):
@@ -134,15 +151,14 @@ class DecodeState:
         for layer in self.layers:
             layer.truncate(tokens)
         self.records = {p: r for p, r in self.records.items() if p <= tokens}
-        self.marks.extra.clear()
         if self.stored is not None:
             self.stored = replace(self.stored, tokens=min(tokens, self.stored.tokens))
 
     def _unreachable(self, tokens: int) -> RewindError:
-        held = self.offset
+        offset = self.offset
         oldest = max(layer.window.start for layer in self.layers)
-        reachable = {0, *self.records, *filter(self._reaches, range(oldest, held + 1))}
-        return RewindError(tokens, sorted(reachable), held)
+        reachable = {0, *self.records, *filter(self._reaches, range(oldest, offset + 1))}
+        return RewindError(tokens, sorted(reachable), offset)
 
     def _reaches(self, tokens: int) -> bool:
         return tokens == 0 or all(layer.reaches(tokens) for layer in self.layers)
@@ -154,15 +170,15 @@ def state_bytes(
     dtype: mx.Dtype = mx.bfloat16,
     rounding: Rounding = "official",
 ) -> int:
-    """Bytes of one sequence's DecodeState after `tokens` tokens, room for growth included."""
+    """Bytes of a DecodeState after `tokens` tokens, room for growth included."""
     state = DecodeState(config, dtype, rounding)
     total = 0
     for layer in state:
-        total += (layer.window.keep + SLACK) * row_bytes(state.form.kv)
-        for part, form in zip(layer.compressors, (state.form.kv, state.form.index), strict=False):
+        total += (layer.window.keep + SLACK) * row_bytes(layer.form)
+        for part in layer.compressors:
             total += (part.recent.keep + SLACK) * 2 * part.channels * 4
-            total += part.rows.capacity(tokens // part.ratio) * row_bytes(form)
-    step = state.marks.spacing.dense
+            total += part.rows.capacity(tokens // part.ratio) * row_bytes(part.form)
+    step = state.boundaries.spacing.dense
     positions, end = range(step, tokens + 1, step), tokens // step * step
-    kept = state.marks.spacing.coarsened(end, RECORDS).thinned(positions, end)
+    kept = state.boundaries.spacing.coarsened(end, RECORDS).thinned(positions, end)
     return total + sum(record_bytes(state.layers, position) for position in kept)

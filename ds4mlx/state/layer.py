@@ -3,13 +3,11 @@
 import mlx.core as mx
 
 from ds4mlx.config import ModelConfig
-from ds4mlx.state.boundaries import Marks
 from ds4mlx.state.buffers import Recent, Rows
-from ds4mlx.state.row_forms import StateForm
+from ds4mlx.state.row_forms import RowForm, StateForm
 
-# Tokens a state can always step back, and at least to the multiple of 128 before them.
+# Tokens a state can step back over those that were appended to it.
 REWIND = 128
-
 
 # Tokens for which a `Rows` buffer grows at a time.
 GROWTH = 4096
@@ -18,13 +16,14 @@ GROWTH = 4096
 class CompressorState:
     """What a compressor of ratio m keeps: its recent projections and the rows it has emitted.
 
-    Ratio 4 overlaps, so a group also needs the projections of the group before it.
+    `form` is how the rows are laid out. Ratio 4 overlaps, so a group also needs the projections of
+    the group before it.
     """
 
-    def __init__(self, ratio: int, width: int, marks: Marks | None = None):
-        self.ratio, self.width = ratio, width
+    def __init__(self, ratio: int, width: int, form: RowForm):
+        self.ratio, self.width, self.form = ratio, width, form
         self.overlap = ratio if ratio == 4 else 0
-        self.recent = Recent(ratio - 1 + self.overlap + REWIND, marks, self.needed)
+        self.recent = Recent(ratio - 1 + self.overlap + REWIND, self.needed)
         self.rows = Rows(GROWTH // ratio)
 
     @property
@@ -43,32 +42,29 @@ class CompressorState:
 
 
 class LayerState:
-    """The state of one block: window rows, and what its compressors keep (None where it has none).
+    """The state of one block: the window rows, laid out as `form`, and its compressors' states.
 
-    `form` says how KV rows and indexer rows are held; `marks` where the block cuts out what a
-    boundary record needs.
+    `compressors` is empty in a block that sees its window only; else the first is that of the KV
+    rows, and the second, in CSA blocks, the indexer's.
     """
 
-    def __init__(
-        self, config: ModelConfig, block: int, form: StateForm, marks: Marks | None = None
-    ):
+    def __init__(self, config: ModelConfig, block: int, form: StateForm):
         ratio = config.ratio(block)
-        self.form = form
+        self.form = form.kv
         self.before = config.sliding_window - 1
-        self.offset = 0
-        self.window = Recent(self.before + REWIND, marks, self.needed)
-        index, both = config.index_head_dim, ratio == 4
-        self.compressor = CompressorState(ratio, config.head_dim, marks) if ratio else None
-        self.indexer = CompressorState(ratio, index, marks) if both else None
+        self.window = Recent(self.before + REWIND, self.needed)
+        kinds = [(config.head_dim, form.kv), (config.index_head_dim, form.index)]
+        count = {0: 0, 4: 2, 128: 1}[ratio]
+        self.compressors = [CompressorState(ratio, width, rows) for width, rows in kinds[:count]]
+
+    @property
+    def offset(self) -> int:
+        """Tokens read; between two calls the same in all main layers."""
+        return self.window.end
 
     def needed(self, tokens: int) -> int:
         """Position of the oldest window row that continuing after `tokens` tokens needs."""
         return max(0, tokens - self.before)
-
-    @property
-    def compressors(self) -> list[CompressorState]:
-        """The compressor states that this block has."""
-        return [c for c in (self.compressor, self.indexer) if c is not None]
 
     @property
     def recents(self) -> list[Recent]:
@@ -77,7 +73,7 @@ class LayerState:
 
     @property
     def state(self) -> list[mx.array]:
-        """The arrays held, for `mx.eval`."""
+        """The arrays in it, for `mx.eval`."""
         parts = [self.window, *(p for c in self.compressors for p in (c.recent, c.rows))]
         return [part.buffer for part in parts if part.buffer is not None]
 
@@ -87,7 +83,6 @@ class LayerState:
 
     def truncate(self, tokens: int) -> None:
         """Go back to the state after `tokens` tokens, which must be reachable."""
-        self.offset = tokens
         self.window.truncate(tokens)
         for part in self.compressors:
             part.truncate(tokens)

@@ -2,7 +2,8 @@
 
 Layer by layer: the window rows that the next token sees; then for the main compressor and the
 indexer's, where there are: of the group before the open one only the lane that the next row uses
-(ratio 4), and the projections of the open group. Everything as it is held, nothing is rounded.
+(ratio 4), and the projections of the open group. Everything as it stands in the state, nothing is
+rounded.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,42 +13,43 @@ import mlx.core as mx
 from ds4mlx.state.buffers import Recent
 from ds4mlx.state.layer import CompressorState, LayerState
 from ds4mlx.state.row_forms import row_bytes
+from ds4mlx.state.step import Step
 
 FLOAT = mx.float32.size
 
 
 def layer_record(layers: Sequence[LayerState], tokens: int) -> mx.array:
-    """The record after `tokens` tokens, bytes (B, n), read off the buffers, which must reach it."""
+    """The record after `tokens` tokens, bytes (n,), read off the buffers, which must reach it."""
     return _record(layers, lambda part: part.between(part.needed(tokens), tokens), tokens)
 
 
-def cut_record(layers: Sequence[LayerState], tokens: int) -> mx.array:
-    """The same from what the layers cut out when they passed `tokens`."""
-    return _record(layers, lambda part: part.cuts[tokens], tokens)
+def step_record(layers: Sequence[LayerState], step: Step, boundary: int) -> mx.array:
+    """The same from the pieces of a step that has passed the boundary."""
+    return _record(layers, lambda part: step.pieces[part, boundary], boundary)
 
 
 def record_bytes(layers: Sequence[LayerState], tokens: int) -> int:
-    """Bytes of one sequence's record after `tokens` tokens."""
+    """Bytes of the record after `tokens` tokens."""
     total = 0
     for layer in layers:
-        total += (tokens - layer.needed(tokens)) * row_bytes(layer.form.kv)
+        total += (tokens - layer.needed(tokens)) * row_bytes(layer.form)
         for part in layer.compressors:
             total += sum(_sizes(part, tokens))
     return total
 
 
 def load_record(layers: Sequence[LayerState], record: mx.array, tokens: int) -> None:
-    """Give the layers' windows and recent projections what the record (B, n) says."""
+    """Give the layers' windows and recent projections what the record (n,) says."""
     at = 0
 
     def take(nbytes: int, dtype: mx.Dtype, *shape: int) -> mx.array:
         nonlocal at
-        piece = mx.contiguous(record[:, at : at + nbytes])
+        piece = mx.contiguous(record[at : at + nbytes])
         at += nbytes
-        return piece.view(dtype).reshape(record.shape[0], *shape)
+        return piece.view(dtype).reshape(shape)
 
     for layer in layers:
-        form, rows = layer.form.kv, tokens - layer.needed(tokens)
+        form, rows = layer.form, tokens - layer.needed(tokens)
         size = rows * row_bytes(form)
         layer.window.load(take(size, form.dtype, rows, form.elements), tokens)
         for part in layer.compressors:
@@ -56,7 +58,7 @@ def load_record(layers: Sequence[LayerState], record: mx.array, tokens: int) -> 
             unread = mx.zeros((*before.shape[:-1], part.channels - part.width))
             pending = take(open_, mx.float32, -1 if open_ else 0, 2, part.channels)
             before = mx.concatenate([before, unread], axis=-1)
-            part.recent.load(mx.concatenate([before, pending], axis=1), tokens)
+            part.recent.load(mx.concatenate([before, pending]), tokens)
 
 
 def _record(
@@ -67,14 +69,15 @@ def _record(
         pieces.append(rows(layer.window))
         for part in layer.compressors:
             span, closed = rows(part.recent), _closed(part, tokens)
-            pieces += [span[:, :closed, :, : part.width], span[:, closed:]]
-    return mx.concatenate([_bytes(piece) for piece in pieces], axis=1)
+            pieces += [span[:closed, :, : part.width], span[closed:]]
+    return mx.concatenate([raw_bytes(piece) for piece in pieces])
 
 
-def _bytes(piece: mx.array) -> mx.array:
+def raw_bytes(piece: mx.array) -> mx.array:
+    """The bytes of an array, uint8 (n,)."""
     if piece.size == 0:
-        return mx.zeros((piece.shape[0], 0), mx.uint8)
-    return mx.contiguous(piece).reshape(piece.shape[0], -1).view(mx.uint8)
+        return mx.zeros((0,), mx.uint8)
+    return mx.contiguous(piece).flatten().view(mx.uint8)
 
 
 def _closed(part: CompressorState, tokens: int) -> int:

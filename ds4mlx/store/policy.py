@@ -50,7 +50,7 @@ class Keeper:
         self._reason = "continue" if cache.offset else "cold"
         self._next = self._following(cache.offset)
         if self._target > cache.offset:
-            cache.mark(self._target)
+            cache.add_boundary(self._target)
         else:
             self._target = 0
 
@@ -62,7 +62,7 @@ class Keeper:
             self._next = self._following(self.cache.offset)
         if self._target and self.cache.offset >= self._target:
             self._save(self._target, self._reason)
-            if self._target % self.cache.marks.spacing.dense:
+            if self._target % self.cache.boundaries.spacing.dense:
                 self.cache.records.pop(self._target, None)
             self._target = 0
 

@@ -12,7 +12,6 @@ from ds4mlx.errors import DataError
 from ds4mlx.model.model import Model
 from ds4mlx.state.buffers import Rows
 from ds4mlx.state.decode_state import DecodeState
-from ds4mlx.state.record import load_record
 from ds4mlx.state.row_forms import RowForm
 
 
@@ -32,27 +31,20 @@ class Part:
         buffer = self.rows.buffer
         if buffer.dtype == mx.bfloat16:  # which NumPy does not know
             buffer = buffer.view(mx.uint16)
-        return np.array(buffer, copy=False)[0, first:last].reshape(-1).view(np.uint8)
+        return np.array(buffer, copy=False)[first:last].reshape(-1).view(np.uint8)
 
 
 def parts(state: DecodeState) -> list[Part]:
     """Every compressor's rows, in the order in which a segment holds them."""
-    forms = (state.form.kv, state.form.index)
-    return [
-        Part(held.ratio, form, held.rows)
-        for layer in state
-        for held, form in zip(layer.compressors, forms, strict=False)
-    ]
+    return [Part(c.ratio, c.form, c.rows) for layer in state for c in layer.compressors]
 
 
 def check_storable(model: Model, state: DecodeState, tokens: int) -> None:
-    """DataError unless the state is one sequence of this model with at least `tokens` tokens."""
+    """DataError unless the state is one of this model with at least `tokens` tokens."""
     if state.form != model.state_form or len(state) != len(model.layers):
         raise DataError("the state is not one of the store's model: it holds its rows otherwise")
     if not 1 <= tokens <= state.offset:
         raise DataError(f"cannot save {tokens} tokens of a state that holds {state.offset}")
-    if any(array.shape[0] != 1 for array in state[0].state):
-        raise DataError("a state of several sequences at a time cannot be saved")
 
 
 def empty_rows(model: Model, tokens: int) -> DecodeState:
@@ -61,14 +53,12 @@ def empty_rows(model: Model, tokens: int) -> DecodeState:
     for part in parts(state):
         count = tokens // part.ratio
         if count:
-            shape = (1, part.rows.capacity(count), part.form.elements)
+            shape = (part.rows.capacity(count), part.form.elements)
             part.rows.load(mx.zeros(shape, part.form.dtype), count)
     return state
 
 
 def complete(state: DecodeState, record: np.ndarray, tokens: int) -> None:
     """Make a state with all its rows the state after `tokens` tokens, by its boundary record."""
-    load_record(state.layers, mx.array(record)[None], tokens)
-    for layer in state:
-        layer.offset = tokens
+    state.load(mx.array(record), tokens)
     mx.eval(state.arrays)

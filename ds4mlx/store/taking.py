@@ -58,7 +58,7 @@ class Taker:
         end = len(tokens)
         mx.eval(state.arrays)
         positions = sorted({end, *(p for p in state.records if p < end)})
-        records = {p: np.array(state.record(p)[0]) for p in positions}
+        records = {p: np.array(state.record(p)) for p in positions}
         last, done = self._known(tokens, state)
         job = Job(tokens, last, "")
         now = time.time()

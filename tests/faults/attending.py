@@ -100,7 +100,7 @@ def heads_grouped_in_the_other_order(patch, model):
     output, groups = attention.Attention.output, model.args.o_groups
 
     def interleaved(self, out):
-        b, n, h, c = out.shape
-        return output(self, mx.swapaxes(out.reshape(b, n, h // groups, groups, c), 2, 3))
+        n, h, c = out.shape
+        return output(self, mx.swapaxes(out.reshape(n, h // groups, groups, c), 1, 2))
 
     patch.setattr(attention.Attention, "output", interleaved)

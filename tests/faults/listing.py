@@ -40,5 +40,4 @@ def retable(patch, model, ratios, compressed, **rope):
         scaling = config.rope_scaling.model_copy(update=rope.pop("scaling"))
         config = config.model_copy(update={"rope_scaling": scaling})
     table = Rotary(config.model_copy(update=rope), compressed)
-    for attn in with_ratio(model, *ratios):
-        patch.setattr(attn, "_rotary", table)
+    patch.setattr(model, "_rotary", model._rotary | dict.fromkeys(ratios, table))

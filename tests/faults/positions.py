@@ -2,8 +2,8 @@
 
 import mlx.core as mx
 
-from ds4mlx.model import attention, compressor, indexer
-from ds4mlx.model.rope import Rotary, rotate
+from ds4mlx.model import attention, batch, compressor, indexer
+from ds4mlx.model.rope import rotate
 from faults.listing import fault, retable
 
 
@@ -57,24 +57,17 @@ def output_rotation_not_undone(patch, model):
     )
 
 
-def row_positions(patch, place):
+def place_rows(patch, place):
     """Rotate compressed rows to place(first position, ratio) instead of their first position."""
-    angles = Rotary.angles
-
-    def other(self, start, count, step=1):
-        if step == 1:
-            return angles(self, start, count)
-        parts = [angles(self, place(start + i * step, step), 1) for i in range(count)]
-        return tuple(mx.concatenate(list(part)) for part in zip(*parts, strict=True))
-
-    patch.setattr(Rotary, "angles", other)
+    usual = batch.row_positions
+    patch.setattr(batch, "row_positions", lambda step, ratio: place(usual(step, ratio), ratio))
 
 
 @fault
 def row_rotated_to_the_end_of_its_group(patch, model):
-    row_positions(patch, lambda position, ratio: position + ratio - 1)
+    place_rows(patch, lambda position, ratio: position + ratio - 1)
 
 
 @fault
 def row_rotated_by_its_number(patch, model):
-    row_positions(patch, lambda position, ratio: position // ratio)
+    place_rows(patch, lambda position, ratio: position // ratio)

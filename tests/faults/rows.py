@@ -11,9 +11,9 @@ from faults.listing import change, fault, with_ratio
 def no_overlap_with_the_previous_group(patch, model):
     groups = Compressor.groups
 
-    def alone(self, span, first, last):
-        found = groups(self, span, first, last)
-        return found[:, :, self.ratio :] if self.overlaps else found
+    def alone(self, recent, first, last):
+        candidates = groups(self, recent, first, last)
+        return candidates[:, self.ratio :] if self.overlaps else candidates
 
     patch.setattr(Compressor, "groups", alone)
 
@@ -22,9 +22,9 @@ def no_overlap_with_the_previous_group(patch, model):
 def lanes_swapped(patch, model):
     project = Compressor.project
 
-    def swapped(self, x, offset):
-        found = project(self, x, offset)
-        return mx.roll(found, self.width, axis=-1) if self.overlaps else found
+    def swapped(self, x, positions):
+        lanes = project(self, x, positions)
+        return mx.roll(lanes, self.width, axis=-1) if self.overlaps else lanes
 
     patch.setattr(Compressor, "project", swapped)
 
@@ -36,7 +36,7 @@ def two_softmaxes_averaged(patch, model):
     def halves(self, candidates):
         if not self.overlaps:
             return pool(self, candidates)
-        first, second = mx.split(candidates, 2, axis=2)
+        first, second = mx.split(candidates, 2, axis=1)
         first = mx.where(mx.isinf(first), 0.0, first)
         return (pool(self, first) + pool(self, second)) / 2
 
@@ -48,7 +48,7 @@ def first_group_averages_four_zero_rows(patch, model):
     patch.setattr(
         Compressor,
         "nothing",
-        lambda self, batch: mx.zeros((batch, self.ratio, 2, 2 * self.width)),
+        lambda self: mx.zeros((self.ratio, 2, 2 * self.width)),
     )
 
 
@@ -61,7 +61,7 @@ def no_position_bias(patch, model):
 @fault
 def position_bias_by_place_in_the_chunk(patch, model):
     project = Compressor.project
-    patch.setattr(Compressor, "project", lambda self, x, offset: project(self, x, 1))
+    patch.setattr(Compressor, "project", lambda self, x, p: project(self, x, p - p[0] + 1))
 
 
 @fault
@@ -99,7 +99,7 @@ def indexer_keeps_the_most_recent_rows(patch, model):
 @fault
 def indexer_without_relu(patch, model):
     def linear(self, q, weights, rows, form, scratch):
-        return mx.einsum("blhd,brd,blh->blr", q, rows, weights)
+        return mx.einsum("lhd,rd,lh->lr", q, rows, weights)
 
     patch.setattr(indexer.Indexer, "scores", linear)
 
@@ -117,9 +117,9 @@ def indexer_queries_not_rotated(patch, model):
 
 @fault
 def indexer_reads_unnormed_query_latent(patch, model):
-    context = attention.Attention.context
+    contexts = attention.SparseAttention.contexts
     patch.setattr(
-        attention.Attention,
-        "context",
-        lambda self, x, qr, angles, state: context(self, x, self.wq_a(x), angles, state),
+        attention.SparseAttention,
+        "contexts",
+        lambda self, x, qr, batch, states: contexts(self, x, self.wq_a(x), batch, states),
     )

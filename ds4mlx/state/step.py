@@ -1,0 +1,41 @@
+"""What a call is about to change in a state: gathered while its graph is built, done at its end.
+
+Until `commit` nothing of any state has changed, so that an error anywhere in a call, or Ctrl-C,
+leaves all of them as they were.
+"""
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from itertools import chain
+
+import mlx.core as mx
+
+
+class Step:
+    """One sequence's step from `offset` to `end` tokens, and the boundaries on its way."""
+
+    def __init__(self, offset: int, length: int, boundaries: Sequence[int] = ()):
+        self.offset, self.end = offset, offset + length
+        self.boundaries = boundaries
+        # What a record needs of a part of the state, by part and boundary.
+        self.pieces: dict[tuple[object, int], mx.array] = {}
+        self.changes: list[tuple[object, str, object]] = []
+
+    def change(self, target: object, **values: object) -> None:
+        """Have attributes of `target` set when the step is done."""
+        self.changes += [(target, name, value) for name, value in values.items()]
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        """The arrays that the states will hold, for `mx.depends`."""
+        return [value for _, _, value in self.changes if isinstance(value, mx.array)]
+
+
+def commit(steps: Iterable[Step]) -> None:
+    """Make all changes of all steps.
+
+    One call into C, in which no handler of a signal runs: Ctrl-C comes before or after.
+    """
+    changes = list(chain.from_iterable(step.changes for step in steps))
+    if changes:
+        deque(map(setattr, *zip(*changes, strict=True)), maxlen=0)
