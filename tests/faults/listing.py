@@ -40,4 +40,5 @@ def retable(patch, model, ratios, compressed, **rope):
         scaling = config.rope_scaling.model_copy(update=rope.pop("scaling"))
         config = config.model_copy(update={"rope_scaling": scaling})
     table = Rotary(config.model_copy(update=rope), compressed)
-    patch.setattr(model, "_rotary", model._rotary | dict.fromkeys(ratios, table))
+    for ratio in ratios:
+        patch.setitem(model._rotary, ratio, table)
