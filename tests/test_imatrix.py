@@ -20,9 +20,9 @@ from steering import InterruptAt
 from ds4mlx import DataError, load
 from ds4mlx.cli.main import run
 from ds4mlx.convert.importance import Importance
+from ds4mlx.custom_kernels.products.experts import SORT_FROM
 from ds4mlx.imatrix.collect import Report
 from ds4mlx.imatrix.recorder import recording
-from ds4mlx.model.moe import SORT_FROM
 from ds4mlx.weights.directory import read_manifest
 
 TEXT = "The quick brown fox jumps over the lazy dog, and then it rests. " * 3
