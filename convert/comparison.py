@@ -14,7 +14,8 @@ import numpy as np
 from ds4mlx.convert.encoder import Encoder, row_chunks
 from ds4mlx.convert.quantise import QUANTISERS, decode, ratio
 from ds4mlx.convert.sources import Source
-from ds4mlx.weights.directory import STORED_TYPES, Plane, planes
+from ds4mlx.formats import TAGS
+from ds4mlx.weights.directory import Plane, planes
 from ds4mlx.weights.inventory import Entry
 from ds4mlx.weights.tensor_file import TensorFile
 
@@ -125,7 +126,7 @@ def plane_rows(
     """Rows of a stored plane, of one expert if it is a stack."""
     per_matrix = entry.shape[-2] if entry.kind == "experts" else 0
     width = plane.shape[-1] if len(plane.shape) > 1 else 1
-    dtype = STORED_TYPES[plane.dtype]
+    dtype = TAGS[plane.dtype].numpy
     row_bytes = width * np.dtype(dtype).itemsize
     count = rows.stop - rows.start
     raw = file.read(plane.name, (expert * per_matrix + rows.start) * row_bytes, count * row_bytes)

@@ -1,5 +1,6 @@
 """What is in a source of weights or a model directory: sizes, bytes per token, memory by context."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 from ds4mlx.config import ModelConfig
 from ds4mlx.convert.sources import Source, open_source
 from ds4mlx.state.decode_state import state_bytes
-from ds4mlx.weights.directory import MANIFEST, ModelDirectory, planes
+from ds4mlx.weights.directory import JOURNAL, MANIFEST, ModelDirectory, planes
 from ds4mlx.weights.inventory import COMPONENTS
 from ds4mlx.weights.tensor_file import TensorFile
 
@@ -61,13 +62,17 @@ class Inspection:
         return "\n".join(lines)
 
 
-def inspect(location: str | Path, tensors: bool = False) -> Inspection:
+def inspect(
+    location: str | Path, tensors: bool = False, contexts: Sequence[int] = CONTEXTS
+) -> Inspection:
     """Look at a model directory, or at a source: official (local or hub repo id) or GGUF. Raises DataError.
 
     bytes_per_token counts the chosen experts of every layer, one row of the embedding and everything
-    else once; the MTP blocks are not part of decoding. State sizes are for bfloat16 activations.
+    else once; the MTP blocks are not part of decoding. State sizes are for bfloat16 activations, at
+    `contexts` tokens each.
     """
-    if (Path(location).expanduser() / MANIFEST).exists():
+    path = Path(location).expanduser()
+    if (path / MANIFEST).exists() or (path / JOURNAL).exists():
         directory = ModelDirectory.open(location)
         config, recipe, release = directory.config, directory.recipe, directory.config.release
         listed = _from_directory(directory)
@@ -83,7 +88,7 @@ def inspect(location: str | Path, tensors: bool = False) -> Inspection:
         config.model_dump(mode="json"),
         {what: size for what, size in sizes.items() if size},
         bytes_per_token(sizes, config),
-        {tokens: state_bytes(config, tokens) for tokens in CONTEXTS},
+        {tokens: state_bytes(config, tokens) for tokens in contexts},
         listed if tensors else [],
     )
 

@@ -16,6 +16,7 @@ from ds4mlx.config import ModelConfig, read_json
 from ds4mlx.convert import codecs
 from ds4mlx.convert.special_tokens import check_special_tokens
 from ds4mlx.errors import DataError
+from ds4mlx.formats import TAGS
 from ds4mlx.text.tokenizer import NoTokenizer, Tokenizer
 from ds4mlx.weights.inventory import Entry, experts, inventory
 from ds4mlx.weights.tensor_file import TensorFile, TensorInfo
@@ -41,15 +42,6 @@ EXACT = {
     "I32": "i32",
 }
 COPIED = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
-NUMPY = {
-    "F8_E4M3": np.uint8,
-    "F8_E8M0": np.uint8,
-    "I8": np.uint8,
-    "BF16": np.uint16,
-    "F32": np.float32,
-    "I64": np.int64,
-    "I32": np.int32,
-}
 
 
 class OfficialSource:
@@ -121,7 +113,8 @@ class OfficialSource:
 
     def rows(self, name: str, start: int, stop: int) -> np.ndarray:
         """Rows start..stop-1 of an official tensor, as stored (8-bit types as uint8, BF16 as uint16)."""
-        info, dtype = self.info(name), NUMPY[self.info(name).dtype]
+        info = self.info(name)
+        dtype = np.uint8 if TAGS[info.dtype].nbytes == 1 else TAGS[info.dtype].numpy
         row = info.nbytes // max(1, info.shape[0])
         raw = self.file(name).read(name, start * row, (stop - start) * row)
         found = np.frombuffer(raw, dtype).reshape(stop - start, *info.shape[1:])

@@ -6,16 +6,15 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 
-import numpy as np
-
 from ds4mlx.convert.encoder import Encoder
 from ds4mlx.convert.gguf_source import GGUFSource
 from ds4mlx.convert.importance import Importance
 from ds4mlx.convert.quantise import QUANTISERS, quantisers_version
 from ds4mlx.convert.recipes import choose_recipe, format_of
 from ds4mlx.convert.sources import Source
+from ds4mlx.formats import TAGS
 from ds4mlx.weights import tensor_file
-from ds4mlx.weights.directory import FORMAT_VERSION, STORED_TYPES, Plane, planes
+from ds4mlx.weights.directory import FORMAT_VERSION, Plane, planes
 from ds4mlx.weights.inventory import COMPONENTS, Entry
 
 
@@ -54,7 +53,7 @@ class OutEntry:
 
 
 def plane_bytes(plane: Plane) -> int:
-    return math.prod(plane.shape) * np.dtype(STORED_TYPES[plane.dtype]).itemsize
+    return math.prod(plane.shape) * TAGS[plane.dtype].nbytes
 
 
 @dataclass(frozen=True)

@@ -70,8 +70,15 @@ def test_a_directory_that_does_not_exist(name, tmp_path, monkeypatch):
 
 
 def test_a_directory_that_is_no_model(small_source, tmp_path):
-    for path in (small_source, tmp_path):
-        with pytest.raises(DataError, match=f"{re.escape(str(path))}: no manifest.json: not a"):
+    file = tmp_path / "my model.gguf"
+    file.write_bytes(b"GGUF")
+    others = {
+        tmp_path: "no manifest.json: not a converted model",
+        small_source: f"is an unconverted checkpoint; .*: ds4mlx convert {small_source} DIR",
+        file: f"is a GGUF file, not a converted model; .*: ds4mlx convert '{file}' DIR",
+    }
+    for path, message in others.items():
+        with pytest.raises(DataError, match=f"{re.escape(str(path))}: {message}"):
             load(path)
 
 

@@ -10,6 +10,7 @@ import v4format
 from ds4mlx import DataError
 from ds4mlx.cli.main import run
 from ds4mlx.convert import convert
+from ds4mlx.engine.default_model import EMBEDDED
 
 FP8 = "layers.0.attn.wq_a.weight"
 FP4 = "layers.1.ffn.experts.2.w3.weight"
@@ -337,3 +338,15 @@ def test_a_directory_that_is_not_there(location, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert run(["inspect", location]) == 1
     assert "no such directory" in capsys.readouterr().err
+
+
+def test_memory_at_an_asked_context(capsys):
+    assert run(["inspect", str(EMBEDDED), "--ctx", "1234", "--json"]) == 0
+    sizes = json.loads(capsys.readouterr().out)["state_bytes"]
+    assert list(sizes) == ["1234"] and sizes["1234"] > 0
+
+
+def test_an_unfinished_directory_is_called_so(tmp_path, capsys):
+    (tmp_path / "convert-journal.jsonl").write_text("")
+    assert run(["inspect", str(tmp_path)]) == 1
+    assert "its conversion is not finished" in capsys.readouterr().err

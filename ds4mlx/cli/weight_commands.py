@@ -39,6 +39,9 @@ def convert(
     In every recipe but bf16 and f32 all tensors other than the routed experts keep the source's values
     bit for bit. Routed experts: official and keep, the source's values; q2, gate and up IQ2_XXS, down
     Q2_K; q2-q4, the same but Q4_K in the last 6 layers; q4, Q4_K. --dry-run lists it for a source.
+
+    \b
+    ds4mlx convert deepseek-ai/DeepSeek-V4-Flash ~/models/v4-q2 --recipe q2
     """
     from ds4mlx.convert import convert as run
     from ds4mlx.convert.recipes import RECIPES
@@ -76,7 +79,11 @@ def verify(
     tensors: Annotated[bool, typer.Option("--tensors", help="Print a line a weight.")] = False,
     as_json: arg.Json = False,
 ) -> None:
-    """Check every byte of a model directory, and every value against its source."""
+    """Check every byte of a model directory, and every value against its source.
+
+    \b
+    ds4mlx verify ~/models/v4-q2 --against deepseek-ai/DeepSeek-V4-Flash
+    """
     from ds4mlx.convert import verify as run
     from ds4mlx.convert.verification import summary, verdict
 
@@ -94,12 +101,20 @@ def verify(
 def inspect(
     location: Annotated[str, typer.Argument(metavar="SRC_OR_DIR")],
     tensors: Annotated[bool, typer.Option("--tensors", help="List every weight.")] = False,
+    ctx: Annotated[
+        int | None, typer.Option(min=1, help="Show the memory for so many tokens only.")
+    ] = None,
     as_json: arg.Json = False,
 ) -> None:
-    """Show sizes, bytes read per token, and memory by context."""
-    from ds4mlx.convert import inspect as run
+    """Show the sizes of a source or a model directory, and the memory that contexts take.
 
-    found = run(location, tensors)
+    \b
+    ds4mlx inspect ~/models/v4-q2 --ctx 100000
+    """
+    from ds4mlx.convert import inspect as run
+    from ds4mlx.convert.inspection import CONTEXTS
+
+    found = run(location, tensors, CONTEXTS if ctx is None else (ctx,))
     print(json.dumps(found.as_dict(), indent=1) if as_json else found)
 
 
@@ -121,6 +136,9 @@ def imatrix(
     Runs the model over the prompts; goes on where it was interrupted. Text is cut into sequences of
     --ctx tokens; a .jsonl file has one sequence a line: {"prompt": TEXT}, {"text": TEXT}, or
     {"messages": [...]} with "thinking" and "tools" if wanted.
+
+    \b
+    ds4mlx imatrix -m ~/models/v4-flash --prompts prompts.jsonl -o importances.gguf
     """
     from ds4mlx.imatrix.collect import collect
 

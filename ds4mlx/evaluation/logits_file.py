@@ -13,11 +13,12 @@ import numpy as np
 
 from ds4mlx.durable import put_in_place
 from ds4mlx.errors import DataError
+from ds4mlx.formats import TAGS
 from ds4mlx.weights.tensor_file import TensorFile, header
 
 TOKENS, LOGITS = "tokens", "logits"
 INTEGERS = {"I32": np.int32, "I64": np.int64, "U32": np.uint32, "U16": np.uint16}
-FLOATS = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
+FLOATS = ("F32", "F16", "BF16")
 
 
 class LogitsFile:
@@ -39,13 +40,12 @@ class LogitsFile:
     def rows(self, name: str, sequence: int, first: int, count: int) -> mx.array:
         """Logits (count, vocab) of a sequence from token `first` on, float32."""
         info, width = self.file.info(name), self.vocabulary(name)
-        kind = FLOATS[info.dtype]
-        row = width * np.dtype(kind).itemsize
+        tag = TAGS[info.dtype]
+        row = width * tag.nbytes
         place = sequence * self.tokens.shape[1] + first
-        values = np.frombuffer(self.file.read(name, place * row, count * row), kind)
-        array = mx.array(values.reshape(count, width))
-        array = array.view(mx.bfloat16) if info.dtype == "BF16" else array
-        return array.astype(mx.float32)
+        values = np.frombuffer(self.file.read(name, place * row, count * row), np.uint8)
+        array = mx.array(values).view(tag.mlx or mx.float32)
+        return array.reshape(count, width).astype(mx.float32)
 
     def _tokens(self) -> np.ndarray:
         """Token ids (B, T)."""

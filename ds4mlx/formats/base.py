@@ -9,18 +9,9 @@ from collections.abc import Mapping
 
 import mlx.core as mx
 
-Planes = Mapping[str, mx.array]
+from ds4mlx.formats.tags import DTYPES
 
-# Type tags of weight files -> MLX's types.
-DTYPES = {
-    "F32": mx.float32,
-    "F16": mx.float16,
-    "BF16": mx.bfloat16,
-    "I32": mx.int32,
-    "U32": mx.uint32,
-    "I8": mx.int8,
-    "U8": mx.uint8,
-}
+Planes = Mapping[str, mx.array]
 
 
 class Format(ABC):

@@ -2,7 +2,8 @@
 
 import mlx.core as mx
 
-from ds4mlx.formats.base import DTYPES, Format, Planes
+from ds4mlx.formats.base import Format, Planes
+from ds4mlx.formats.tags import DTYPES
 
 # Rows of a half-precision matrix that are widened to float32 at a time: bounds the scratch memory.
 WIDEN_ROWS = 16384

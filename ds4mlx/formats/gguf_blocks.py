@@ -2,16 +2,12 @@
 
 import numpy as np
 
-from ds4mlx.formats import BLOCK_FORMATS
+from ds4mlx.formats import BLOCK_FORMATS, TAGS
 
 MINUS_ZERO = 8  # as a code of FP4
-
-
-PLAIN = {"f32": np.float32, "f16": np.float16, "bf16": np.uint16, "i32": np.int32}
-
-
+PLAIN = {tag.lower(): TAGS[tag] for tag in ("F32", "F16", "BF16", "I32")}
 BLOCK_BYTES = {
-    **{name: np.dtype(dtype).itemsize for name, dtype in PLAIN.items()},
+    **{name: tag.nbytes for name, tag in PLAIN.items()},
     "mxfp4": 17,
     **{name: found.block_bytes for name, found in BLOCK_FORMATS.items()},
 }
@@ -23,7 +19,7 @@ def block_planes(raw: np.ndarray, name: str) -> dict[str, np.ndarray]:
         return mxfp4_planes(raw)
     if name in BLOCK_FORMATS:
         return BLOCK_FORMATS[name].from_blocks(raw)
-    return {"weight": np.ascontiguousarray(raw).view(PLAIN[name])}
+    return {"weight": np.ascontiguousarray(raw).view(PLAIN[name].numpy)}
 
 
 def mxfp4_planes(raw: np.ndarray) -> dict[str, np.ndarray]:

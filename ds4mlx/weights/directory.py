@@ -6,11 +6,10 @@ file, type, shape, format and checksum; the manifest has a checksum of itself.
 
 import hashlib
 import json
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from ds4mlx.config import ModelConfig
 from ds4mlx.errors import DataError
@@ -22,17 +21,6 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 JOURNAL = "convert-journal.jsonl"
 CONFIG = "config.json"
-
-# How NumPy holds a plane's elements; BF16 as bit patterns.
-STORED_TYPES = {
-    "F32": np.float32,
-    "F16": np.float16,
-    "BF16": np.uint16,
-    "I32": np.int32,
-    "U32": np.uint32,
-    "I8": np.int8,
-    "U8": np.uint8,
-}
 
 
 @dataclass(frozen=True)
@@ -65,14 +53,8 @@ def canonical(manifest: dict[str, Any]) -> bytes:
 
 def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest of a finished directory. Raises DataError if it is missing or damaged."""
-    if not path.is_dir():
-        raise DataError(f"{path}: no such directory")
     if not (path / MANIFEST).exists():
-        unfinished = (path / JOURNAL).exists()
-        what = "its conversion is not finished: run the same `ds4mlx convert` again"
-        raise DataError(
-            f"{path}: {what if unfinished else f'no {MANIFEST}: not a converted model'}"
-        )
+        raise DataError(f"{path}: {_what_else(path)}")
     raw = (path / MANIFEST).read_bytes()
     manifest = _parsed(raw)
     if manifest is None or canonical(manifest) != raw:
@@ -82,6 +64,21 @@ def read_manifest(path: Path) -> dict[str, Any]:
             f"{path / MANIFEST}: format {manifest['format']} is not supported; convert again"
         )
     return manifest
+
+
+def _what_else(path: Path) -> str:
+    """What a path is that is no converted directory, and what to do about it."""
+    make_one = f"make a model directory of it: ds4mlx convert {shlex.quote(str(path))} DIR"
+    if path.is_file():
+        kind = "a GGUF file" if path.suffix == ".gguf" else "a file"
+        return f"is {kind}, not a converted model; {make_one}"
+    if not path.is_dir():
+        return "no such directory"
+    if (path / JOURNAL).exists():
+        return "its conversion is not finished: run the same `ds4mlx convert` again"
+    if (path / CONFIG).exists() and any(path.glob("*.safetensors")):
+        return f"is an unconverted checkpoint; {make_one}"
+    return f"no {MANIFEST}: not a converted model"
 
 
 def _parsed(raw: bytes) -> dict[str, Any] | None:

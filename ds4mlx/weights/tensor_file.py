@@ -12,13 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ds4mlx.errors import DataError
+from ds4mlx.formats import TAGS
 
-ITEM_BYTES = {
-    **dict.fromkeys(("F8_E4M3", "F8_E8M0", "F8_E5M2", "I8", "U8", "BOOL"), 1),
-    **dict.fromkeys(("BF16", "F16", "I16", "U16"), 2),
-    **dict.fromkeys(("F32", "I32", "U32"), 4),
-    **dict.fromkeys(("F64", "I64", "U64"), 8),
-}
 HEADER_LIMIT = 100 << 20
 
 
@@ -81,7 +76,7 @@ def header(tensors: dict[str, tuple[str, tuple[int, ...]]]) -> bytes:
     entries: dict[str, object] = {"__metadata__": {"format": "mlx"}}
     position = 0
     for name, (dtype, shape) in tensors.items():
-        end = position + ITEM_BYTES[dtype] * math.prod(shape)
+        end = position + TAGS[dtype].nbytes * math.prod(shape)
         entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, end]}
         position = end
     text = json.dumps(entries, separators=(",", ":")).encode()
@@ -127,9 +122,9 @@ def _entry(name: str, entry: object, path: Path, base: int) -> TensorInfo:
             raise ValueError("a number is negative or none")
     except (KeyError, TypeError, ValueError):
         raise DataError(f"{path}: header entry of tensor {name} is malformed") from None
-    if dtype not in ITEM_BYTES:
+    if dtype not in TAGS:
         raise DataError(f"{path}: tensor {name} has unknown type {dtype!r}")
-    wanted = ITEM_BYTES[dtype] * math.prod(shape)
+    wanted = TAGS[dtype].nbytes * math.prod(shape)
     if end - start != wanted:
         raise DataError(
             f"{path}: tensor {name} has {end - start} bytes for {dtype} {list(shape)} ({wanted})"
