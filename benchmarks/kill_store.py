@@ -30,9 +30,9 @@ from pathlib import Path
 
 import numpy as np
 from device import device
-from synthetic_state import same_state, synthetic_state
 
-from ds4mlx import DataError, KVStore, Model, ModelConfig
+from ds4mlx import DataError, KVStore, Model
+from ds4mlx.bench.synthetic_state import SMALL, same_state, synthetic_state
 from ds4mlx.store import eviction
 from ds4mlx.store.catalogue import Catalogue
 from ds4mlx.store.directory import INDEX
@@ -40,12 +40,6 @@ from ds4mlx.store.eviction import StoreFull
 from ds4mlx.store.journal import Journal
 from ds4mlx.store.locks import is_pinned
 
-CONFIG = ModelConfig(
-    vocab_size=512, hidden_size=64, num_hidden_layers=3, num_nextn_predict_layers=0,
-    compress_ratios=(0, 4, 128), num_hash_layers=0, num_attention_heads=2, head_dim=96,
-    qk_rope_head_dim=32, q_lora_rank=32, o_groups=1, o_lora_rank=32, index_n_heads=2,
-    index_head_dim=32, n_routed_experts=2, num_experts_per_tok=1, moe_intermediate_size=32,
-)  # fmt: skip
 LONGEST = 1500
 DISK = 3 << 20
 EVICTED = "evicted beside"
@@ -215,7 +209,7 @@ def filled(directory: Path, rng: random.Random) -> bool:
 
 def run(kills: int, seed: int, scratch: Path | None, renew: int) -> dict:
     """The whole harness; its findings. A store is begun anew after `renew` kills."""
-    model, rng, begun = Model(CONFIG), random.Random(seed), time.perf_counter()
+    model, rng, begun = Model(SMALL), random.Random(seed), time.perf_counter()
     model.identity = "synthetic"
     counts, faults, acknowledged = dict.fromkeys(BUDGETS, 0), [], 0
     skipped: set[str] = set()

@@ -21,9 +21,9 @@ from pathlib import Path
 
 import numpy as np
 from device import device
-from synthetic_state import same_state, synthetic_state
 
 from ds4mlx import KVStore, Model, ModelConfig
+from ds4mlx.bench.synthetic_state import same_state, synthetic_state
 from ds4mlx.state.decode_state import DecodeState
 from ds4mlx.state.row_forms import StateForm
 

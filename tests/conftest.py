@@ -5,7 +5,6 @@ import os
 import shutil
 import signal
 
-import kill_store
 import make_checkpoint
 import mlx.core as mx
 import pytest
@@ -13,6 +12,7 @@ import reference
 from hypothesis import settings
 
 from ds4mlx import Model, ModelConfig, load
+from ds4mlx.bench.synthetic_state import SMALL as SMALL_STATE
 from ds4mlx.convert import convert
 from ds4mlx.engine.default_model import EMBEDDED
 from ds4mlx.evaluation.weights import decode_weights
@@ -175,7 +175,7 @@ def talker(talker_dir):
 @pytest.fixture(scope="session")
 def bare_model():
     """A small model of every kind of attention without weights, for synthetic states."""
-    model = Model(kill_store.CONFIG)
+    model = Model(SMALL_STATE)
     model.identity = "bare"
     return model
 

@@ -1,5 +1,6 @@
 """One set of versions and one set of checks: on a desk, before a commit, and in continuous integration."""
 
+import ast
 import re
 import tomllib
 from pathlib import Path
@@ -48,3 +49,15 @@ def test_every_way_runs_the_same_checks():
         assert command in run
     assert "./run.sh test" in (ROOT / ".ci/run").read_text()
     assert any(".ci/run" in path.read_text() for path in WORKFLOWS)
+
+
+def test_tests_and_benchmarks_import_nothing_of_each_other():
+    """What both need lies in the package or in oracle/."""
+    rooms = {name: sorted((ROOT / name).rglob("*.py")) for name in ("tests", "benchmarks")}
+    for name, other in (("tests", "benchmarks"), ("benchmarks", "tests")):
+        modules = {path.stem for path in rooms[other]} - {"__init__"}
+        for path in rooms[name]:
+            nodes = [*ast.walk(ast.parse(path.read_text()))]
+            taken = {n.module for n in nodes if isinstance(n, ast.ImportFrom)}
+            taken |= {a.name for n in nodes if isinstance(n, ast.Import) for a in n.names}
+            assert not taken & modules, f"{path.name} imports {sorted(taken & modules)}"

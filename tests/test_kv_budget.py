@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-from synthetic_state import synthetic_state
 
 from ds4mlx import KVStore
+from ds4mlx.bench.synthetic_state import synthetic_state
 from ds4mlx.durable import Busy, lock
 from ds4mlx.state.boundaries import Spacing
 from ds4mlx.store import eviction

@@ -8,15 +8,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-import kill_store
 import numpy as np
 import pytest
-from synthetic_state import same_state, synthetic_state
 
 from ds4mlx import DataError, KVStore
+from ds4mlx.bench.synthetic_state import same_state, synthetic_state
 from ds4mlx.store import admin
 from ds4mlx.store.directory import LOCK, MARK
 
+KILLS = Path(__file__).parents[1] / "benchmarks/kill_store.py"
 IDS = np.random.default_rng(0).integers(0, 512, 3000)
 ENDS = (300, 1280, 2100, 3000)
 
@@ -181,10 +181,9 @@ def test_the_data_lasts_before_the_name_and_the_name_before_the_answer(
 SAVE = """
 import os, sys
 import numpy as np
-import kill_store
 from ds4mlx import KVStore, Model
-from synthetic_state import synthetic_state
-model = Model(kill_store.CONFIG)
+from ds4mlx.bench.synthetic_state import SMALL, synthetic_state
+model = Model(SMALL)
 model.identity = "bare"
 ids = np.random.default_rng(0).integers(0, 512, 300)
 state = synthetic_state(model, ids)
@@ -209,10 +208,7 @@ def test_the_system_calls_of_a_save(tmp_path):
     if subprocess.run([*tracer, "true"], capture_output=True, check=False).returncode:
         pytest.skip("no right to trace")
     command = [*tracer, sys.executable, "-c", SAVE, str(tmp_path / "kv")]
-    paths = [str(Path(kill_store.__file__).parent)]
-    subprocess.run(
-        command, check=True, env={**os.environ, "PYTHONPATH": ":".join(paths)}, timeout=60
-    )
+    subprocess.run(command, check=True, timeout=60)
     calls = []
     for line in trace.read_text().splitlines():
         name, _, rest = line.partition(" ")[2].strip().partition("(")
@@ -235,7 +231,7 @@ def test_kill_9_at_random_moments(tmp_path):
     """The short form of benchmarks/kill_store.py, which kills a thousand times."""
     out = tmp_path / "found.json"
     options = ["--kills", "24", "--renew", "8", "--seed", "3", "--results", str(out)]
-    command = [sys.executable, kill_store.__file__, *options, "--scratch", str(tmp_path)]
+    command = [sys.executable, str(KILLS), *options, "--scratch", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, check=False, timeout=300, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(out.read_text())

@@ -5,9 +5,9 @@ import zlib
 
 import numpy as np
 import pytest
-from synthetic_state import same_state, synthetic_state
 
 from ds4mlx import DataError, KVStore
+from ds4mlx.bench.synthetic_state import same_state, synthetic_state
 from ds4mlx.store import admin, block_file
 from ds4mlx.store.directory import MARK
 from ds4mlx.store.journal import Journal

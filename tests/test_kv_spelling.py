@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from synthetic_state import synthetic_state
 
 from ds4mlx import KVStore, Model
+from ds4mlx.bench.synthetic_state import synthetic_state
 from ds4mlx.engine.default_model import EMBEDDED
 from ds4mlx.store import spelling
 from ds4mlx.text.tokenizer import Tokenizer

@@ -10,9 +10,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from reference import run
-from synthetic_state import same_state, synthetic_state
 
 from ds4mlx import DataError, KVStore, RewindError, load
+from ds4mlx.bench.synthetic_state import same_state, synthetic_state
 from ds4mlx.state.boundaries import Spacing
 
 IDS = np.random.default_rng(0).integers(0, 288, 4000)

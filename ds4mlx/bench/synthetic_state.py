@@ -7,9 +7,18 @@ its own token; so states of sequences with a common beginning share what real on
 import mlx.core as mx
 import numpy as np
 
-from ds4mlx import Model
+from ds4mlx.config import ModelConfig
+from ds4mlx.model.model import Model
 from ds4mlx.state.decode_state import DecodeState
 from ds4mlx.store.state_bytes import parts
+
+# A model of every kind of attention, whose states are small.
+SMALL = ModelConfig(
+    vocab_size=512, hidden_size=64, num_hidden_layers=3, num_nextn_predict_layers=0,
+    compress_ratios=(0, 4, 128), num_hash_layers=0, num_attention_heads=2, head_dim=96,
+    qk_rope_head_dim=32, q_lora_rank=32, o_groups=1, o_lora_rank=32, index_n_heads=2,
+    index_head_dim=32, n_routed_experts=2, num_experts_per_tok=1, moe_intermediate_size=32,
+)  # fmt: skip
 
 
 def synthetic_state(model: Model, tokens: np.ndarray, spacing: int = 0) -> DecodeState:
