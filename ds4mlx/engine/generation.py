@@ -42,11 +42,32 @@ def generate(
     tokenizer: Tokenizer,
     prompt: str | Prompt | abc.Sequence[int],
     max_tokens: int = 100,
+    *,
+    temp: float | None = None,
+    verbose: bool = False,
     **options,
 ) -> str:
-    """The whole text that `stream_generate` gives for the same arguments."""
-    responses = stream_generate(model, tokenizer, prompt, max_tokens, **options)
-    return "".join(response.text for response in responses)
+    """The whole text that `stream_generate` gives for the same arguments.
+
+    temp: draws at this temperature instead of greedily, without further options; not together
+    with a `sampler`. verbose: also print the text as it comes, and at its end the speeds.
+    """
+    if temp is not None:
+        if options.get("sampler") is not None:
+            raise DataError("temp and sampler exclude each other: a sampler has its temperature")
+        options["sampler"] = Sampler(temperature=temp)
+    text, last = "", None
+    for last in stream_generate(model, tokenizer, prompt, max_tokens, **options):
+        text += last.text
+        if verbose:
+            print(last.text, end="", flush=True)
+    if verbose and last is not None:
+        print(
+            f"\nPrompt: {last.prompt_tokens} tokens, {last.prompt_tps:.1f} tokens/s\n"
+            f"Generation: {last.generation_tokens} tokens, {last.generation_tps:.1f} tokens/s\n"
+            f"Peak memory: {last.peak_memory:.2f} GB"
+        )
+    return text
 
 
 def stream_generate(

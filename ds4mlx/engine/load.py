@@ -5,6 +5,8 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from ds4mlx.engine.chat_tokenizer import ChatTokenizer
+from ds4mlx.engine.default_model import default_model
 from ds4mlx.errors import DataError
 from ds4mlx.model.linear import Matrix
 from ds4mlx.model.model import Model
@@ -14,7 +16,7 @@ from ds4mlx.weights.directory import MANIFEST, ModelDirectory
 
 
 def load(
-    path: str | Path,
+    path: str | Path | None = None,
     dtype: mx.Dtype = mx.bfloat16,
     rounding: Rounding = "official",
     *,
@@ -22,7 +24,8 @@ def load(
 ) -> tuple[Model, Tokenizer]:
     """Load a converted model and its tokenizer.
 
-    path: a directory written by `ds4mlx convert`, or the hub repo id of one.
+    path: a directory written by `ds4mlx convert`, or the hub repo id of one; without one
+        $DS4MLX_MODEL, else the small model that comes with the package.
     dtype: activation type, bfloat16 or (for checks) float32; weights stay as stored.
     rounding: "official" gives KV rows and the indexer the model's own FP8/FP4 values, "none" does
     not round. on_file: told (files read, files in all) after each weight file.
@@ -32,9 +35,9 @@ def load(
         raise DataError(f"rounding must be 'official' or 'none', not {rounding!r}")
     if dtype not in (mx.bfloat16, mx.float32):
         raise DataError(f"dtype must be mlx.core.bfloat16 or float32, not {dtype}")
-    directory = ModelDirectory.open(locate(path))
+    directory = ModelDirectory.open(default_model() if path is None else locate(path))
     directory.check_small_files()
-    tokenizer = Tokenizer.from_dir(directory.path)
+    tokenizer = ChatTokenizer.from_dir(directory.path)
     model = Model(directory.config, dtype, rounding)
     for name, module in model.named_modules():
         if isinstance(module, Matrix):

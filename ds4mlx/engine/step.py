@@ -17,8 +17,7 @@ def step(model: Model, sequences: abc.Sequence[Sequence]) -> tuple[list[int], mx
     Each sequence must lack exactly one token. The tokens are not taken yet; see `draw`.
     """
     with undivided():
-        parts = [model.last_logits(mx.array([s.pending]), s.state) for s in sequences]
-        logits = mx.concatenate(parts)
+        logits = model.last_logits([s.pending for s in sequences], [s.state for s in sequences])
         return draw(sequences, logits), logits
 
 

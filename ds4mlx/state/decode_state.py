@@ -73,6 +73,10 @@ class DecodeState:
     def __getitem__(self, layer: int) -> LayerState:
         return self.layers[layer]
 
+    def __repr__(self) -> str:
+        """Its length and size, as in DecodeState(4,096 tokens, 23,068,672 bytes)."""
+        return f"DecodeState({self.offset:,} tokens, {self.nbytes:,} bytes)"
+
     @property
     def offset(self) -> int:
         """Tokens read."""

@@ -81,6 +81,13 @@ class LayerState:
         """Whether the exact state after `tokens` tokens can be read off the buffers."""
         return all(part.reaches(part.needed(tokens)) for part in self.recents)
 
+    def is_trimmable(self) -> bool:
+        """False, which is what mlx-lm asks: a layer alone cannot go back. `DecodeState.rewind` can.
+
+        Its trimming goes layer by layer and takes any length for reachable.
+        """
+        return False
+
     def truncate(self, tokens: int) -> None:
         """Go back to the state after `tokens` tokens, which must be reachable."""
         self.window.truncate(tokens)

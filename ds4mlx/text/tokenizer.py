@@ -18,7 +18,9 @@ from ds4mlx.weights.directory import CONFIG
 
 class Tokenizer:
     """The model's byte-level BPE. Special tokens in a text are recognised, and none is added
-    unless asked for."""
+    unless asked for. `release` is its model's, which decides how conversations are encoded."""
+
+    release = "april"
 
     def __init__(self, encoder: Encoder, bos_token_id: int, eos_token_id: int):
         self.encoder = encoder
@@ -55,7 +57,32 @@ class Tokenizer:
             )
         encoder.no_truncation()
         encoder.no_padding()
-        return cls(encoder, config.bos_token_id, config.eos_token_id)
+        tokenizer = cls(encoder, config.bos_token_id, config.eos_token_id)
+        tokenizer.release = config.release
+        return tokenizer
+
+    @property
+    def bos_token(self) -> str:
+        """The token that a text begins with, spelled out."""
+        return self.decode([self.bos_token_id])
+
+    @property
+    def eos_token(self) -> str:
+        """The token that ends an answer, spelled out."""
+        return self.decode([self.eos_token_id])
+
+    @property
+    def eos_token_ids(self) -> set[int]:
+        """The tokens that end an answer: one, in a set as mlx-lm asks for them."""
+        return {self.eos_token_id}
+
+    def get_vocab(self) -> dict[str, int]:
+        """Token id by spelling; the printable stand-ins of bytes where a token is no whole text."""
+        return self.encoder.get_vocab()
+
+    def convert_tokens_to_ids(self, token: str) -> int | None:
+        """The id of a token by its spelling in `get_vocab`; None if there is none."""
+        return self.encoder.token_to_id(token)
 
     @property
     def vocab_size(self) -> int:
