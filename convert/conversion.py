@@ -16,7 +16,8 @@ from ds4mlx.convert.encoder import CHUNK
 from ds4mlx.convert.importance import Importance
 from ds4mlx.convert.journal import Journal, check_unlocked
 from ds4mlx.convert.manifest import manifest, quality_report
-from ds4mlx.convert.plan import Plan
+from ds4mlx.convert.plan import OutFile, Plan
+from ds4mlx.convert.schedule import Schedule
 from ds4mlx.convert.sources import open_source
 from ds4mlx.convert.writer import FileWriter
 from ds4mlx.durable import PARTIAL, write_whole
@@ -28,6 +29,8 @@ JOURNAL_SECONDS = 5.0
 TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 # What lies beside the data while it is written: manifest, journal, headers.
 SPARE = 16 << 20
+# Where files of a hub repository are until they are converted.
+DOWNLOADS = ".download"
 
 
 def convert(
@@ -41,6 +44,7 @@ def convert(
     max_memory: int | None = None,
     dry_run: bool = False,
     overwrite: bool = False,
+    keep_download: bool = False,
     progress: bool = True,
     journal_seconds: float = JOURNAL_SECONDS,
 ) -> Plan:
@@ -52,12 +56,14 @@ def convert(
     source. release: "april" or "0731", where the source does not say.
     max_memory: bytes that one chunk of rows may take when decoded (default 32 MiB; a few such
     exist at a time). dry_run: only plan. overwrite: replace an earlier conversion in `dst`.
+    keep_download: leave what was downloaded in the hub's cache; otherwise each file is fetched to
+    `dst` when it is first needed, and deleted as soon as everything in it is converted.
     Returns the plan. Raises DataError naming file, tensor and cause.
     """
     if release not in (None, "april", "0731"):
         raise DataError(f"release must be 'april' or '0731', not {release!r}")
     importance = None if imatrix is None else Importance.read(Path(imatrix).expanduser())
-    plan = Plan(open_source(src, mtp), recipe, release, importance)
+    plan = Plan(open_source(src, mtp), recipe, release, importance, keep_download)
     if importance is not None and not any(out.quantised for out in plan.entries):
         print(f"note: recipe {plan.recipe} rounds nothing by importance", file=sys.stderr)
     if dry_run:
@@ -67,7 +73,7 @@ def convert(
         _say(f"{target}: already complete", progress)
         return plan
     try:
-        with contextlib.closing(Journal(target, plan.fingerprint())) as journal:
+        with contextlib.closing(Journal(target, _mark(plan))) as journal:
             _write(plan, target, journal, max_memory or CHUNK, journal_seconds, progress)
             journal.remove()
     except OSError as error:
@@ -76,6 +82,12 @@ def convert(
     _say(quality_report(read_manifest(target)), progress)
     _say(f"{target}: {plan.nbytes:,} bytes in {len(plan.files)} weight files", progress)
     return plan
+
+
+def _mark(plan: Plan) -> str:
+    """What an unfinished conversion must agree in to go on: of a repository, its commit too."""
+    downloads = plan.source.downloads
+    return plan.fingerprint() + (f" {downloads.repository.commit}" if downloads else "")
 
 
 def _ready(target: Path, plan: Plan, overwrite: bool) -> bool:
@@ -107,24 +119,30 @@ def _clear(target: Path) -> None:
     ]
     for name in [*ours, *weights]:
         (target / name).unlink(missing_ok=True)
+    shutil.rmtree(target / DOWNLOADS, ignore_errors=True)
 
 
 def _write(
     plan: Plan, target: Path, journal: Journal, chunk: int, seconds: float, progress: bool
 ) -> None:
-    _check_space(plan, target, journal)
+    done = [f for f in plan.files if f.name in journal.done and _whole(target / f.name, f.nbytes)]
+    schedule = _scheduled(plan, target, [file for file in plan.files if file not in done])
     visible = progress and sys.stderr.isatty()
+    _say(plan.peak(), progress)
     _say(f"{target}: writing {plan.nbytes:,} bytes, recipe {plan.recipe}", progress and not visible)
     bar = tqdm(total=plan.nbytes, unit="B", unit_scale=True, disable=not visible, smoothing=0.05)
     with bar:
-        for file in plan.files:
-            bar.set_description(file.name.removesuffix(".safetensors"))
-            if file.name in journal.done and _whole(target / file.name, file.nbytes):
-                bar.update(file.nbytes)
-                continue
-            writer = FileWriter(file, plan.encoder, target, journal, chunk, seconds, bar.update)
+        bar.update(sum(file.nbytes for file in done))
+        for step in schedule.steps:
+            bar.set_description(step.file.name.removesuffix(".safetensors"))
+            writer = FileWriter(
+                step.file, plan.encoder, target, journal, chunk, seconds, bar.update
+            )
             writer.write()
-            journal.done[file.name] = {"entries": writer.records}
+            journal.done[step.file.name] = {"entries": writer.records}
+            if plan.source.downloads is not None:
+                plan.source.downloads.drop(step.done_with)
+    shutil.rmtree(target / DOWNLOADS, ignore_errors=True)
     files = _write_small_files(plan, target)
     write_whole(target / MANIFEST, canonical(manifest(plan, journal, files)))
 
@@ -133,13 +151,33 @@ def _whole(path: Path, nbytes: int) -> bool:
     return path.exists() and path.stat().st_size == nbytes
 
 
-def _check_space(plan: Plan, target: Path, journal: Journal) -> None:
-    """Refuse to start what the disk cannot hold."""
-    missing = sum(file.nbytes for file in plan.files if file.name not in journal.done)
-    there = sum(p.stat().st_size for p in target.glob("*" + PARTIAL))
-    needed, free = missing - there + SPARE, shutil.disk_usage(target).free
+def _scheduled(plan: Plan, target: Path, left: list[OutFile]) -> Schedule[OutFile]:
+    """The order of the files `left`. Refuses to start what the disk cannot hold."""
+    downloads, there = plan.source.downloads, set()
+    if downloads is not None and not plan.keep_download:
+        downloads.use(target / DOWNLOADS)
+        there = downloads.there()
+    schedule = plan.schedule(left, there)
+    begun = sum(p.stat().st_size for p in target.glob("*" + PARTIAL))
+    if downloads is None or not plan.keep_download or _one_disk(target, downloads.repository.path):
+        begun += sum(downloads.sizes()[name] for name in there) if downloads else 0
+        _check_space(target, schedule.peak - begun)
+    else:
+        _check_space(target, schedule.written - begun)
+        _check_space(downloads.repository.path, schedule.downloaded)
+    return schedule
+
+
+def _one_disk(a: Path, b: Path) -> bool:
+    return a.stat().st_dev == b.stat().st_dev
+
+
+def _check_space(directory: Path, nbytes: int) -> None:
+    needed, free = nbytes + SPARE, shutil.disk_usage(directory).free
     if needed > free:
-        raise DataError(f"{target}: {needed:,} bytes are still needed, the disk has {free:,} free")
+        raise DataError(
+            f"{directory}: {needed:,} bytes are still needed, the disk has {free:,} free"
+        )
 
 
 def _write_small_files(plan: Plan, target: Path) -> dict[str, bytes]:

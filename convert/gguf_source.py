@@ -37,6 +37,8 @@ ACCEPTED = {
 class GGUFSource:
     """One model in one or several GGUF files. Raises DataError naming file, tensor and cause."""
 
+    downloads = None
+
     def __init__(self, path: Path, mtp: Path | None = None):
         self.name, self.path = str(path), path
         self.main = GGUFFiles(path)
@@ -51,6 +53,10 @@ class GGUFSource:
             for entry in entries:
                 self._check_shape(entry)
         self.tokenizer = tokenizer_files(self.main, self.config)
+
+    def remote(self, entry: Entry) -> set[str]:
+        """Nothing is to be downloaded."""
+        return set()
 
     def place(self, entry: Entry) -> tuple[GGUFFile, str]:
         """The file that holds an entry, and its name there."""

@@ -9,21 +9,20 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from huggingface_hub import hf_hub_download, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from ds4mlx.config import ModelConfig, read_json
 from ds4mlx.convert import codecs
+from ds4mlx.convert.downloads import Downloads
 from ds4mlx.convert.special_tokens import check_special_tokens
 from ds4mlx.errors import DataError
 from ds4mlx.formats import TAGS
 from ds4mlx.text.tokenizer import NoTokenizer, Tokenizer
+from ds4mlx.weights.hub import Repository, may_be_repository
 from ds4mlx.weights.inventory import Entry, experts, inventory
 from ds4mlx.weights.tensor_file import TensorFile, TensorInfo
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-NEEDED = ["*.safetensors", INDEX, "config.json", "generation_config.json", "tokenizer*.json"]
 # Types a source may store each kind of tensor in; the first is the official one.
 ACCEPTED = {
     "matrix": ("F8_E4M3", "BF16", "F32"),
@@ -49,10 +48,10 @@ class OfficialSource:
 
     def __init__(self, location: str | Path):
         self.name = str(location)
-        self.path = _local(location)
+        self.path, self.downloads = _look_up(location)
         self.config_values = read_json(self.path / "config.json")
         self.config = ModelConfig.from_dict(self.config_values, str(self.path / "config.json"))
-        self.files = _open_files(self.path)
+        self.files = _open_files(self.path, self.downloads)
         self.inventory = inventory(self.config)
         self.skipped = self._skipped_drafts()
         self._check_names()
@@ -88,9 +87,16 @@ class OfficialSource:
 
     def nbytes(self, entry: Entry) -> int:
         """Bytes of an entry in the source, scales included."""
+        return sum(self.info(name).nbytes for name in self._names(entry))
+
+    def remote(self, entry: Entry) -> set[str]:
+        """The files that hold an entry or its scales, and are still to be downloaded."""
+        names = {self.file(name).path.name for name in self._names(entry)}
+        return names & self.downloads.remote.keys() if self.downloads else set()
+
+    def _names(self, entry: Entry) -> list[str]:
         names = [entry.official(expert) for expert in range(experts(entry))]
-        names += [scale_name(name) for name in names if scale_name(name) in self.files]
-        return sum(self.info(name).nbytes for name in names)
+        return names + [scale_name(name) for name in names if scale_name(name) in self.files]
 
     def small_files(self) -> dict[str, bytes]:
         """The tokenizer's files, {name: bytes}."""
@@ -222,44 +228,48 @@ def scale_name(name: str) -> str:
     return name.removesuffix("weight") + "scale" if name.endswith(".weight") else name + ".scale"
 
 
-def _local(location: str | Path) -> Path:
-    """The local directory of a path or hub repo id; downloads what is needed, resuming."""
+def _look_up(location: str | Path) -> tuple[Path, Downloads | None]:
+    """The directory of a checkpoint's small files; for a hub repository, what fetches the others."""
     path = Path(location).expanduser()
     if path.is_dir():
-        return path
+        return path, None
     if path.exists():
         raise DataError(f"{path}: not a directory")
-    if str(location).count("/") != 1 or str(location).startswith((".", "~", "/")):
+    if not may_be_repository(location):
         raise DataError(f"{path}: no such directory")
-    try:
-        # before the weights, so that another architecture costs no download
-        ModelConfig.from_file(Path(hf_hub_download(str(location), "config.json")))
-        return Path(snapshot_download(str(location), allow_patterns=NEEDED))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        cause = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DataError(f"{location}: no such directory, nor on the hub: {cause}") from None
+    repository = Repository(str(location), "config.json")
+    ModelConfig.from_file(repository.path / "config.json")  # refused before anything else is asked
+    for name in (INDEX, *COPIED):
+        repository.fetch_if_any(name)
+    return repository.path, Downloads(repository)
 
 
-def _open_files(path: Path) -> dict[str, TensorFile]:
-    """Official tensor name -> its open file, from the index or a single unsharded file."""
+def _open_files(path: Path, downloads: Downloads | None) -> dict[str, TensorFile]:
+    """Official tensor name -> its file, from the index or a single unsharded file."""
     if not (path / INDEX).exists():
-        if not (path / SINGLE).exists():
+        if downloads is None and not (path / SINGLE).exists():
             raise DataError(f"{path}: neither {INDEX} nor {SINGLE} is there")
-        single = TensorFile(path / SINGLE)
+        (single,) = _open(path, [SINGLE], downloads).values()
         return dict.fromkeys(single.tensors, single)
     names = read_json(path / INDEX).get("weight_map")
     if not isinstance(names, dict) or not all(_plain(shard) for shard in names.values()):
         raise DataError(f"{path / INDEX}: weight_map is not an object of tensor and file names")
     for name, shard in names.items():
-        if not (path / shard).is_file():
+        if downloads is None and not (path / shard).is_file():
             raise DataError(f"{path / INDEX}: tensor {name} is in {shard}, which is missing")
-    files = {shard: TensorFile(path / shard) for shard in sorted(set(names.values()))}
+    files = _open(path, sorted(set(names.values())), downloads)
     for shard, file in files.items():
         for name in set(file.tensors) - {n for n, s in names.items() if s == shard}:
             raise DataError(f"{file.path}: tensor {name} is not listed there by {INDEX}")
     for name, shard in names.items():
         files[shard].info(name)
     return {name: files[shard] for name, shard in names.items()}
+
+
+def _open(path: Path, shards: list[str], downloads: Downloads | None) -> dict[str, TensorFile]:
+    if downloads is not None:
+        return downloads.open(shards)
+    return {shard: TensorFile(path / shard) for shard in shards}
 
 
 def _plain(shard: object) -> bool:

@@ -11,6 +11,7 @@ from ds4mlx.convert.gguf_source import GGUFSource
 from ds4mlx.convert.importance import Importance
 from ds4mlx.convert.quantise import QUANTISERS, quantisers_version
 from ds4mlx.convert.recipes import choose_recipe, format_of
+from ds4mlx.convert.schedule import Schedule
 from ds4mlx.convert.sources import Source
 from ds4mlx.formats import TAGS
 from ds4mlx.weights import tensor_file
@@ -83,8 +84,9 @@ class Plan:
         recipe: str | None,
         release: str | None,
         importance: Importance | None = None,
+        keep_download: bool = False,
     ):
-        self.source, self.importance = source, importance
+        self.source, self.importance, self.keep_download = source, importance, keep_download
         self.recipe = choose_recipe(recipe, source, isinstance(source, GGUFSource))
         self.release = release or source.config.release
         self.encoder = Encoder(source, importance)
@@ -104,6 +106,25 @@ class Plan:
     def nbytes(self) -> int:
         """Bytes of all weight files."""
         return sum(file.nbytes for file in self.files)
+
+    def schedule(self, left: list[OutFile], there: set[str]) -> Schedule[OutFile]:
+        """The order in which to write the files `left`, with the downloads `there` on the disk."""
+        needs = {
+            f.name: set().union(*(self.source.remote(o.entry) for o in f.entries)) for f in left
+        }
+        sizes = self.source.downloads.sizes() if self.source.downloads else {}
+        return Schedule(left, needs, sizes, there, self.keep_download)
+
+    def peak(self) -> str:
+        """What a conversion from the hub takes on the disk; nothing for a local source."""
+        if self.source.downloads is None:
+            return ""
+        schedule = self.schedule(self.files, set())
+        fate = "kept" if self.keep_download else "each file deleted once it is converted"
+        return (
+            f"{schedule.downloaded:,} bytes to download, {fate}; "
+            f"disk at the peak: {schedule.peak:,} bytes"
+        )
 
     def fingerprint(self) -> str:
         """Digest of everything that decides the output's bytes."""
@@ -129,4 +150,5 @@ class Plan:
             values = "bit-exact" if lossless else "rounded"
             rows.append(f"{what:<18} {found:<9} {chosen:<10} {values:<12} {size:>18,}")
         total = f"{len(self.files)} weight files, {self.nbytes:,} bytes, recipe {self.recipe}"
-        return "\n".join([*rows, f"{total}, release {self.release}"])
+        rows += [f"{total}, release {self.release}", *filter(None, [self.peak()])]
+        return "\n".join(rows)

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from ds4mlx.config import ModelConfig
+from ds4mlx.convert.downloads import Downloads
 from ds4mlx.convert.gguf_source import GGUFSource
 from ds4mlx.convert.official import OfficialSource
 from ds4mlx.errors import DataError
@@ -20,6 +21,7 @@ class Source(Protocol):
     config: ModelConfig
     config_values: dict[str, Any]
     inventory: dict[str, list[Entry]]
+    downloads: Downloads | None  # what fetches the weights of a hub repository
 
     def dtype(self, entry: Entry) -> str:
         """Type that the source stores an entry in."""
@@ -43,6 +45,10 @@ class Source(Protocol):
 
     def nbytes(self, entry: Entry) -> int:
         """Bytes of an entry in the source."""
+        ...
+
+    def remote(self, entry: Entry) -> set[str]:
+        """The files that hold an entry, and are still to be downloaded."""
         ...
 
     def small_files(self) -> dict[str, bytes]:

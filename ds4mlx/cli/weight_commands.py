@@ -33,6 +33,9 @@ def convert(
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan only.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
+    keep_download: Annotated[
+        bool, typer.Option("--keep-download", help="Leave downloads in the hub's cache.")
+    ] = False,
 ) -> None:
     """Convert weights to a model directory; goes on where it was interrupted.
 
@@ -62,6 +65,7 @@ def convert(
             max_memory=limit,
             dry_run=dry_run,
             overwrite=overwrite,
+            keep_download=keep_download,
         )
     except KeyboardInterrupt:
         print(GOES_ON, file=sys.stderr)

@@ -13,6 +13,7 @@ from ds4mlx.model.model import Model
 from ds4mlx.state.rounding import Rounding
 from ds4mlx.text.tokenizer import Tokenizer
 from ds4mlx.weights.directory import MANIFEST, ModelDirectory
+from ds4mlx.weights.hub import Repository, may_be_repository
 
 
 def load(
@@ -54,23 +55,10 @@ def locate(path: str | Path) -> Path:
 
     The manifest comes first, so that a repository of another kind costs no download.
     """
-    if Path(path).exists() or str(path).count("/") != 1 or str(path).startswith((".", "~", "/")):
+    if not may_be_repository(path):
         return Path(path)
-    # Here, as it takes half a second, which a local directory need not wait for.
-    from huggingface_hub import hf_hub_download, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RemoteEntryNotFoundError
-
-    try:
-        hf_hub_download(str(path), MANIFEST)
-        return Path(snapshot_download(str(path)))
-    except RemoteEntryNotFoundError:
-        raise DataError(
-            f"{path}: the hub repository holds no {MANIFEST}: not a converted model; "
-            "`ds4mlx convert` makes one"
-        ) from None
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        cause = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise DataError(f"{path}: no such directory, and not found on the hub: {cause}") from None
+    other = ": not a converted model; `ds4mlx convert` makes one"
+    return Repository(str(path), MANIFEST, other).fetch_all()
 
 
 def read_weights(file: Path) -> dict[str, mx.array]:

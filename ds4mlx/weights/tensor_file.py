@@ -7,6 +7,7 @@ truncated file must be an error instead of a signal.
 import json
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,13 +34,17 @@ class TensorFile:
     def __init__(self, path: Path):
         self.path = path
         try:
-            self.size = path.stat().st_size
-            with path.open("rb") as file:
-                self.header = _header_bytes(file, path, self.size)
+            self.size, self.header = self.look()
         except OSError as error:
             raise DataError(f"{path}: {error.strerror}") from None
         self.tensors = _parse(self.header[8:], path, self.size)
         self._fd: int | None = None
+
+    def look(self) -> tuple[int, bytes]:
+        """The file's size, and its first bytes up to the end of the header."""
+        size = self.path.stat().st_size
+        with self.path.open("rb") as file:
+            return size, header_bytes(file.read, self.path, size)
 
     def info(self, name: str) -> TensorInfo:
         """Where a tensor is; DataError if it is not in the file."""
@@ -84,13 +89,13 @@ def header(tensors: dict[str, tuple[str, tuple[int, ...]]]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _header_bytes(file, path: Path, size: int) -> bytes:
-    """The header with its length prefix."""
-    prefix = file.read(8)
+def header_bytes(read: Callable[[int], bytes], path: Path, size: int) -> bytes:
+    """The header with its length prefix; `read` gives the next bytes of the file."""
+    prefix = read(8)
     length = int.from_bytes(prefix, "little")
     if len(prefix) < 8 or length > min(HEADER_LIMIT, size - 8):
         raise DataError(f"{path}: not a safetensors file, or truncated inside its header")
-    return prefix + file.read(length)
+    return prefix + read(length)
 
 
 def _parse(text: bytes, path: Path, size: int) -> dict[str, TensorInfo]:
