@@ -19,36 +19,21 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 from device import device
 
-from ds4mlx import KVStore, Model, ModelConfig
+from ds4mlx import KVStore, ModelConfig
 from ds4mlx.bench.synthetic_state import same_state, synthetic_state
 from ds4mlx.state.decode_state import DecodeState
-from ds4mlx.state.row_forms import StateForm
+from ds4mlx.state.kind import StateKind
 
 TARGET = 1.5
 BLOCK = 8 << 20
 
 
-class FlashShapes:
-    """Stands for Flash's model: its shapes, without weights."""
-
-    def __init__(self) -> None:
-        self.args = ModelConfig()
-        self.layers = [None] * self.args.num_hidden_layers
-        self.identity, self.rounding = "synthetic", "official"
-
-    def make_cache(self) -> DecodeState:
-        """An empty decode state."""
-        return DecodeState(self.args)
-
-    @property
-    def state_form(self) -> StateForm:
-        """How its decode states hold their rows."""
-        return self.make_cache().form
-
-    dtype = "bfloat16"
+# States of Flash need its shapes only, and no weights.
+FLASH = StateKind(ModelConfig(), mx.bfloat16, "official", "synthetic")
 
 
 def main() -> None:
@@ -58,38 +43,37 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--results", type=Path)
     arguments = parser.parse_args()
-    model: Model = FlashShapes()  # type: ignore[assignment]
     with tempfile.TemporaryDirectory(dir=arguments.scratch) as scratch:
-        result = {"device": device(), **measured(model, Path(scratch), arguments.repeats)}
+        result = {"device": device(), **measured(Path(scratch), arguments.repeats)}
     print(json.dumps(result, indent=1))
     if arguments.results:
         arguments.results.write_text(json.dumps(result, indent=1) + "\n")
     sys.exit(not all(bound["holds"] for bound in result["bounds"].values()))
 
 
-def measured(model: Model, scratch: Path, repeats: int) -> dict:
+def measured(scratch: Path, repeats: int) -> dict:
     """Every figure."""
     rng = np.random.default_rng(0)
-    tokens = rng.integers(0, model.args.vocab_size, 102_000)
+    tokens = rng.integers(0, FLASH.config.vocab_size, 102_000)
     times = {}
     for count in (24_576, 100_000):
-        state = synthetic_state(model, tokens[:count], 2048)
+        state = synthetic_state(FLASH, tokens[:count], 2048)
         path = scratch / f"restore-{count}"
-        store = KVStore(path, 1 << 40, model, min_free_bytes=0)
+        store = KVStore(path, 1 << 40, kind=FLASH, min_free_bytes=0)
         store.save(tokens[:count], state)
         assert same_state(store.restore(tokens[:count])[0], state)
         del state
         times[f"restore {count}"] = compared(
-            lambda p=path, n=count: timed_restore(p, model, tokens[:n]),
+            lambda p=path, n=count: timed_restore(p, tokens[:n]),
             lambda p=path: timed_read(files(p)),
             repeats,
         )
     sizes = grown(
-        model, KVStore(scratch / "restore-100000", 1 << 40, model, min_free_bytes=0), tokens
+        KVStore(scratch / "restore-100000", 1 << 40, kind=FLASH, min_free_bytes=0), tokens
     )
-    state = synthetic_state(model, tokens[:84_000], 2048)
+    state = synthetic_state(FLASH, tokens[:84_000], 2048)
     times["save 84000"] = compared(
-        lambda: timed_save(scratch / "save", model, tokens[:84_000], state),
+        lambda: timed_save(scratch / "save", tokens[:84_000], state),
         lambda: timed_write(scratch / "raw"),
         repeats,
     )
@@ -112,7 +96,7 @@ def compared(ours: Callable[[], tuple[float, int]], raw: Callable[[], float], re
     }
 
 
-def grown(model: Model, store: KVStore, tokens: np.ndarray) -> dict:
+def grown(store: KVStore, tokens: np.ndarray) -> dict:
     """What a stored conversation takes, and what appending to it writes."""
     count = 100_000
     records = sum(f.stat().st_size for f in (store.directory / "records").iterdir())
@@ -120,7 +104,7 @@ def grown(model: Model, store: KVStore, tokens: np.ndarray) -> dict:
     appended = {}
     for end in (100_992, 100_991):  # a multiple of 128, and the length with most open projections
         state, found = store.restore(tokens[:count])
-        longer = synthetic_state(model, tokens[:end])
+        longer = synthetic_state(FLASH, tokens[:end])
         longer.stored, before = state.stored, store.nbytes
         assert found == count
         store.save(tokens[:end], longer)
@@ -152,11 +136,11 @@ def drop(paths: list[Path]) -> None:
         os.close(fd)
 
 
-def timed_restore(path: Path, model: Model, tokens: np.ndarray) -> tuple[float, int]:
+def timed_restore(path: Path, tokens: np.ndarray) -> tuple[float, int]:
     """Seconds from opening the store to the state, and the bytes read."""
     drop(files(path))
     begun = time.perf_counter()
-    _, count = KVStore(path, 1 << 40, model).restore(tokens)
+    _, count = KVStore(path, 1 << 40, kind=FLASH).restore(tokens)
     seconds = time.perf_counter() - begun
     assert count == len(tokens)
     return seconds, sum(f.stat().st_size for f in (path / "segments").iterdir())
@@ -175,14 +159,12 @@ def timed_read(paths: list[Path]) -> float:
     return time.perf_counter() - begun
 
 
-def timed_save(
-    path: Path, model: Model, tokens: np.ndarray, state: DecodeState
-) -> tuple[float, int]:
+def timed_save(path: Path, tokens: np.ndarray, state: DecodeState) -> tuple[float, int]:
     """Seconds of a save into an empty store, and the bytes written."""
     for file in files(path) if path.exists() else []:
         file.unlink()
     state.stored = None
-    store = KVStore(path, 1 << 40, model, min_free_bytes=0)
+    store = KVStore(path, 1 << 40, kind=FLASH, min_free_bytes=0)
     begun = time.perf_counter()
     store.save(tokens, state)
     return time.perf_counter() - begun, store.nbytes

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # Lowest first; rooms of one floor may import each other, but not in a circle.
 FLOORS = (
-    ("config", "config_keys", "errors", "durable", "blas", "precision"),
+    ("config", "config_keys", "errors", "durable", "blas", "precision", "user_files"),
     ("formats",),
     ("custom_kernels",),
     ("state", "weights"),
@@ -83,6 +83,11 @@ def test_no_file_imports_from_a_higher_floor(module: str):
     # Public names of the package are for its users; inside, a name comes from its own room.
     public = [n for n in imports(FILES[module]) if n.count(".") == 1 and not room(n)]
     assert set(public) <= {"ds4mlx.__version__"}
+
+
+def test_the_store_needs_no_model():
+    """A kind is enough, so that states can be kept where no weights are."""
+    assert ("store", "model") not in arrows()
 
 
 def test_rooms_have_no_circle():

@@ -15,7 +15,7 @@ from ds4mlx.store.locks import Claim, Pin
 def saved(store, seed, length=600):
     """Save a conversation of its own; its tokens."""
     ids = np.random.default_rng(seed).integers(0, 512, length)
-    store.save(ids, synthetic_state(store.model, ids))
+    store.save(ids, synthetic_state(store.kind, ids))
     return ids
 
 
@@ -109,17 +109,20 @@ def test_free_disk_space_is_left(bare_model, tmp_path):
     assert not list(tmp_path.rglob("*.kv")) and not list(tmp_path.rglob("*.tmp"))
 
 
-def test_boundaries_are_thinned_when_they_take_much(bare_model, tmp_path, monkeypatch):
-    monkeypatch.setattr(eviction.superfluous, "__defaults__", (400_000,))
-    spacing = Spacing(256, 1024, 512)
-    store = KVStore(tmp_path, 1 << 30, bare_model, min_free_bytes=0, spacing=spacing)
+@pytest.mark.parametrize(
+    ("allowed", "count"), [(0, 10), (400_000, 10), (900_000, 15), (1 << 30, 32)]
+)
+def test_boundaries_are_thinned_when_they_take_much(bare_model, tmp_path, allowed, count):
+    """Records of 56,274 bytes: as many as are allowed, or the 10 that the spacing needs."""
+    spacing, opened = Spacing(256, 1024, 512), {"min_free_bytes": 0, "records_bytes": allowed}
+    store = KVStore(tmp_path, 1 << 30, bare_model, spacing=spacing, **opened)
     ids = np.random.default_rng(0).integers(0, 512, 4096)
     for end in range(128, 4097, 128):
         store.save(ids[:end], synthetic_state(bare_model, ids[:end]))
     catalogue = store._catalogue
     catalogue.refresh()
-    positions = sorted(record.tokens for record in catalogue.records.values())
-    assert sum(r.nbytes for r in catalogue.records.values()) < 500_000 or len(positions) <= 12
+    positions = {record.tokens for record in catalogue.records.values()}
+    assert len(positions) == count and positions >= spacing.thinned(positions, 4096)
     for point in (4096, 4000, 3500, 2000, 1200):
         reach = spacing.dense if point > 4096 - spacing.near else spacing.sparse
         assert point - store.restore(ids[:point])[1] < reach + 128

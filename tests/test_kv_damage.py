@@ -51,7 +51,8 @@ def flipped(raw, rng):
     return raw[:place] + bytes([raw[place] ^ (1 << int(rng.integers(8)))]) + raw[place + 1 :]
 
 
-def test_500_bit_flips_and_truncations(model, sound, tmp_path, caplog):
+@pytest.mark.parametrize("damages", [60, pytest.param(500, marks=pytest.mark.slow)])
+def test_bit_flips_and_truncations(model, sound, tmp_path, caplog, damages):
     """Over all kinds of files: each is a miss or harmless, warned of once, and never wrong."""
     rng, path = np.random.default_rng(1), tmp_path / "kv"
     files = sorted(
@@ -61,7 +62,7 @@ def test_500_bit_flips_and_truncations(model, sound, tmp_path, caplog):
     assert set(kinds) == {"segments", "records", "index.jsonl", "calls.jsonl"}
     states = {end: synthetic_state(model, IDS[:end]) for end in (*ENDS, *range(512, 3000, 512))}
     missed = 0
-    for number in range(500):
+    for number in range(damages):
         if number % 25 == 0:
             shutil.rmtree(path, ignore_errors=True)
             shutil.copytree(sound, path)
@@ -83,7 +84,7 @@ def test_500_bit_flips_and_truncations(model, sound, tmp_path, caplog):
         for kind in ("segments", "records"):  # whole again for the next
             for original in (sound / kind).iterdir():
                 shutil.copy(original, path / kind / original.name)
-    assert missed > 100
+    assert missed > damages // 5
 
 
 def test_a_damaged_file_is_reported_and_a_shorter_prefix_taken(model, sound, tmp_path, caplog):
@@ -227,15 +228,25 @@ def test_the_system_calls_of_a_save(tmp_path):
 # Killed, and short of disk
 
 
-def test_kill_9_at_random_moments(tmp_path):
-    """The short form of benchmarks/kill_store.py, which kills a thousand times."""
+@pytest.mark.parametrize("kills", [8, pytest.param(24, marks=pytest.mark.slow)])
+def test_kill_9_at_random_moments(tmp_path, kills):
+    """A short form of benchmarks/kill_store.py, which kills a thousand times."""
     out = tmp_path / "found.json"
-    options = ["--kills", "24", "--renew", "8", "--seed", "3", "--results", str(out)]
+    options = [
+        "--kills",
+        str(kills),
+        "--renew",
+        str(kills // 4),
+        "--seed",
+        "3",
+        "--results",
+        str(out),
+    ]
     command = [sys.executable, str(KILLS), *options, "--scratch", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, check=False, timeout=300, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(out.read_text())
-    assert sum(found["kills"].values()) == 24 and found["acknowledged"] > 0
+    assert sum(found["kills"].values()) == kills and found["acknowledged"] > 0
 
 
 @pytest.mark.parametrize("last", range(1, 12))

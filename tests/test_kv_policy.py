@@ -70,12 +70,12 @@ def test_short_prompts_leave_no_files(small_model, tokenizer, store):
     assert not list(store.directory.rglob("*.kv"))
 
 
-def test_long_runs_are_saved_on_the_way(small_model, tokenizer, store, monkeypatch):
-    monkeypatch.setattr(Policy.__init__, "__defaults__", (512, 32, 128, 1024))
-    options = {"prefill_step": 512, "sampler": Dictation(IDS[1000:])}
-    answer(small_model, tokenizer, IDS[:1000], 170, store=store, **options)
-    assert lengths(store) == [(896, "cold"), (1024, "continue"), (1152, "shutdown")]
-    assert store.restore(IDS[:1169])[1] == 1152
+def test_long_runs_are_saved_on_the_way(small_model, tokenizer, store):
+    policy = Policy(min_tokens=64, trim=8, align=32, interval=128)
+    options = {"prefill_step": 64, "sampler": Dictation(IDS[120:]), "policy": policy}
+    answer(small_model, tokenizer, IDS[:120], 44, store=store, **options)
+    assert lengths(store) == [(96, "cold"), (128, "continue"), (160, "shutdown")]
+    assert store.restore(IDS[:163])[1] == 160
 
 
 def test_an_answer_that_is_closed_is_saved_as_far_as_it_came(small_model, tokenizer, store):
@@ -171,9 +171,26 @@ def test_an_id_of_two_texts_names_neither(small_model, tmp_path):
         assert "call_a" not in calls and calls.get("call_a") is None
 
 
-@pytest.mark.parametrize("text", ["no calls", CALLS + "behind", CALLS[:-9], "<think>" + CALLS])
-def test_what_cannot_be_replayed(text):
-    assert sampled_calls(text) == "" or text.startswith("<think>")
+BLOCK = CALLS.removeprefix("Look.")
+
+
+@pytest.mark.parametrize(
+    ("text", "thinking", "replayed"),
+    [
+        ("no calls", "none", ""),
+        (CALLS + "behind", "none", ""),
+        (CALLS[:-9], "none", ""),
+        (CALLS, "none", BLOCK),
+        (CALLS + EOS, "none", BLOCK),
+        (f"So.</think>{CALLS}", "high", BLOCK),
+        (CALLS, "high", BLOCK),
+        ("So." + CALLS + "</think>No.", "high", ""),
+        ("<think>" + CALLS, "none", BLOCK),
+    ],
+)
+def test_what_can_be_replayed(text, thinking, replayed):
+    """The calls that end an answer, and none of those that its reasoning only thinks of."""
+    assert sampled_calls(text, thinking) == replayed
 
 
 # A chat
@@ -245,22 +262,23 @@ def test_boundary_records_of_flash(tokens, most):
 # An agent
 
 
-def agent_session(rng):
-    """(what happens, prompt) of 40 turns: growth, retries, an edited turn, a compaction."""
+def agent_session(rng, turns, scale):
+    """(what happens, prompt) of some turns: growth, retries, an edited turn, a compaction."""
 
     def some(count):
-        return rng.integers(2, 288, count).tolist()
+        return rng.integers(2, 288, count // scale).tolist()
 
+    edited, compacted = turns * 14 // 40, turns * 26 // 40
     system, history = some(900), []
-    for turn in range(40):
-        if turn in (7, 19, 31):
+    for turn in range(turns):
+        if turn in {turns * n // 40 for n in (7, 19, 31)}:
             yield "retry", [*system, *chain.from_iterable(history)]
             continue
-        if turn == 14:
+        if turn == edited:
             history[-3:] = [some(70)]
             yield "edited turn", [*system, *chain.from_iterable(history)]
             continue
-        if turn == 26:
+        if turn == compacted:
             history = [some(250)]
             yield "compaction", [*system, *chain.from_iterable(history)]
             continue
@@ -268,12 +286,16 @@ def agent_session(rng):
         yield "growth", [*system, *chain.from_iterable(history)]
 
 
-def test_an_agent_session_prefills_little(small_model, tokenizer, tmp_path):
-    """40 turns; every turn finds its beginning on the disk, as if the server had been restarted."""
+@pytest.mark.parametrize(
+    ("turns", "scale", "share"), [(16, 4, 0.2), pytest.param(40, 1, 0.15, marks=pytest.mark.slow)]
+)
+def test_an_agent_session_prefills_little(small_model, tokenizer, tmp_path, turns, scale, share):
+    """Every turn finds its beginning on the disk, as if the server had been restarted."""
     total = prefilled = 0
-    for turn, (what, ids) in enumerate(agent_session(np.random.default_rng(9))):
+    policy = Policy(512 // scale, 32 // scale, 128 // scale)
+    for turn, (what, ids) in enumerate(agent_session(np.random.default_rng(9), turns, scale)):
         with KVStore(tmp_path, model=small_model) as store:
-            last = answer(small_model, tokenizer, ids, 4, store=store)[-1]
+            last = answer(small_model, tokenizer, ids, 4, store=store, policy=policy)[-1]
             source = "nothing" if store.last_hit is None else f"{store.last_hit[1]}"
             print(
                 f"{turn:>2} {what:<12} {len(ids):>5} tokens: {last.cached_tokens:>5} from "
@@ -282,7 +304,7 @@ def test_an_agent_session_prefills_little(small_model, tokenizer, tmp_path):
             assert last.cached_tokens + last.prompt_tokens == len(ids)
         total, prefilled = total + len(ids), prefilled + last.prompt_tokens
     print(f"{prefilled} of {total} tokens prefilled: {prefilled / total:.1%}")
-    assert prefilled < 0.15 * total
+    assert prefilled < share * total
 
 
 def test_a_stored_prefix_with_the_same_text_but_real_special_tokens_is_not_taken(talker, tmp_path):

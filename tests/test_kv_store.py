@@ -5,6 +5,7 @@ import os
 import stat
 import subprocess
 import sys
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
@@ -38,28 +39,31 @@ def fed(model, ids, cache=None):
 # Bit for bit
 
 
-def lengths(seed, count):
-    """Lengths of chunks that end near multiples of 4, 128 and 2,048."""
-    rng = np.random.default_rng(seed)
-    near = [4 * n + d for n in range(1, 25) for d in (-1, 0, 1)]
-    near += [128 * n + d for n in range(1, 17) for d in (-3, -1, 0, 1, 4)]
-    near += [2048 + d for d in (-4, -1, 0, 1, 2, 3, 5, 128)]
-    ends = sorted(rng.choice(sorted(set(near)), count, replace=False).tolist())
-    return np.diff([0, *ends]).tolist()
+def lengths(dense, count):
+    """Lengths of `count` chunks that end near multiples of 4, 128 and `dense`, here and there."""
+    near = {4 * n + d for n in range(1, 25) for d in (-1, 0, 1)}
+    near |= {128 * n + d for n in range(1, dense // 128) for d in (-3, -1, 0, 1, 4)}
+    always = {1, 3, 4, 5, 127, 128, 129} | {dense + d for d in (-1, 0, 1, 4, 128)}
+    rest = np.random.default_rng(1).permutation(sorted(near - always))[: count - len(always)]
+    return np.diff([0, *sorted(always | set(rest.tolist()))]).tolist()
 
 
 @pytest.mark.parametrize("rounding", ["official", "none"])
+@pytest.mark.parametrize(
+    ("dense", "count"), [(256, 24), pytest.param(2048, 102, marks=pytest.mark.slow)]
+)
 def test_a_restored_state_continues_in_every_bit_as_the_run_it_was_saved_from(
-    request, rounding, tmp_path
+    request, rounding, dense, count, tmp_path
 ):
-    """200 prefixes with their continuations: the next chunk of the same run."""
+    """Prefixes with their continuations, the next chunk of the same run; with a boundary in it."""
     model = request.getfixturevalue("small_model" if rounding == "official" else "plain_model")
     store, cache, end, pairs = KVStore(tmp_path / "kv", model=model), model.make_cache(), 0, 0
-    for length in lengths(1, 102):
+    cache.boundaries.spacing = Spacing(dense, 8 * dense, 4 * dense)
+    for length in lengths(dense, count):
         if end:
             store.save(IDS[:end], cache)
-            restored, count = store.restore(IDS[: end + length])
-            assert count == end == restored.offset
+            restored, reached = store.restore(IDS[: end + length])
+            assert reached == end == restored.offset
             assert same_state(restored, cache)
             assert restored.nbytes <= cache.nbytes
         want = run(model, IDS[end : end + length], cache)
@@ -67,7 +71,7 @@ def test_a_restored_state_continues_in_every_bit_as_the_run_it_was_saved_from(
             assert np.array_equal(run(model, IDS[end : end + length], restored), want)
             pairs += 1
         end += length
-    assert pairs == 101 and end > 2048
+    assert pairs == count - 1 and end == dense + 128 and dense in cache.records
 
 
 def test_bfloat16_states_too(small_dir, tmp_path):
@@ -233,11 +237,28 @@ def test_lengths_that_cannot_be_saved(small_model, store, wrong):
     assert not list(store.directory.rglob("*.kv"))
 
 
-def test_a_batch_is_refused(small_model, store):
-    cache = small_model.make_cache()
-    mx.eval(small_model(mx.zeros((2, 9), mx.int32), cache=cache))
-    with pytest.raises(DataError, match="several sequences"):
-        store.save([0] * 9, cache)
+def test_a_store_opened_from_a_kind_alone(small_model, store):
+    """Finds what the model saved, and nothing of a kind that differs in anything."""
+    cache = fed(small_model, IDS[:200])
+    store.save(IDS[:200], cache)
+    kind = small_model.kind
+    others = {"weights": "another", "rounding": "none", "dtype": mx.bfloat16}
+    for name, value in others.items():
+        with KVStore(store.directory, kind=replace(kind, **{name: value})) as other:
+            assert other.restore(IDS)[1] == 0
+    with KVStore(store.directory, kind=kind) as other:
+        restored, count = other.restore(IDS)
+        assert count == 200 and same_state(restored, cache)
+        want = run(small_model, IDS[200:205], cache)
+        assert np.array_equal(run(small_model, IDS[200:205], restored), want)
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_a_store_needs_a_model_or_a_kind(bare_model, tmp_path, both):
+    given = {"model": bare_model, "kind": bare_model.kind} if both else {}
+    with pytest.raises(DataError, match="a model, or the kind"):
+        KVStore(tmp_path / "kv", **given)
+    assert not (tmp_path / "kv").exists()
 
 
 def test_another_model_rounding_or_type_finds_nothing(small_dir, tiny_dir, small_model, store):

@@ -10,6 +10,7 @@ import numpy as np
 from ds4mlx.config import ModelConfig
 from ds4mlx.model.model import Model
 from ds4mlx.state.decode_state import DecodeState
+from ds4mlx.state.kind import StateKind
 from ds4mlx.store.state_bytes import parts
 
 # A model of every kind of attention, whose states are small.
@@ -21,7 +22,7 @@ SMALL = ModelConfig(
 )  # fmt: skip
 
 
-def synthetic_state(model: Model, tokens: np.ndarray, spacing: int = 0) -> DecodeState:
+def synthetic_state(model: Model | StateKind, tokens: np.ndarray, spacing: int = 0) -> DecodeState:
     """The state after `tokens`; with `spacing` it has records at its multiples."""
     state, count = model.make_cache(), len(tokens)
     if spacing:

@@ -2,12 +2,12 @@
 
 import hashlib
 import os
-import sys
 from pathlib import Path
 
 from ds4mlx.convert import convert
 from ds4mlx.durable import lock
 from ds4mlx.errors import DataError
+from ds4mlx.user_files import cache_directory
 from ds4mlx.weights.directory import FORMAT_VERSION, MANIFEST, ModelDirectory
 
 EMBEDDED = Path(__file__).parents[1] / "embedded"
@@ -53,15 +53,6 @@ def _convert_once(path: Path) -> None:
 def embedded_directory() -> Path:
     """Where the converted embedded model is, or will be."""
     return cache_directory() / f"embedded-{fingerprint()}"
-
-
-def cache_directory() -> Path:
-    """Where this user's programs keep what they can make again."""
-    named = os.environ.get("XDG_CACHE_HOME")
-    if named:
-        return Path(named) / "ds4mlx"
-    library = Path.home() / "Library" / "Caches"
-    return (library if sys.platform == "darwin" else Path.home() / ".cache") / "ds4mlx"
 
 
 def fingerprint() -> str:

@@ -10,6 +10,7 @@ from typing import Any, TypeVar, overload
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_flatten
 
 from ds4mlx.config import ModelConfig
 from ds4mlx.errors import DataError
@@ -22,6 +23,7 @@ from ds4mlx.model.linear import Embedding, Linear, RMSNorm
 from ds4mlx.model.rope import rotary_tables
 from ds4mlx.precision import keep_float32
 from ds4mlx.state.decode_state import DecodeState
+from ds4mlx.state.kind import StateKind, digest
 from ds4mlx.state.layer import LayerState
 from ds4mlx.state.rounding import Rounding
 from ds4mlx.state.row_forms import StateForm
@@ -144,6 +146,12 @@ class Model(nn.Module):
         out = mx.depends([logits, flat], step.arrays)
         commit([step])
         return out[0][None], out[1][None]
+
+    @property
+    def kind(self) -> StateKind:
+        """What its decode states are states of; weights without an identity are read for a name."""
+        parameters: Any = tree_flatten(self.parameters())
+        return StateKind(self.args, self.dtype, self.rounding, self.identity or digest(parameters))
 
     @property
     def state_form(self) -> StateForm:

@@ -96,6 +96,11 @@ class DecodeState:
         """Have a record made when the state comes to `tokens` tokens, also within a chunk."""
         self.boundaries.asked |= {tokens}
 
+    def drop_boundary(self, tokens: int) -> None:
+        """Forget the record at a boundary that was asked for; a regular one stays."""
+        if tokens not in self.boundaries.regular([tokens]):
+            self.records = {p: r for p, r in self.records.items() if p != tokens}
+
     def step(self, tokens: int) -> Step:
         """A step of `tokens` tokens from here, for the layers to put their changes into."""
         end = self.offset + tokens

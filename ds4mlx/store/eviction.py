@@ -18,8 +18,8 @@ from ds4mlx.store.locks import Claim
 
 # Tokens after which attention costs as much again as the rest of a token's prefill.
 COST_DEPTH = 100_000
-# Bytes of a chain's boundary records up to which none is thinned out.
-RECORDS_ALLOWED = 64_000_000
+# Bytes of a chain's boundary records up to which none is thinned out, unless told.
+RECORDS_BYTES = 64_000_000
 
 
 class StoreFull(DataError):
@@ -103,9 +103,7 @@ def evict(catalogue: Catalogue, chosen: Iterable[Leaf]) -> int:
     return freed
 
 
-def superfluous(
-    catalogue: Catalogue, segment: str, spacing: Spacing, allowed: int = RECORDS_ALLOWED
-) -> list[Record]:
+def superfluous(catalogue: Catalogue, segment: str, spacing: Spacing, allowed: int) -> list[Record]:
     """Records on a chain that may go, oldest first: beyond `allowed` bytes, and needed by no leaf."""
     found = sorted(catalogue.on_chain(segment), key=lambda record: record.created)
     excess = sum(record.nbytes for record in found) - allowed

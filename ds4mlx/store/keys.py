@@ -7,11 +7,10 @@ from collections.abc import Iterable, Sequence
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_flatten
 
 from ds4mlx.custom_kernels import dispatch
 from ds4mlx.errors import DataError
-from ds4mlx.model.model import Model
+from ds4mlx.state.kind import StateKind
 
 MOST_IDS = 1 << 31
 LAYOUT = 1  # of segments and records; another one is another model
@@ -70,29 +69,16 @@ def record_key(model: str, segment: str, tokens: int, checksum: bytes) -> str:
     return hashlib.sha1(f"record {model} {segment} {tokens}\n".encode() + checksum).hexdigest()
 
 
-def fingerprint(model: Model) -> str:
+def fingerprint(kind: StateKind) -> str:
     """What a state must agree in with the model that takes it up.
 
-    The converted directory (weights, recipe, configuration, tokenizer) or, for a model that was not
-    loaded from one, its parameters; the activation type, the rounding, and switches of arithmetic,
-    such as experts' activations rounded to 8 bits, that are on when the store is opened.
+    Its kind, and the switches of arithmetic, such as experts' activations rounded to 8 bits, that
+    are on when the store is opened.
     """
     switches = {
+        **kind.parts(),
         "layout": LAYOUT,
-        "weights": model.identity or _digest(model),
-        "config": model.args.model_dump(mode="json"),
-        "dtype": str(model.dtype),
-        "rounding": model.rounding,
         "eight bits": dispatch.eight_bits(),
         "tf32": os.environ.get("MLX_ENABLE_TF32", ""),
     }
     return hashlib.sha1(json.dumps(switches, sort_keys=True).encode()).hexdigest()
-
-
-def _digest(model: Model) -> str:
-    digest = hashlib.sha256()
-    for name, array in tree_flatten(model.parameters()):
-        assert isinstance(array, mx.array)
-        digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
-        digest.update(np.array(mx.contiguous(array).reshape(-1).view(mx.uint8)).data)
-    return digest.hexdigest()

@@ -4,38 +4,51 @@ import weakref
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Self
+from typing import Protocol, Self
 
 import numpy as np
 
 from ds4mlx.chat.segments import Prompt, markup
 from ds4mlx.errors import DataError
-from ds4mlx.model.model import Model
 from ds4mlx.state.boundaries import Spacing
 from ds4mlx.state.decode_state import DecodeState
+from ds4mlx.state.kind import StateKind
 from ds4mlx.store import keys, restoring, spelling, texts
 from ds4mlx.store.calls import Calls
 from ds4mlx.store.catalogue import Catalogue, Record, segment_path
 from ds4mlx.store.directory import make_store
+from ds4mlx.store.eviction import RECORDS_BYTES
 from ds4mlx.store.locks import Pin
 from ds4mlx.store.state_bytes import check_storable
 from ds4mlx.store.taking import Job, Taker
-from ds4mlx.store.writing import Writer
+from ds4mlx.store.writing import Limits, Writer
 from ds4mlx.text.tokenizer import Tokenizer
 
 BUDGET = 16 << 30
 REASONS = ("cold", "continue", "evict", "shutdown")
 
 
+class HasKind(Protocol):
+    """What says of which kind its decode states are, as a model does."""
+
+    @property
+    def kind(self) -> StateKind:
+        """The kind."""
+        ...
+
+
 class KVStore:
-    """Decode states of `model` on disk. A state is found again by its tokens, or by their text.
+    """Decode states of one kind on disk. A state is found again by its tokens, or by their text.
 
     directory: made if it is missing, private to the user; several processes may share it, and
         several models. budget_bytes: of all files in it; the least valuable go when it is full.
+    model: whose states they are; or, without one, their kind.
     tokenizer: that of the model; without it no prefix is found by its text.
     min_free_bytes: of the disk, left free; 1 GiB unless told, or a twentieth of a small disk.
     keep_text: whether the readable text stands in the files, for `ds4mlx cache show`; the token
-        ids always do. spacing: how near to any point a boundary is kept.
+        ids always do. spacing: how near to any point a boundary is kept, once the records of a
+        chain take more than `records_bytes`.
+    Raises DataError for a directory that cannot be a store, and unless it is told a kind.
 
     Not for several threads at a time; `save_soon` writes in a thread of its own.
     """
@@ -44,31 +57,29 @@ class KVStore:
         self,
         directory: str | Path,
         budget_bytes: int = BUDGET,
-        model: Model | None = None,
+        model: HasKind | None = None,
         *,
+        kind: StateKind | None = None,
         tokenizer: Tokenizer | None = None,
         min_free_bytes: int | None = None,
         keep_text: bool = True,
         spacing: Spacing | None = None,
+        records_bytes: int = RECORDS_BYTES,
         label: str = "",
     ):
-        if model is None:
-            raise DataError("a KV store needs the model whose states it holds")
         self.directory = Path(directory).expanduser().absolute()
-        self.model, self.tokenizer = model, tokenizer
-        self.spacing = spacing or Spacing()
+        self.kind, self.tokenizer = _kind_of(model, kind), tokenizer
         try:
             make_store(self.directory)
         except OSError as error:
             raise DataError(f"{self.directory}: {error.strerror}") from None
         self.calls = Calls(self.directory / "calls.jsonl")
         self._catalogue = Catalogue(self.directory)
-        self._fingerprint = keys.fingerprint(model)
-        self._taker = Taker(self._catalogue, self._fingerprint, label or model.args.release)
+        self._fingerprint = keys.fingerprint(self.kind)
+        self._taker = Taker(self._catalogue, self._fingerprint, label or self.kind.config.release)
         pieces = None if tokenizer is None else texts.token_texts(tokenizer)
-        self._writer = Writer(
-            Catalogue(self.directory), budget_bytes, min_free_bytes, self.spacing, pieces, keep_text
-        )
+        limits = Limits(budget_bytes, min_free_bytes, records_bytes, spacing or Spacing())
+        self._writer = Writer(Catalogue(self.directory), limits, pieces, keep_text)
         self._thread = ThreadPoolExecutor(1, "kv-store")
         self.last_hit: tuple[int, str] | None = None  # tokens, and the reason they were saved for
         self._pins: weakref.WeakKeyDictionary[DecodeState, Pin] = weakref.WeakKeyDictionary()
@@ -104,8 +115,8 @@ class KVStore:
         if reason not in REASONS:
             raise DataError(f"reason must be one of {', '.join(REASONS)}, not {reason!r}")
         ids = keys.token_array(tokens)
-        check_storable(self.model, cache, len(ids))
-        keys.token_array(ids, self.model.args.vocab_size)
+        check_storable(self.kind, cache, len(ids))
+        keys.token_array(ids, self.kind.config.vocab_size)
         job = self._taker.take(ids, cache, reason)
         return self._thread.submit(self._write, job, weakref.ref(cache))
 
@@ -159,7 +170,7 @@ class KVStore:
                     self.last_hit = (record.tokens, record.reason)
                     return state, record.tokens
         self.last_hit = None
-        return self.model.make_cache(), 0
+        return self.kind.make_cache(), 0
 
     def _taken_up(self, record: Record, ids: np.ndarray) -> DecodeState | None:
         """The state of a record, its chain pinned before it is read; None if it cannot be had."""
@@ -168,7 +179,7 @@ class KVStore:
             return None
         state = None
         try:
-            state = restoring.read_state(self._catalogue, self.model, record, ids)
+            state = restoring.read_state(self._catalogue, self.kind, record, ids)
         finally:
             if state is None:
                 pin.close()
@@ -225,3 +236,12 @@ class KVStore:
         weakref.finalize(cache, pin.close)
         if old is not None:
             old.close()
+
+
+def _kind_of(model: HasKind | None, kind: StateKind | None) -> StateKind:
+    """The one kind that is given. Raises DataError."""
+    if kind is None and model is not None:
+        return model.kind
+    if kind is None or model is not None:
+        raise DataError("a KV store needs a model, or the kind of its states, and not both")
+    return kind

@@ -62,8 +62,7 @@ class Keeper:
             self._next = self._following(self.cache.offset)
         if self._target and self.cache.offset >= self._target:
             self._save(self._target, self._reason)
-            if self._target % self.cache.boundaries.spacing.dense:
-                self.cache.records.pop(self._target, None)
+            self.cache.drop_boundary(self._target)
             self._target = 0
 
     def end(self, reason: str) -> None:

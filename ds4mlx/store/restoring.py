@@ -9,8 +9,8 @@ from threading import Event
 import mlx.core as mx
 import numpy as np
 
-from ds4mlx.model.model import Model
 from ds4mlx.state.decode_state import DecodeState, Stored
+from ds4mlx.state.kind import StateKind
 from ds4mlx.store import block_file, keys
 from ds4mlx.store.block_file import DamagedFile, Header, OtherVersion
 from ds4mlx.store.catalogue import Catalogue, Record, Segment, described
@@ -68,7 +68,7 @@ def matches(catalogue: Catalogue, model: str, tokens: np.ndarray) -> Iterator[Re
 
 
 def read_state(
-    catalogue: Catalogue, model: Model, record: Record, tokens: np.ndarray
+    catalogue: Catalogue, kind: StateKind, record: Record, tokens: np.ndarray
 ) -> DecodeState | None:
     """The state that a record and its chain hold.
 
@@ -77,7 +77,7 @@ def read_state(
     chain = catalogue.chain(record.segment, record.tokens)
     if chain is None:
         return None
-    state = empty_rows(model, record.tokens)
+    state = empty_rows(kind, record.tokens)
     places = [Place(part) for part in parts(state)]
 
     def read(link: tuple[Segment, int, int]) -> None:

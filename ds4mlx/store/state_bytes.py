@@ -9,9 +9,9 @@ import mlx.core as mx
 import numpy as np
 
 from ds4mlx.errors import DataError
-from ds4mlx.model.model import Model
 from ds4mlx.state.buffers import Rows
 from ds4mlx.state.decode_state import DecodeState
+from ds4mlx.state.kind import StateKind
 from ds4mlx.state.row_forms import RowForm
 
 
@@ -39,17 +39,17 @@ def parts(state: DecodeState) -> list[Part]:
     return [Part(c.ratio, c.form, c.rows) for layer in state for c in layer.compressors]
 
 
-def check_storable(model: Model, state: DecodeState, tokens: int) -> None:
-    """DataError unless the state is one of this model with at least `tokens` tokens."""
-    if state.form != model.state_form or len(state) != len(model.layers):
+def check_storable(kind: StateKind, state: DecodeState, tokens: int) -> None:
+    """DataError unless the state is of this kind, with at least `tokens` tokens."""
+    if state.form != kind.form or len(state) != kind.config.num_hidden_layers:
         raise DataError("the state is not one of the store's model: it holds its rows otherwise")
     if not 1 <= tokens <= state.offset:
         raise DataError(f"cannot save {tokens} tokens of a state that holds {state.offset}")
 
 
-def empty_rows(model: Model, tokens: int) -> DecodeState:
+def empty_rows(kind: StateKind, tokens: int) -> DecodeState:
     """A state with room for the rows of `tokens` tokens, not yet evaluated, and nothing else."""
-    state = model.make_cache()
+    state = kind.make_cache()
     for part in parts(state):
         count = tokens // part.ratio
         if count:

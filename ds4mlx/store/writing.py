@@ -3,7 +3,7 @@
 import hashlib
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
@@ -21,20 +21,25 @@ HEADER_ROOM = 4096
 Texts = Callable[[np.ndarray], list[bytes]]
 
 
-class Writer:
-    """Writes jobs: one process at a time, within the budget, each acknowledged when it lasts."""
+@dataclass(frozen=True)
+class Limits:
+    """How much a store may take: of all its files, of the disk, and of a chain's records.
 
-    def __init__(
-        self,
-        catalogue: Catalogue,
-        budget_bytes: int,
-        min_free_bytes: int | None,
-        spacing: Spacing,
-        texts: Texts | None,
-        keep_text: bool,
-    ):
-        self.catalogue, self.spacing = catalogue, spacing
-        self.budget_bytes, self.min_free_bytes = budget_bytes, min_free_bytes
+    min_free_bytes None: 1 GiB of the disk stays free, or a twentieth of a small one. Records of a
+    chain beyond `records_bytes` are thinned out as far as `spacing` allows.
+    """
+
+    budget_bytes: int
+    min_free_bytes: int | None
+    records_bytes: int
+    spacing: Spacing
+
+
+class Writer:
+    """Writes jobs: one process at a time, within the limits, each acknowledged when it lasts."""
+
+    def __init__(self, catalogue: Catalogue, limits: Limits, texts: Texts | None, keep_text: bool):
+        self.catalogue, self.limits = catalogue, limits
         self.texts, self.keep_text = texts, keep_text
 
     def write(self, job: Job) -> Pin | None:
@@ -53,11 +58,16 @@ class Writer:
             self._make_room([*segments, *records], chain)
             self._put("segments", segments)
             self._put("records", records)
-            for record in eviction.superfluous(self.catalogue, job.segment, self.spacing):
-                if record.tokens != len(job.tokens):
-                    self.catalogue.remove(record)
+            self._thin(job)
             self.catalogue.compact()
             return Pin.take(segment_path(self.catalogue.directory, job.segment))
+
+    def _thin(self, job: Job) -> None:
+        """Remove the boundary records of a job's chain that are one too many."""
+        spacing, allowed = self.limits.spacing, self.limits.records_bytes
+        for record in eviction.superfluous(self.catalogue, job.segment, spacing, allowed):
+            if record.tokens != len(job.tokens):
+                self.catalogue.remove(record)
 
     def _chain(self, job: Job) -> set[str]:
         """Keys of the job's chain; DataError if its beginning has been deleted."""
@@ -88,9 +98,11 @@ class Writer:
         need = sum(HEADER_ROOM + sum(b.nbytes for b in piece.blocks) for piece in pieces)
         if not pieces:
             return
-        if need > self.budget_bytes:
-            raise StoreFull(f"{need:,} bytes to save exceed the budget of {self.budget_bytes:,}")
-        over = self.catalogue.nbytes + need - self.budget_bytes
+        if need > self.limits.budget_bytes:
+            raise StoreFull(
+                f"{need:,} bytes to save exceed the budget of {self.limits.budget_bytes:,}"
+            )
+        over = self.catalogue.nbytes + need - self.limits.budget_bytes
         free, least = self._disk()
         wanted = max(over, need + least - free)
         if wanted > 0:
@@ -100,8 +112,8 @@ class Writer:
         """Bytes free on the disk, and how many of them must stay free."""
         found = os.statvfs(self.catalogue.directory)
         least = min(1 << 30, found.f_blocks * found.f_frsize // 20)
-        if self.min_free_bytes is not None:
-            least = self.min_free_bytes
+        if self.limits.min_free_bytes is not None:
+            least = self.limits.min_free_bytes
         return found.f_bavail * found.f_frsize, least
 
     def _add_texts(self, job: Job) -> None:
