@@ -23,8 +23,10 @@ from ds4mlx.convert.writer import FileWriter
 from ds4mlx.durable import PARTIAL, write_whole
 from ds4mlx.errors import DataError
 from ds4mlx.weights.directory import CONFIG, JOURNAL, MANIFEST, canonical, read_manifest
+from ds4mlx.weights.hub import HubError
 
 JOURNAL_SECONDS = 5.0
+GOES_ON = "nothing is lost, the same command goes on from here"
 # Small files that a conversion may leave beside the weights.
 TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 # What lies beside the data while it is written: manifest, journal, headers.
@@ -76,9 +78,10 @@ def convert(
         with contextlib.closing(Journal(target, _mark(plan))) as journal:
             _write(plan, target, journal, max_memory or CHUNK, journal_seconds, progress)
             journal.remove()
+    except HubError as error:
+        raise DataError(f"{error}; {GOES_ON}") from error
     except OSError as error:
-        cause = f"{error.filename or target}: {error.strerror}"
-        raise DataError(f"{cause}; nothing is lost, the same command goes on from here") from error
+        raise DataError(f"{error.filename or target}: {error.strerror}; {GOES_ON}") from error
     _say(quality_report(read_manifest(target)), progress)
     _say(f"{target}: {plan.nbytes:,} bytes in {len(plan.files)} weight files", progress)
     return plan

@@ -82,7 +82,22 @@ class RemoteFile(TensorFile):
     def read(self, name: str, first: int, nbytes: int) -> bytes:
         """`nbytes` bytes of a tensor from its byte `first` on; downloads the file if it is not there."""
         if self._fd is None:
-            self.path = self.downloads.repository.fetch(self.name, self.downloads.folder)
-            if TensorFile(self.path).header != self.header:
-                raise DataError(f"{self.path}: is not the file that its repository has now")
+            self.path = self._fetch()
         return super().read(name, first, nbytes)
+
+    def _fetch(self) -> Path:
+        """Download the file; anew, if a crash of the system left it there without its bytes."""
+        repository, folder = self.downloads.repository, self.downloads.folder
+        path = repository.fetch(self.name, folder)
+        if folder is not None and not self._is(path):
+            path.unlink()
+            path = repository.fetch(self.name, folder)
+        if not self._is(path):
+            raise DataError(f"{path}: is not the file that {repository.name} has")
+        return path
+
+    def _is(self, path: Path) -> bool:
+        try:
+            return TensorFile(path).header == self.header
+        except DataError:
+            return False

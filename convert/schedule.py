@@ -39,14 +39,15 @@ class Schedule(Generic[File]):
     ):
         """needs: the downloads of every file by its name; sizes: their bytes; there: those on the disk.
 
-        The next file is always the one that needs the fewest new bytes; with `keep` downloads stay.
+        Of the files that need a download on the disk the next is the one that needs the fewest new
+        bytes; where there is none, the first. With `keep` downloads stay.
         """
         self.steps: list[Step[File]] = []
         self.peak = self.written = 0
         left, on_disk, ever = list(files), set(there), set(there)
         while left:
-            fewest = [sum(sizes[n] for n in needs[file.name] - on_disk) for file in left]
-            file = left.pop(fewest.index(min(fewest)))
+            new = [_new_bytes(needs[file.name], on_disk, sizes) for file in left]
+            file = left.pop(new.index(min(new)))
             on_disk |= needs[file.name]
             ever |= on_disk
             self.written += file.nbytes
@@ -55,3 +56,9 @@ class Schedule(Generic[File]):
             self.steps.append(Step(file, set() if keep else on_disk - later))
             on_disk -= self.steps[-1].done_with
         self.downloaded = sum(sizes[n] for n in ever)
+
+
+def _new_bytes(needs: set[str], on_disk: set[str], sizes: dict[str, int]) -> float:
+    """Bytes to download for a file; infinite if nothing of what it needs is on the disk."""
+    new = sum(sizes[name] for name in needs - on_disk)
+    return new if not new or needs & on_disk else float("inf")

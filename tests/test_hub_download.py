@@ -8,6 +8,7 @@ import time
 
 import dying
 import hub_server
+import numpy as np
 import official
 import pytest
 from huggingface_hub import constants
@@ -15,6 +16,7 @@ from huggingface_hub import constants
 from ds4mlx import DataError
 from ds4mlx.cli.main import run
 from ds4mlx.convert import convert, inspect, verify
+from ds4mlx.convert.official import OfficialSource
 from ds4mlx.convert.schedule import Schedule
 
 NAME = "someone/small"
@@ -148,6 +150,32 @@ def weights_of(sent):
     return [name for name in sent if name.endswith(".safetensors")]
 
 
+def test_the_hub_fails_in_the_middle_then_it_goes_on(hub, small_source, small_dir, tmp_path):
+    hub.directory = official.copy(small_source, tmp_path / "copy")
+    lost = hub.directory / "model-00004-of-00006.safetensors"
+    hub.on_file = lambda file: file.startswith("model-00003") and lost.unlink()
+    with pytest.raises(DataError, match=f"{NAME}: .* no {lost.name}; nothing is lost, the same"):
+        convert(NAME, tmp_path / "out", progress=False)
+    hub.directory = small_source
+    before = hub.downloaded()
+    hub.sent.clear()
+    convert(NAME, tmp_path / "out", progress=False)
+    assert official.digests(tmp_path / "out") == official.digests(small_dir)
+    assert len(before) == 3 and not before & hub.downloaded()
+
+
+@pytest.mark.parametrize("left", [0, 9, 2000])
+def test_a_download_that_lost_its_bytes_is_repeated(hub, small_source, tmp_path, left):
+    """A file whose name outlived a crash of the system, and whose bytes did not."""
+    for _ in range(2):
+        source = OfficialSource(NAME)
+        source.downloads.use(tmp_path)
+        entry = source.inventory["embed.safetensors"][0]
+        values = source.values(entry, 0, 0, 8)
+        assert np.array_equal(values, OfficialSource(small_source).values(entry, 0, 0, 8))
+        os.truncate(source.file(entry.official()).path, left)
+
+
 def test_another_commit_is_another_source(hub, small_source, tmp_path, monkeypatch):
     """The same headers, but perhaps other values: rows of both must not be mixed."""
     target = tmp_path / "out"
@@ -213,7 +241,8 @@ class File:
         ({"a": "1", "b": "2", "c": "3"}, False, "abc", 3 * 10 + 4),
         ({"a": "1", "b": "2", "c": "3"}, True, "abc", 3 * 10 + 9),
         ({"a": "1", "b": "2", "c": "1"}, False, "acb", 3 * 10 + 3),  # 1 is not fetched twice
-        ({"a": "123", "b": "", "c": "1"}, False, "bca", 3 * 10 + 9),
+        ({"a": "123", "b": "", "c": "1"}, False, "bac", 3 * 10 + 2),
+        ({"a": "1", "b": "3", "c": "12", "d": "2"}, False, "acdb", 4 * 10 + 4),  # along the files
         ({"a": "", "b": "", "c": ""}, False, "abc", 3 * 10),
     ],
 )

@@ -15,6 +15,10 @@ from ds4mlx.errors import DataError
 PATIENCE = 5.0
 
 
+class HubError(DataError):
+    """A repository or a file of it cannot be had, now or at all; says which, and the cause."""
+
+
 def may_be_repository(location: str | Path) -> bool:
     """Whether a location is no local path, and is spelt like a repository: `owner/name`."""
     text = str(location)
@@ -26,7 +30,7 @@ def may_be_repository(location: str | Path) -> bool:
 
 
 class Repository:
-    """One commit of a hub repository. Every method raises DataError naming the repository and the cause."""
+    """One commit of a hub repository. Every method raises HubError naming the repository and the cause."""
 
     def __init__(self, name: str, first: str, without: str = ""):
         """name: `owner/name`. first: the file that tells its kind, which is fetched at once.
@@ -41,7 +45,7 @@ class Repository:
             _knock(name, first)
             there = Path(hf_hub_download(name, first, etag_timeout=PATIENCE))
         except RemoteEntryNotFoundError:
-            raise DataError(f"{name}: the hub repository holds no {first}{without}") from None
+            raise HubError(f"{name}: the hub repository holds no {first}{without}") from None
         except _failures() as error:
             self.out_of_reach = _cause(error)
             there = _newest_cached(name, first, self.out_of_reach)
@@ -114,13 +118,13 @@ class Repository:
 
         what = f"{self.name}: {file} cannot be had from the hub"
         if self.out_of_reach:
-            raise DataError(f"{what}: {self.out_of_reach}")
+            raise HubError(f"{what}: {self.out_of_reach}")
         try:
             yield
         except RemoteEntryNotFoundError:
-            raise DataError(f"{self.name}: the hub repository holds no {file}") from None
+            raise HubError(f"{self.name}: the hub repository holds no {file}") from None
         except (*_failures(), ValueError, RuntimeError) as error:
-            raise DataError(f"{what}: {_cause(error)}") from None
+            raise HubError(f"{what}: {_cause(error)}") from None
 
 
 def _knock(name: str, file: str) -> None:
@@ -139,7 +143,7 @@ def _newest_cached(name: str, file: str, cause: str) -> Path:
     except ValueError:  # no name of a repository
         there = None
     if not isinstance(there, str):
-        raise DataError(f"{name}: no such directory, and not found on the hub: {cause}")
+        raise HubError(f"{name}: no such directory, and not found on the hub: {cause}")
     return Path(there)
 
 
