@@ -2,6 +2,8 @@
 
 import json
 import logging
+import re
+import time
 from itertools import chain
 
 import mlx.core as mx
@@ -231,7 +233,17 @@ def test_the_commands(talker_dir, tmp_path, capfd):
     key = listed.splitlines()[1].split()[0]
     assert "cold" in listed and "1 hits" in listed
     assert json.loads(run("cache", "ls", "--json")[1])["prefixes"][0]["hits"] == 1
-    assert "All work and no play" in run("cache", "show", key)[1]
+    shown = run("cache", "show", key)[1]
+    assert "All work and no play" in shown
+    details = json.loads(run("cache", "show", key, "--json")[1])["prefix"]
+    created = time.strftime("%Y-%m-%d %H:%M", time.localtime(details["created"]))
+    assert shown.startswith(f"key          {details['prefix']}\n")
+    assert (
+        details["prefix"].startswith(key)
+        and f"saved        {created} ({details['reason']})\n" in shown
+    )
+    assert re.search(r"last used +20\d\d-\d\d-\d\d \d\d:\d\d\n", shown)
+    assert not re.search(r"\d{9,}\.\d", shown)  # no seconds since 1970
     assert run("cache", "show", "ffff")[0] == 1
     assert run("cache", "verify")[0] == 0
     segment = next((tmp_path / "kv" / "segments").iterdir())
@@ -247,6 +259,29 @@ def test_the_commands(talker_dir, tmp_path, capfd):
     kv[1] = str(tmp_path)
     code, _, wrong = run("cache", "ls")
     assert code == 1 and "not a KV store" in wrong
+
+
+@pytest.mark.parametrize("prompts", [0, 1])
+def test_the_usual_place(talker_dir, tmp_path, monkeypatch, capfd, prompts):
+    """Where `--kv` keeps things, and `cache` looks if nothing is named; empty before."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    prompt = tmp_path / "prompt"
+    prompt.write_text("All work and no play makes a dull text. " * 60)
+    generate = ("generate", "-m", str(talker_dir), "--max-tokens", "1", "--prompt-file")
+    for _ in range(prompts):
+        assert cli.run([*generate, str(prompt), "--kv"]) == 0
+    capfd.readouterr()
+    assert cli.run(["cache", "ls", "--json"]) == 0
+    listed = json.loads(capfd.readouterr().out)["prefixes"]
+    assert [entry["reason"] for entry in listed] == ["shutdown", "cold"] * prompts
+    assert [p.name for p in (tmp_path / "ds4mlx").iterdir()] == ["kv"]
+    for command in (["verify"], ["prune"], ["clear", "--yes"], ["ls"]):
+        assert cli.run(["cache", *command]) == 0
+    assert "0 prefixes" in capfd.readouterr().out
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert cli.run(["cache", "ls"]) == 1
+    assert "--kv-dir" in capfd.readouterr().err
 
 
 # Flash's shapes

@@ -77,9 +77,11 @@ KvDir = Annotated[
     Path | None,
     typer.Option("--kv-dir", help="Keep what was read in here, so that it is read in once."),
 ]
-KvBudget = Annotated[str, typer.Option("--kv-budget", help="The most bytes to keep in --kv-dir.")]
+KV_PLACE = "ds4mlx/kv in the user's folder of caches ($XDG_CACHE_HOME)"
+Kv = Annotated[bool, typer.Option("--kv", help=f"The same in the usual place: {KV_PLACE}.")]
+KvBudget = Annotated[str, typer.Option("--kv-budget", help="The most bytes to keep there.")]
 KvText = Annotated[
-    bool, typer.Option("--kv-text/--no-kv-text", help="Keep the readable text in --kv-dir too.")
+    bool, typer.Option("--kv-text/--no-kv-text", help="Keep the readable text there too.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
@@ -177,23 +179,45 @@ def check_output(path: Path | None) -> None:
         check_writable(path)
 
 
+def kv_place(directory: Path | None) -> Path:
+    """The directory of the KV store that a command is about: the usual one if none is named.
+
+    That is made if it is missing, and empty then. Raises DataError where it cannot be.
+    """
+    if directory is not None:
+        return directory
+    from ds4mlx.store.directory import make_store
+    from ds4mlx.user_files import kv_directory
+
+    usual = kv_directory()
+    try:
+        make_store(usual)
+    except OSError as error:
+        raise DataError(f"{usual}: {error.strerror}; name another place with --kv-dir") from None
+    return usual
+
+
 @contextlib.contextmanager
 def open_store(
     directory: Path | None,
+    usual: bool,
     budget: str,
     keep_text: bool,
     loaded: tuple[network.Model, Tokenizer],
     label: str | None,
 ) -> Iterator[KVStore | None]:
-    """The KV store of a command, if it was asked for one; what is being saved ends first."""
-    if directory is None:
+    """The KV store of a command, if it was asked for one; what is being saved ends first.
+
+    directory: where; or, if it is None, in the usual place if `usual`.
+    """
+    if directory is None and not usual:
         yield None
         return
     from ds4mlx.store import KVStore
 
     model, tokenizer = loaded
     with KVStore(
-        directory,
+        kv_place(directory),
         size(budget),
         model,
         tokenizer=tokenizer,

@@ -13,13 +13,16 @@ from ds4mlx.cli import arguments as arg
 
 app = typer.Typer(no_args_is_help=True, help="Look at, check and thin the disk KV store.")
 
-Directory = Annotated[Path, typer.Option("--kv-dir", help="Directory of the KV store.")]
+Directory = Annotated[
+    Path | None,
+    typer.Option("--kv-dir", help=f"Directory of the KV store; {arg.KV_PLACE} unless named."),
+]
 DAY = 86400.0
 
 
 @app.command()
 def ls(
-    kv_dir: Directory,
+    kv_dir: Directory = None,
     boundaries: Annotated[
         bool, typer.Option("--all", help="Also the boundaries that saves left behind them.")
     ] = False,
@@ -28,7 +31,7 @@ def ls(
     """List the stored prefixes, newest first, with their hits."""
     from ds4mlx.store import admin
 
-    catalogue = admin.open_directory(kv_dir)
+    catalogue = admin.open_directory(arg.kv_place(kv_dir))
     found, sums = admin.entries(catalogue, boundaries), admin.totals(catalogue)
     if as_json:
         listed = [asdict(entry) for entry in found]
@@ -38,7 +41,7 @@ def ls(
         f"{'key':<12} {'tokens':>9} {'bytes':>13} {'hits':>5}  {'last used':<16} {'reason':<9} model"
     )
     for e in found:
-        used = time.strftime("%Y-%m-%d %H:%M", time.localtime(e.last_used))
+        used = _date(e.last_used)
         marks = (" (in use)" if e.in_use else "") + ("" if e.complete else " (incomplete)")
         print(
             f"{e.key[:12]:<12} {e.tokens:>9,} {e.nbytes:>13,} {e.hits:>5}  {used:<16} "
@@ -53,22 +56,31 @@ def ls(
 @app.command()
 def show(
     key: Annotated[str, typer.Argument(help="Key of a prefix, or its beginning.")],
-    kv_dir: Directory,
+    kv_dir: Directory = None,
     as_json: arg.Json = False,
 ) -> None:
     """Show a stored prefix: its segments, boundaries, hits, and its text if that was kept."""
     from ds4mlx.store import admin
 
-    catalogue = admin.open_directory(kv_dir)
+    catalogue = admin.open_directory(arg.kv_place(kv_dir))
     record = admin.find(catalogue, key)
     found = admin.details(catalogue, record)
     if as_json:
         print(json.dumps(found, indent=1))
         return
-    for name, value in found["prefix"].items():
+    use = catalogue.uses.get(record.key)
+    lines = {
+        "key": record.prefix,
+        "tokens": f"{record.tokens:,}",
+        "saved": f"{_date(record.created)} ({record.reason})",
+        "last used": _date(use.last if use and use.last else record.created),
+        "hits": use.total if use else 0,
+        "model": record.model,
+        "record": f"{record.nbytes:,} bytes",
+        "boundaries": ", ".join(f"{n:,}" for n in found["boundaries"]),
+    }
+    for name, value in lines.items():
         print(f"{name:<12} {value}")
-    print(f"{'hits':<12} {getattr(catalogue.uses.get(record.key), 'total', 0)}")
-    print(f"{'boundaries':<12} {', '.join(f'{n:,}' for n in found['boundaries'])}")
     print(f"\n{'segment':<12} {'tokens':>19} {'bytes':>13}")
     for segment in found["chain"]:
         span = f"{segment['start']:,}..{segment['used_to']:,}"
@@ -77,11 +89,11 @@ def show(
 
 
 @app.command()
-def verify(kv_dir: Directory, as_json: arg.Json = False) -> None:
+def verify(kv_dir: Directory = None, as_json: arg.Json = False) -> None:
     """Read every byte of the store and check it; exit code 1 if something is damaged."""
     from ds4mlx.store import admin
 
-    catalogue = admin.open_directory(kv_dir)
+    catalogue = admin.open_directory(arg.kv_place(kv_dir))
     faults = admin.check(catalogue)
     if as_json:
         print(json.dumps({"faults": faults, "total": admin.totals(catalogue)}, indent=1))
@@ -96,7 +108,7 @@ def verify(kv_dir: Directory, as_json: arg.Json = False) -> None:
 
 @app.command()
 def prune(
-    kv_dir: Directory,
+    kv_dir: Directory = None,
     budget: Annotated[str | None, typer.Option(help="Evict down to this size, such as 8G.")] = None,
     older_than: Annotated[
         float | None, typer.Option(min=0, help="Delete what was not used for so many days.")
@@ -107,27 +119,33 @@ def prune(
 
     limit = None if budget is None else arg.size(budget)
     seconds = None if older_than is None else older_than * DAY
-    freed = admin.prune(admin.open_directory(kv_dir), limit, seconds)
+    freed = admin.prune(admin.open_directory(arg.kv_place(kv_dir)), limit, seconds)
     print(f"{freed:,} bytes deleted")
 
 
 @app.command()
 def clear(
-    kv_dir: Directory,
+    kv_dir: Directory = None,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask first.")] = False,
 ) -> None:
     """Delete everything that the store has written; asks first, and leaves other files alone."""
     from ds4mlx.store import admin
 
-    sums = admin.totals(admin.open_directory(kv_dir))
+    place = arg.kv_place(kv_dir)
+    sums = admin.totals(admin.open_directory(place))
     if not yes:
         if not sys.stdin.isatty():
             raise typer.BadParameter("there is no terminal to ask at", param_hint="--yes")
-        question = f"Delete {sums['bytes']:,} bytes, all that the KV store in {kv_dir} holds?"
+        question = f"Delete {sums['bytes']:,} bytes, all that the KV store in {place} holds?"
         if not typer.confirm(question, err=True):
             print("nothing deleted")
             return
-    freed, others = admin.clear(kv_dir)
+    freed, others = admin.clear(place)
     print(f"{freed:,} bytes deleted")
     for path in others:
         print(f"{path}: was not made by the store, and stays")
+
+
+def _date(seconds: float) -> str:
+    """A time of a store, in seconds since 1970, as the user's clock showed it."""
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))

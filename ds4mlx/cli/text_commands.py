@@ -50,6 +50,7 @@ def generate(
         typer.Option(help="Write a file of JSON lines: each token with its log-probabilities."),
     ] = None,
     kv_dir: arg.KvDir = None,
+    kv: arg.Kv = False,
     kv_budget: arg.KvBudget = "16G",
     kv_text: arg.KvText = True,
 ) -> None:
@@ -78,7 +79,7 @@ def generate(
     with contextlib.ExitStack() as stack:
         log = stack.enter_context(arg.output(logprobs))
         loaded, tokenizer = arg.open_model(model)
-        opened = arg.open_store(kv_dir, kv_budget, kv_text, (loaded, tokenizer), model)
+        opened = arg.open_store(kv_dir, kv, kv_budget, kv_text, (loaded, tokenizer), model)
         store = stack.enter_context(opened)
         if not raw:
             messages = [{"role": "system", "content": system}] if system else []
@@ -113,6 +114,7 @@ def chat(
     min_p: arg.MinP = 0.0,
     seed: arg.Seed = None,
     kv_dir: arg.KvDir = None,
+    kv: arg.Kv = False,
     kv_budget: arg.KvBudget = "16G",
     kv_text: arg.KvText = True,
 ) -> None:
@@ -128,7 +130,7 @@ def chat(
     from ds4mlx.engine.conversation import Conversation
 
     loaded = arg.open_model(model)
-    with arg.open_store(kv_dir, kv_budget, kv_text, loaded, model) as store:
+    with arg.open_store(kv_dir, kv, kv_budget, kv_text, loaded, model) as store:
         conversation = Conversation(*loaded, sampler, think, system, store)
         try:
             interact(Chat(conversation, max_tokens, arg.shown(reasoning)), arg.model_name(model))
