@@ -28,7 +28,7 @@ def test_a_model_larger_than_the_memory_is_not_begun(capsys):
         out, err = capsys.readouterr()
         assert out == "" and err.startswith("error: a model of 61 layers as official needs ")
         assert err.count(" GB") == 3 and err.count("\n") == 1
-    assert mx.get_active_memory() == before
+    assert mx.get_active_memory() <= before  # of earlier tests some may go meanwhile
     check_memory(SMALL, "q2")
 
 

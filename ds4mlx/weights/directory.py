@@ -76,7 +76,7 @@ def _what_else(path: Path) -> str:
         return "no such directory"
     if (path / JOURNAL).exists():
         return "its conversion is not finished: run the same `ds4mlx convert` again"
-    if (path / CONFIG).exists() and any(path.glob("*.safetensors")):
+    if (path / CONFIG).exists() and any(path.glob("model*.safetensors")):
         return f"is an unconverted checkpoint; {make_one}"
     return f"no {MANIFEST}: not a converted model"
 
