@@ -51,7 +51,7 @@ def flipped(raw, rng):
     return raw[:place] + bytes([raw[place] ^ (1 << int(rng.integers(8)))]) + raw[place + 1 :]
 
 
-@pytest.mark.parametrize("damages", [200, pytest.param(500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("damages", [120, pytest.param(500, marks=pytest.mark.slow)])
 def test_bit_flips_and_truncations(model, sound, tmp_path, caplog, damages):
     """Over all kinds of files: each is a miss or harmless, warned of once, and never wrong."""
     rng, path = np.random.default_rng(1), tmp_path / "kv"

@@ -24,6 +24,7 @@ from ds4mlx.store.policy import Policy
 from ds4mlx.text.tokenizer import Tokenizer
 
 IDS = np.random.default_rng(4).integers(2, 288, 5000).tolist()
+NEAR = Policy(min_tokens=64, trim=8, align=32, interval=128)  # saves of short prompts
 
 
 @pytest.fixture(scope="module")
@@ -73,34 +74,33 @@ def test_short_prompts_leave_no_files(small_model, tokenizer, store):
 
 
 def test_long_runs_are_saved_on_the_way(small_model, tokenizer, store):
-    policy = Policy(min_tokens=64, trim=8, align=32, interval=128)
-    options = {"prefill_step": 64, "sampler": Dictation(IDS[120:]), "policy": policy}
+    options = {"prefill_step": 64, "sampler": Dictation(IDS[120:]), "policy": NEAR}
     answer(small_model, tokenizer, IDS[:120], 44, store=store, **options)
     assert lengths(store) == [(96, "cold"), (128, "continue"), (160, "shutdown")]
     assert store.restore(IDS[:163])[1] == 160
 
 
 def test_an_answer_that_is_closed_is_saved_as_far_as_it_came(small_model, tokenizer, store):
-    run = stream_generate(
-        small_model, tokenizer, IDS[:600], 100, store=store, sampler=Dictation(IDS[600:])
-    )
-    for _ in range(60):
+    options = {"store": store, "policy": NEAR, "sampler": Dictation(IDS[60:])}
+    run = stream_generate(small_model, tokenizer, IDS[:80], 100, **options)
+    for _ in range(40):
         next(run)
     run.close()
-    assert lengths(store) == [(512, "cold"), (640, "shutdown")]
+    assert lengths(store) == [(64, "cold"), (96, "shutdown")]
 
 
 def test_a_state_that_failed_is_not_saved(small_model, tokenizer, store):
     with pytest.raises(RuntimeError, match="out of memory"):
-        answer(small_model, tokenizer, IDS[:600], 100, store=store, sampler=Failing(60))
-    assert lengths(store) == [(512, "cold")]
+        options = {"store": store, "policy": NEAR, "sampler": Failing(40)}
+        answer(small_model, tokenizer, IDS[:80], 100, **options)
+    assert lengths(store) == [(64, "cold")]
 
 
 def test_a_store_that_cannot_be_written_is_told_once(small_model, tokenizer, tmp_path, caplog):
     store = KVStore(tmp_path, budget_bytes=1000, model=small_model)
-    want = answer(small_model, tokenizer, IDS[:600], 5)
+    want = answer(small_model, tokenizer, IDS[:80], 5)
     with caplog.at_level(logging.WARNING):
-        got = answer(small_model, tokenizer, IDS[:600], 5, store=store)
+        got = answer(small_model, tokenizer, IDS[:80], 5, store=store, policy=NEAR)
     assert tokens_of(got) == tokens_of(want)
     assert len(caplog.records) == 1 and "budget" in caplog.text
 
