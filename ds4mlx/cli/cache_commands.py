@@ -32,15 +32,15 @@ def ls(
     from ds4mlx.store import admin
 
     catalogue = admin.open_directory(arg.kv_place(kv_dir))
-    found, sums = admin.entries(catalogue, boundaries), admin.totals(catalogue)
+    prefixes, sums = admin.entries(catalogue, boundaries), admin.totals(catalogue)
     if as_json:
-        listed = [asdict(entry) for entry in found]
+        listed = [asdict(entry) for entry in prefixes]
         print(json.dumps({"prefixes": listed, "total": sums}, indent=1))
         return
     print(
         f"{'key':<12} {'tokens':>9} {'bytes':>13} {'hits':>5}  {'last used':<16} {'reason':<9} model"
     )
-    for e in found:
+    for e in prefixes:
         used = _date(e.last_used)
         marks = (" (in use)" if e.in_use else "") + ("" if e.complete else " (incomplete)")
         print(
@@ -48,7 +48,7 @@ def ls(
             f"{e.reason:<9} {e.label} {e.model}{marks}"
         )
     print(
-        f"{len(found)} prefixes; {sums['segments']} segments and {sums['records']} boundary records, "
+        f"{len(prefixes)} prefixes; {sums['segments']} segments and {sums['records']} boundary records, "
         f"{sums['tokens']:,} tokens, {sums['bytes']:,} bytes, {sums['hits']} hits"
     )
 
@@ -64,9 +64,9 @@ def show(
 
     catalogue = admin.open_directory(arg.kv_place(kv_dir))
     record = admin.find(catalogue, key)
-    found = admin.details(catalogue, record)
+    details = admin.details(catalogue, record)
     if as_json:
-        print(json.dumps(found, indent=1))
+        print(json.dumps(details, indent=1))
         return
     use = catalogue.uses.get(record.key)
     lines = {
@@ -77,15 +77,15 @@ def show(
         "hits": use.total if use else 0,
         "model": record.model,
         "record": f"{record.nbytes:,} bytes",
-        "boundaries": ", ".join(f"{n:,}" for n in found["boundaries"]),
+        "boundaries": ", ".join(f"{n:,}" for n in details["boundaries"]),
     }
     for name, value in lines.items():
         print(f"{name:<12} {value}")
     print(f"\n{'segment':<12} {'tokens':>19} {'bytes':>13}")
-    for segment in found["chain"]:
+    for segment in details["chain"]:
         span = f"{segment['start']:,}..{segment['used_to']:,}"
         print(f"{segment['key'][:12]:<12} {span:>19} {segment['nbytes']:>13,}")
-    print("\n" + (found["text"] or "(the text was not kept)"))
+    print("\n" + (details["text"] or "(the text was not kept)"))
 
 
 @app.command()

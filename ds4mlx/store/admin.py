@@ -12,7 +12,8 @@ from typing import Any
 from ds4mlx.errors import DataError
 from ds4mlx.store import block_file, eviction, restoring
 from ds4mlx.store import directory as places
-from ds4mlx.store.catalogue import Catalogue, Record, Segment, Use, fault
+from ds4mlx.store.catalogue import Catalogue, Use
+from ds4mlx.store.items import Record, Segment, fault
 from ds4mlx.store.locks import Claim, is_pinned
 
 
@@ -45,14 +46,14 @@ class Entry:
 def entries(catalogue: Catalogue, boundaries: bool = False) -> list[Entry]:
     """The stored prefixes, newest first; `boundaries`: also those that other saves left behind."""
     now = time.time()
-    found = []
+    listed = []
     for record in catalogue.records.values():
         if record.reason == "boundary" and not boundaries:
             continue
         segment = catalogue.segments.get(record.segment)
         use = catalogue.uses.get(record.key, Use())
         ends = segment is not None and segment.end == record.tokens
-        found.append(
+        listed.append(
             Entry(
                 record.prefix,
                 record.tokens,
@@ -68,7 +69,7 @@ def entries(catalogue: Catalogue, boundaries: bool = False) -> list[Entry]:
                 catalogue.chain(record.segment, record.tokens) is not None,
             )
         )
-    return sorted(found, key=lambda entry: entry.created, reverse=True)
+    return sorted(listed, key=lambda entry: entry.created, reverse=True)
 
 
 def totals(catalogue: Catalogue) -> dict[str, Any]:
@@ -85,12 +86,12 @@ def totals(catalogue: Catalogue) -> dict[str, Any]:
 
 def find(catalogue: Catalogue, key: str) -> Record:
     """The newest record of the prefix whose public key begins with `key`. Raises DataError."""
-    found = [record for record in catalogue.records.values() if record.prefix.startswith(key)]
-    if not found:
+    named = [record for record in catalogue.records.values() if record.prefix.startswith(key)]
+    if not named:
         raise DataError(f"{catalogue.directory}: no stored prefix has a key that begins {key!r}")
-    if len({record.prefix for record in found}) > 1:
+    if len({record.prefix for record in named}) > 1:
         raise DataError(f"{catalogue.directory}: several stored prefixes have keys like {key!r}")
-    return max(found, key=lambda record: record.created)
+    return max(named, key=lambda record: record.created)
 
 
 def details(catalogue: Catalogue, record: Record) -> dict[str, Any]:

@@ -129,9 +129,9 @@ def read_header(fd: int, path: Path) -> Header:
     if not isinstance(meta, dict):
         raise OtherVersion(f"{path}: its header is sound, but describes nothing that is known here")
     header = Header(meta, [e[0] for e in entries], [e[1] for e in entries], end + CHECKSUM)
-    found = os.fstat(fd).st_size
-    if found != header.nbytes:
-        raise DamagedFile(path, f"has {found} bytes, expected {header.nbytes}")
+    actual = os.fstat(fd).st_size
+    if actual != header.nbytes:
+        raise DamagedFile(path, f"has {actual} bytes, expected {header.nbytes}")
     return header
 
 

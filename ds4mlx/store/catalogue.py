@@ -10,12 +10,12 @@ import logging
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ds4mlx.store import block_file, locks
-from ds4mlx.store.block_file import DamagedFile, Header, OtherVersion
+from ds4mlx.store import locks
+from ds4mlx.store.block_file import DamagedFile, OtherVersion
 from ds4mlx.store.directory import (
     DAMAGED,
     INDEX,
@@ -25,50 +25,11 @@ from ds4mlx.store.directory import (
     key_files,
     leftovers,
 )
+from ds4mlx.store.items import Record, Segment, exactly, fault, read_item
 from ds4mlx.store.journal import Journal
 
 HALF_LIFE = 6 * 3600.0  # seconds after which a hit counts half
-# What a field of an entry or a header must be.
-TYPES: dict[Any, Any] = {str: str, int: int, float: (int, float)}
 LOG = logging.getLogger("ds4mlx")
-
-
-@dataclass(frozen=True)
-class Segment:
-    """Rows and token ids of tokens start..end-1, behind the first `start` tokens of `parent`.
-
-    Equal if they hold the same, whenever and however they were saved.
-    """
-
-    key: str
-    model: str
-    parent: str
-    start: int
-    end: int
-    prefix: str  # public key of the first `end` tokens
-    created: float = field(compare=False, default=0.0)
-    label: str = field(compare=False, default="")
-    text_bytes: int = field(compare=False, default=0)  # of the last block; 0 if no text is kept
-    nbytes: int = field(compare=False, default=0)
-
-
-@dataclass(frozen=True)
-class Record:
-    """The boundary record after `tokens` tokens, which lie on the chain that ends with `segment`.
-
-    Equal as segments are.
-    """
-
-    key: str
-    model: str
-    segment: str
-    tokens: int
-    prefix: str  # public key of these tokens
-    text: str = field(compare=False, default="")  # SHA1 of their text, empty if not known
-    text_bytes: int = field(compare=False, default=0)
-    reason: str = field(compare=False, default="cold")
-    created: float = field(compare=False, default=0.0)
-    nbytes: int = field(compare=False, default=0)
 
 
 @dataclass
@@ -98,7 +59,7 @@ class Catalogue:
         self.uses: dict[str, Use] = {}
         self.damaged: set[Path] = set()
         self.unknown: dict[Path, str] = {}  # sound as far as can be told, but not to be used; why
-        self.corrected = 0  # times that the index was found to be wrong about a file
+        self.corrected = 0  # times that the index was wrong about a file
         self._depth = 0  # of nested uses of the right to write
         self._journal = Journal(directory / INDEX)
         self._known: dict[str, dict[str, Any]] = {}  # key -> what the index says
@@ -162,9 +123,9 @@ class Catalogue:
         """Take a file's own word for what it is, as the index is wrong about it."""
         self.corrected += 1
         self._known.pop(item.key, None)
-        held = self.segments if isinstance(item, Segment) else self.records
-        held.pop(item.key, None)
-        self._match(SEGMENTS if isinstance(item, Segment) else RECORDS, held, type(item))
+        items = self.segments if isinstance(item, Segment) else self.records
+        items.pop(item.key, None)
+        self._match(SEGMENTS if isinstance(item, Segment) else RECORDS, items, type(item))
 
     def compact(self) -> None:
         """Write the index anew if most of it is about what is gone; needs the right to write."""
@@ -177,19 +138,19 @@ class Catalogue:
 
     def chain(self, segment: str, tokens: int) -> list[tuple[Segment, int, int]] | None:
         """Segments from the first to this one with the tokens each gives; None if one is missing."""
-        found, key, end = [], segment, tokens
+        links, key, end = [], segment, tokens
         while key:
-            held = self.segments.get(key)
-            if held is None or not held.start < end <= held.end:
+            link = self.segments.get(key)
+            if link is None or not link.start < end <= link.end:
                 return None
-            found.append((held, held.start, end))
-            key, end = held.parent, held.start
-        return found[::-1] if end == 0 else None
+            links.append((link, link.start, end))
+            key, end = link.parent, link.start
+        return links[::-1] if end == 0 else None
 
     def on_chain(self, segment: str) -> Iterator[Record]:
         """The records on the chain that ends with a segment."""
         chain = self.chain(segment, self.segments[segment].end) or []
-        ends = {held.key: end for held, _, end in chain}
+        ends = {link.key: end for link, _, end in chain}
         for record in self.records.values():
             if record.tokens <= ends.get(record.segment, 0):
                 yield record
@@ -231,77 +192,22 @@ class Catalogue:
         with contextlib.suppress(OSError):
             self._journal.append(entries)
 
-    def _match(self, folder: str, held: dict[str, Any], kind: type[Segment] | type[Record]) -> None:
-        """Have `held` be what the folder holds; a file's own header decides where the index fails."""
+    def _match(
+        self, folder: str, items: dict[str, Any], kind: type[Segment] | type[Record]
+    ) -> None:
+        """Have `items` be what the folder has; a file's own header decides where the index fails."""
         files = key_files(self.directory, folder)
-        for gone in held.keys() - files.keys():
-            del held[gone]
-        for key in files.keys() - held.keys():
+        for gone in items.keys() - files.keys():
+            del items[gone]
+        for key in files.keys() - items.keys():
             path = files[key]
             if path in self.damaged or path in self.unknown:
                 continue
             try:
-                held[key] = _exactly(kind, self._known.get(key), key) or read_item(path, kind)
+                items[key] = exactly(kind, self._known.get(key), key) or read_item(path, kind)
             except DamagedFile as error:
                 self.set_apart(path, error)
             except OtherVersion as error:
                 self.unknown[path] = str(error)
             except OSError:
                 continue
-
-
-def segment_path(directory: Path, key: str) -> Path:
-    """The file of the segment with this key."""
-    return directory / SEGMENTS / (key + SUFFIX)
-
-
-def read_item(path: Path, kind: type[Segment] | type[Record]) -> Segment | Record:
-    """What a file's header says. Raises DamagedFile, OtherVersion or OSError."""
-    with block_file.opened(path) as fd:
-        item = described(block_file.read_header(fd, path), path, kind)
-    if item.key != path.stem:
-        raise OtherVersion(f"{path}: holds what belongs under another name")
-    return item
-
-
-def described(header: Header, path: Path, kind: type[Segment] | type[Record]) -> Segment | Record:
-    """The segment or record that a header describes. Raises OtherVersion.
-
-    Fields that are not known here say nothing about how the bytes lie: that stands in the model's
-    fingerprint. Fields that are missing have their defaults, where they can have one.
-    """
-    names = {each.name for each in fields(kind)}
-    meta = {name: value for name, value in header.meta.items() if name in names}
-    item = _exactly(kind, {**meta, "nbytes": header.nbytes}, meta.get("key"), defaults=True)
-    if item is None:
-        raise OtherVersion(f"{path}: its header is sound, but describes something else")
-    return item
-
-
-def fault(path: Path) -> Exception | None:
-    """What is wrong with a file, by its own checksums; None if nothing is, or if it has gone."""
-    try:
-        with block_file.opened(path) as fd:
-            block_file.check_blocks(fd, path, block_file.read_header(fd, path))
-    except DamagedFile as error:
-        return error
-    except (OtherVersion, OSError):
-        return None
-    return None
-
-
-def _exactly(
-    kind: type[Segment] | type[Record], values: Any, key: Any, defaults: bool = False
-) -> Segment | Record | None:
-    """The item with these values; None unless they are the fields of this version, of right types."""
-    if not isinstance(values, dict) or values.get("key") != key:
-        return None
-    for each in fields(kind):
-        if each.name not in values:
-            if not defaults or each.default is MISSING:
-                return None
-        elif not isinstance(values[each.name], TYPES[each.type]):
-            return None
-    if values.keys() - {each.name for each in fields(kind)}:
-        return None
-    return kind(**values)

@@ -10,7 +10,8 @@ import numpy as np
 
 from ds4mlx.state.decode_state import DecodeState
 from ds4mlx.store import restoring
-from ds4mlx.store.catalogue import Catalogue, Segment
+from ds4mlx.store.catalogue import Catalogue
+from ds4mlx.store.items import Segment
 from ds4mlx.store.state_bytes import parts
 
 # Fewer tokens in common are not worth a branch of their own.
@@ -29,11 +30,11 @@ class Equals:
         self._ids: dict[str, np.ndarray] = {}
 
     def best(
-        self, found: list[Segment], tokens: np.ndarray, state: DecodeState
+        self, followers: list[Segment], tokens: np.ndarray, state: DecodeState
     ) -> tuple[str, int] | None:
         """Of segments that could follow: the one that shares most, and to which length; or None."""
-        common = {segment.key: self.common(segment, tokens) for segment in found}
-        ranked = sorted(found, key=lambda s: (common[s.key], s.created), reverse=True)
+        common = {segment.key: self.common(segment, tokens) for segment in followers}
+        ranked = sorted(followers, key=lambda s: (common[s.key], s.created), reverse=True)
         for segment in ranked[:TRIED]:
             end = self._checked(segment, common[segment.key], tokens, state)
             if end == segment.end or end - segment.start >= LEAST_SHARED:
@@ -54,15 +55,15 @@ class Equals:
 
     def _checked(self, segment: Segment, end: int, tokens: np.ndarray, state: DecodeState) -> int:
         """The length up to which it has the state's rows too, at most `end`."""
-        start, held = segment.start, parts(state)
+        start, compressors = segment.start, parts(state)
         if end == segment.end:  # the checksums stand in its key, so it need not be read
-            rows = [part.view(start, end) for part in held]
+            rows = [part.view(start, end) for part in compressors]
             if self.key_of(tokens, rows, segment.parent, start, end) == segment.key:
                 return end
         if end - start < LEAST_SHARED:
             return start
-        stored = restoring.read_rows(self.catalogue, segment, held)
-        for part, block in zip(held, stored or [], strict=bool(stored)):
+        stored = restoring.read_rows(self.catalogue, segment, compressors)
+        for part, block in zip(compressors, stored or [], strict=bool(stored)):
             ours = part.view(start, end)
             width = part.form.elements * part.form.dtype.size
             same = (block[: ours.nbytes] == ours).reshape(-1, width).all(axis=1)

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 from ds4mlx.errors import DataError
 from ds4mlx.state.boundaries import Spacing
-from ds4mlx.store.catalogue import HALF_LIFE, Catalogue, Record, Segment
+from ds4mlx.store.catalogue import HALF_LIFE, Catalogue
+from ds4mlx.store.items import Record, Segment
 from ds4mlx.store.locks import Claim
 
 # Tokens after which attention costs as much again as the rest of a token's prefill.
@@ -85,8 +86,8 @@ def worth(catalogue: Catalogue, segment: Segment, records: list[Record], now: fl
     age = 0.5 ** (max(0.0, now - newest) / HALF_LIFE)
     tokens = segment.end - segment.start
     saved = tokens * (1 + (segment.start + segment.end) / 2 / COST_DEPTH)
-    found = (age + hits) * saved / (segment.nbytes + sum(r.nbytes for r in records))
-    return float(f"{found:.2e}")  # equals must not differ by the length of a header
+    value = (age + hits) * saved / (segment.nbytes + sum(r.nbytes for r in records))
+    return float(f"{value:.2e}")  # equals must not differ by the length of a header
 
 
 def evict(catalogue: Catalogue, chosen: Iterable[Leaf]) -> int:
@@ -105,19 +106,19 @@ def evict(catalogue: Catalogue, chosen: Iterable[Leaf]) -> int:
 
 def superfluous(catalogue: Catalogue, segment: str, spacing: Spacing, allowed: int) -> list[Record]:
     """Records on a chain that may go, oldest first: beyond `allowed` bytes, and needed by no leaf."""
-    found = sorted(catalogue.on_chain(segment), key=lambda record: record.created)
-    excess = sum(record.nbytes for record in found) - allowed
+    oldest_first = sorted(catalogue.on_chain(segment), key=lambda record: record.created)
+    excess = sum(record.nbytes for record in oldest_first) - allowed
     if excess <= 0:
         return []
     needed: set[str] = set()
-    parents = {held.parent for held in catalogue.segments.values()}
+    parents = {other.parent for other in catalogue.segments.values()}
     for leaf in catalogue.segments.values():
         if leaf.key not in parents or leaf.key == segment:
             along = list(catalogue.on_chain(leaf.key))
             kept = spacing.thinned({r.tokens for r in along}, leaf.end)
             needed |= {r.key for r in along if r.tokens in kept}
     chosen = []
-    for record in found:
+    for record in oldest_first:
         if excess > 0 and record.key not in needed:
             chosen.append(record)
             excess -= record.nbytes

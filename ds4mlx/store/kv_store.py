@@ -15,9 +15,10 @@ from ds4mlx.state.decode_state import DecodeState
 from ds4mlx.state.kind import StateKind
 from ds4mlx.store import keys, restoring, spelling, texts
 from ds4mlx.store.calls import Calls
-from ds4mlx.store.catalogue import Catalogue, Record, segment_path
+from ds4mlx.store.catalogue import Catalogue
 from ds4mlx.store.directory import make_store
 from ds4mlx.store.eviction import RECORDS_BYTES
+from ds4mlx.store.items import Record, segment_path
 from ds4mlx.store.locks import Pin
 from ds4mlx.store.state_bytes import check_storable
 from ds4mlx.store.taking import Job, Taker
@@ -191,8 +192,8 @@ class KVStore:
         """Length of the longest stored prefix of `tokens`, as far as the catalogue knows."""
         self._catalogue.refresh()
         ids = keys.token_array(tokens)
-        found = restoring.matches(self._catalogue, self._fingerprint, ids)
-        return next((record.tokens for record in found), 0)
+        records = restoring.matches(self._catalogue, self._fingerprint, ids)
+        return next((record.tokens for record in records), 0)
 
     def encode(self, prompt: str | Prompt) -> list[int]:
         """Token ids of a prompt, of which as many as possible are those of a stored prefix.

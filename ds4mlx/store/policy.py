@@ -99,13 +99,15 @@ class Keeper:
 
 
 def take_up(
-    store: KVStore, ids: list[int], cache: DecodeState, held: int
+    store: KVStore, ids: list[int], cache: DecodeState, shared: int
 ) -> tuple[DecodeState, int]:
-    """The state that shares most with a prompt `ids`: a stored one, or `cache`, which shares `held`.
+    """The state that shares most with a prompt `ids`: a stored one, or `cache`.
+
+    That shares the first `shared` tokens. Returns the state and how many tokens it shares.
 
     At least the last token of the prompt is left to be fed.
     """
-    if store.longest(ids[:-1]) <= held:
-        return cache, held
+    if store.longest(ids[:-1]) <= shared:
+        return cache, shared
     state, count = store.restore(ids[:-1])
-    return (state, count) if count > held else (cache, held)
+    return (state, count) if count > shared else (cache, shared)

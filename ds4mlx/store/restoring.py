@@ -13,7 +13,8 @@ from ds4mlx.state.decode_state import DecodeState, Stored
 from ds4mlx.state.kind import StateKind
 from ds4mlx.store import block_file, keys
 from ds4mlx.store.block_file import DamagedFile, Header, OtherVersion
-from ds4mlx.store.catalogue import Catalogue, Record, Segment, described
+from ds4mlx.store.catalogue import Catalogue
+from ds4mlx.store.items import Record, Segment, described
 from ds4mlx.store.state_bytes import Part, complete, empty_rows, parts
 
 # Segments read at a time.
@@ -61,8 +62,8 @@ def matches(catalogue: Catalogue, model: str, tokens: np.ndarray) -> Iterator[Re
     """Records of prefixes of `tokens` whose chains are whole, longest first, then newest."""
     ours = [r for r in catalogue.records.values() if r.model == model and r.tokens <= len(tokens)]
     names = keys.prefix_keys(tokens, (record.tokens for record in ours))
-    found = [record for record in ours if record.prefix == names[record.tokens]]
-    for record in sorted(found, key=lambda r: (r.tokens, r.created), reverse=True):
+    equal = [record for record in ours if record.prefix == names[record.tokens]]
+    for record in sorted(equal, key=lambda r: (r.tokens, r.created), reverse=True):
         if catalogue.chain(record.segment, record.tokens) is not None:
             yield record
 
@@ -125,13 +126,15 @@ def read_ids(catalogue: Catalogue, segment: Segment) -> np.ndarray | None:
         return None
 
 
-def read_rows(catalogue: Catalogue, segment: Segment, held: list[Part]) -> list[np.ndarray] | None:
+def read_rows(
+    catalogue: Catalogue, segment: Segment, compressors: list[Part]
+) -> list[np.ndarray] | None:
     """The rows of a segment, bytes for every part; None if it has gone or is damaged."""
     path = catalogue.path(segment)
     try:
         with block_file.opened(path) as fd:
             header = checked_header(fd, path, segment)
-            blocks = [np.empty(size, np.uint8) for size in header.sizes[: len(held) + 1]]
+            blocks = [np.empty(size, np.uint8) for size in header.sizes[: len(compressors) + 1]]
             block_file.read_blocks(fd, path, header, (block.data for block in blocks))
     except NOT_TO_BE_READ as error:
         _passed_over(catalogue, error)

@@ -1,4 +1,4 @@
-"""The bytes of a decode state that grow: rows, as they are held, of every compressor.
+"""The bytes of a decode state that grow: the rows of every compressor, as they are.
 
 Reads them off a state without a copy, and makes a state whose rows are to be filled in.
 """

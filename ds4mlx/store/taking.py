@@ -10,8 +10,9 @@ import numpy as np
 
 from ds4mlx.state.decode_state import DecodeState, Stored
 from ds4mlx.store import block_file, keys
-from ds4mlx.store.catalogue import Catalogue, Record, Segment
+from ds4mlx.store.catalogue import Catalogue
 from ds4mlx.store.equals import Equals
+from ds4mlx.store.items import Record, Segment
 from ds4mlx.store.state_bytes import parts
 
 # Most tokens of one segment: what is evicted at a time.
@@ -116,10 +117,10 @@ class Taker:
 
     def _holder(self, job: Job, position: int) -> str | None:
         """The segment of the job's chain in which a position lies."""
-        held = {piece.item.key: piece.item for piece in job.segments}
+        new = {piece.item.key: piece.item for piece in job.segments}
         key = job.segment
         while key:
-            segment = held.get(key) or self._find(key)
+            segment = new.get(key) or self._find(key)
             if segment is None:
                 return None
             if segment.start < position:
@@ -161,10 +162,10 @@ class Taker:
         """The longest stored chain that holds exactly these tokens and the state's rows."""
         last, done = "", 0
         while done < len(tokens):
-            found = self.equals.best(self._followers(last, done), tokens, state)
-            if found is None:
+            follower = self.equals.best(self._followers(last, done), tokens, state)
+            if follower is None:
                 break
-            last, done = found
+            last, done = follower
         return last, done
 
     def _followers(self, parent: str, start: int) -> list[Segment]:

@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from ds4mlx.store.catalogue import Catalogue, Record
+from ds4mlx.store.catalogue import Catalogue
+from ds4mlx.store.items import Record
 from ds4mlx.text.tokenizer import Tokenizer
 
 
@@ -29,7 +30,7 @@ def matches(catalogue: Catalogue, model: str, text: bytes) -> Iterator[Record]:
     for size in sorted({record.text_bytes for record in ours}):
         digest.update(text[done:size])
         names[size], done = digest.hexdigest(), size
-    found = [record for record in ours if record.text == names[record.text_bytes]]
-    for record in sorted(found, key=lambda r: (r.text_bytes, r.created), reverse=True):
+    equal = [record for record in ours if record.text == names[record.text_bytes]]
+    for record in sorted(equal, key=lambda r: (r.text_bytes, r.created), reverse=True):
         if catalogue.chain(record.segment, record.tokens) is not None:
             yield record

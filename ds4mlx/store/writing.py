@@ -11,8 +11,9 @@ from ds4mlx.durable import sync_directory
 from ds4mlx.errors import DataError
 from ds4mlx.state.boundaries import Spacing
 from ds4mlx.store import block_file, eviction
-from ds4mlx.store.catalogue import Catalogue, segment_path
+from ds4mlx.store.catalogue import Catalogue
 from ds4mlx.store.eviction import StoreFull
+from ds4mlx.store.items import segment_path
 from ds4mlx.store.locks import Pin
 from ds4mlx.store.taking import Job, Piece
 
@@ -45,7 +46,8 @@ class Writer:
     def write(self, job: Job) -> Pin | None:
         """Put a job on the disk: segments first, then the records that make them count.
 
-        Returns a pin on its last segment, taken before anybody could evict it. Raises StoreFull, or OSError from the disk; then nothing of it counts.
+        Returns a pin on its last segment, taken before anybody could evict it. Raises StoreFull, or
+        OSError from the disk; then nothing of it counts.
         """
         self._add_texts(job)
         with self.catalogue.writing():
@@ -72,14 +74,14 @@ class Writer:
     def _chain(self, job: Job) -> set[str]:
         """Keys of the job's chain; DataError if its beginning has been deleted."""
         new = {piece.item.key: piece.item for piece in job.segments}
-        key, found = job.segment, set()
+        key, chain = job.segment, set()
         while key:
             segment = self.catalogue.segments.get(key) or new.get(key)
             if segment is None:
                 raise DataError("the beginning of what is saved has been deleted meanwhile")
-            found.add(key)
+            chain.add(key)
             key = segment.parent
-        return found
+        return chain
 
     def _put(self, folder: str, pieces: Sequence[Piece]) -> None:
         """Write files; they last when this returns."""
@@ -110,11 +112,11 @@ class Writer:
 
     def _disk(self) -> tuple[int, int]:
         """Bytes free on the disk, and how many of them must stay free."""
-        found = os.statvfs(self.catalogue.directory)
-        least = min(1 << 30, found.f_blocks * found.f_frsize // 20)
+        disk = os.statvfs(self.catalogue.directory)
+        least = min(1 << 30, disk.f_blocks * disk.f_frsize // 20)
         if self.limits.min_free_bytes is not None:
             least = self.limits.min_free_bytes
-        return found.f_bavail * found.f_frsize, least
+        return disk.f_bavail * disk.f_frsize, least
 
     def _add_texts(self, job: Job) -> None:
         """The digests by which a prefix is found by its text; and the text, if it is to be kept."""
