@@ -4,7 +4,9 @@ A threadgroup a token: the mixes (a product with all streams, normed), their sig
 iterations by one SIMD-group, a lane for each of the 16 weights, and the collapse of the streams.
 """
 
+from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import mlx.core as mx
 
@@ -102,13 +104,17 @@ def before_sublayer(
     iterations: int,
     eps: float,
     norm_eps: float,
+    seen: Callable[[str, mx.array], mx.array] | None = None,
 ) -> tuple[mx.array, mx.array, mx.array]:
     """streams (N, n, D) -> their collapse (N, D) in their type, post (N, n), comb (N, n, n) float32.
 
     fn ((2 + n) n, n D), base ((2 + n) n,), scale (3,), float32: a hyper-connection's weights.
+    `seen` asks for the plain operations, and is given the weights `pre` (N, n) to go on from.
     """
-    made = by_kernel if takes(streams) else plain
-    return made(streams, fn, base, scale, iterations=iterations, eps=eps, norm_eps=norm_eps)
+    sizes: Any = {"iterations": iterations, "eps": eps, "norm_eps": norm_eps}
+    if seen is None and takes(streams):
+        return by_kernel(streams, fn, base, scale, **sizes)
+    return plain(streams, fn, base, scale, **sizes, seen=seen)
 
 
 def takes(streams: mx.array) -> bool:
@@ -127,6 +133,7 @@ def plain(
     iterations: int,
     eps: float,
     norm_eps: float,
+    seen: Callable[[str, mx.array], mx.array] | None = None,
 ) -> tuple[mx.array, mx.array, mx.array]:
     """`before_sublayer` by MLX's own operations."""
     n = streams.shape[-2]
@@ -134,6 +141,8 @@ def plain(
     to_pre, to_post, to_comb = mx.split(mix, [n, 2 * n], axis=-1)
     base_pre, base_post, base_comb = mx.split(base, [n, 2 * n])
     pre = mx.sigmoid(to_pre * scale[0] + base_pre) + eps
+    if seen is not None:
+        pre = seen("pre", pre)
     post = 2 * mx.sigmoid(to_post * scale[1] + base_post)
     logits = to_comb * scale[2] + base_comb
     comb = sinkhorn(logits.reshape(*logits.shape[:-1], n, n), iterations, eps)

@@ -4,7 +4,7 @@ A stack that offers an `operand` may be read by a kernel in its place. One that 
 adds to the product or has to see it, is called; only its own half is then computed without kernels.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -62,11 +62,17 @@ def routed_experts(
     experts: mx.array,
     weights: mx.array,
     limit: float,
+    seen: Callable[[str, mx.array], mx.array] | None = None,
 ) -> mx.array:
     """Weighted sum over the chosen experts, float32 (N, D).
 
-    x (N, D), experts int (N, k), weights float32 (N, k); `limit` clamps gate and up.
+    x (N, D), experts int (N, k), weights float32 (N, k); `limit` clamps gate and up. `seen` asks for
+    the plain operations, and is given what down is multiplied by, (N, k, H), to go on from.
     """
+    if seen is not None:
+        pairs = paired(experts, x, None)
+        hidden = _plain_up(gate, up, x, pairs, weights, limit)
+        return _plain_down(down, _seen(seen, hidden, pairs), pairs)
     rising, falling = operands(UP, x, experts, gate, up), operands(DOWN, x, experts, down)
     one = next((each for each in (*rising, *falling)), None)
 
@@ -146,6 +152,14 @@ def _plain_up(
     ordered = order is not None
     hidden = weight * swiglu(gate(rows, experts, ordered), up(rows, experts, ordered), limit)
     return hidden.astype(x.dtype).reshape(-1, hidden.shape[-1])
+
+
+def _seen(seen: Callable[[str, mx.array], mx.array], hidden: mx.array, pairs: Pairs) -> mx.array:
+    """The hidden values (N * k, H) of pairs, in their order, once they were seen token by token."""
+    shape, order = pairs.experts.shape, pairs.order
+    each = hidden if order is None else hidden[mx.argsort(order)]
+    each = seen("experts.hidden", each.reshape(*shape, -1)).flatten(0, 1)
+    return each if order is None else each[order]
 
 
 def _down(down: Stack, falling: list[Operand], hidden: mx.array, pairs: Pairs) -> mx.array:

@@ -7,6 +7,7 @@ executor or on Metal; benchmarks/kernel_equality.py runs the same, and larger on
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -169,7 +170,7 @@ def route(dtype: mx.Dtype, experts: int, width: int, tokens: int, hashed: bool) 
     if hashed:
         rng = np.random.default_rng(0)
         table = np.stack([rng.permutation(experts)[:6] for _ in range(50)]).astype(np.int32)
-        options = {"table": mx.array(table), "ids": mx.arange(7, 7 + tokens)}
+        options: dict[str, Any] = {"table": mx.array(table), "ids": mx.arange(7, 7 + tokens)}
     else:
         options = {"bias": normal((experts,), mx.float32, 3)}
     sides = []

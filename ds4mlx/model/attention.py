@@ -12,12 +12,13 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ds4mlx.config import ModelConfig
-from ds4mlx.model.batch import Batch
+from ds4mlx.model.batch import Batch, Span
 from ds4mlx.model.compressor import Compressor
 from ds4mlx.model.indexer import Indexer
 from ds4mlx.model.linear import GroupedLinear, Linear, RMSNorm, rms_norm
 from ds4mlx.model.rope import Angles, rotate
 from ds4mlx.model.sink import Source, sink_attention
+from ds4mlx.model.taps import site_of, tap
 from ds4mlx.state.layer import LayerState
 from ds4mlx.state.rounding import Rounding
 from ds4mlx.state.row_forms import RowForm
@@ -40,7 +41,7 @@ class Selection:
 class Context:
     """What the queries of one span may attend to."""
 
-    offset: int  # position of the first query
+    span: Span  # of the queries
     form: RowForm  # of the rows below
     window: mx.array  # (before + L, .), ends with the span's own rows
     rows: mx.array  # (R, .) compressed rows so far, those that the span completes included
@@ -52,8 +53,9 @@ class Attention(nn.Module):
 
     ratio = 0
 
-    def __init__(self, config: ModelConfig, rounding: Rounding):
+    def __init__(self, config: ModelConfig, block: int, rounding: Rounding):
         super().__init__()
+        self._site = site_of(config, block) + "attn."
         heads, dim, rank = config.num_attention_heads, config.head_dim, config.q_lora_rank
         self.rounding: Rounding = rounding
         self._config = config
@@ -70,7 +72,7 @@ class Attention(nn.Module):
     def __call__(self, x: mx.array, batch: Batch, states: Sequence[LayerState]) -> mx.array:
         """x (N, D), normed -> (N, D); `states` are this block's, one for each span."""
         angles = batch.angles[self.ratio]
-        qr = self.q_norm(self.wq_a(x))
+        qr = tap(self._site, "query_latent", self.q_norm(self.wq_a(x)))
         q = self.queries(qr, angles)
         contexts = self.contexts(x, qr, batch, states)
         spans = zip(batch.spans, contexts, strict=True)
@@ -91,11 +93,12 @@ class Attention(nn.Module):
         self, x: mx.array, qr: mx.array, batch: Batch, states: Sequence[LayerState]
     ) -> list[Context]:
         """Extend each span's state by its tokens, and say what their queries may attend to."""
-        rows, made = self.window_rows(x, batch.angles[self.ratio]), []
+        rows = self.window_rows(x, batch.angles[self.ratio])
+        rows, made = tap(self._site, "window_rows", rows), []
         for span, state in zip(batch.spans, states, strict=True):
             packed = state.form.pack(rows[span.tokens])
             window = state.window.extend(packed, state.before, span.step)
-            made.append(Context(span.step.offset, state.form, window, window[:0]))
+            made.append(Context(span, state.form, window, window[:0]))
         return made
 
     def attend(self, q: mx.array, context: Context) -> mx.array:
@@ -119,19 +122,22 @@ class Attention(nn.Module):
         """Attention of queries start..stop-1 of the span, q (stop - start, H, c)."""
         sources = [self.visible_window(start, stop, context)]
         if len(context.rows):
-            positions = context.offset + mx.arange(start, stop)
+            positions = context.span.step.offset + mx.arange(start, stop)
             visible = visible_rows(positions, len(context.rows), self.ratio)
+            visible = tap(self._site, "visible", visible, context.span)
             sources.append(self.compressed(start, stop, visible, context))
         return sink_attention(q, sources, self.attn_sink, self._config.head_dim**-0.5)
 
     def visible_window(self, start: int, stop: int, context: Context) -> Source:
         """Raw rows (K, c), float32, near queries start..stop-1 and which of them each sees, (L, K)."""
         before = self._config.sliding_window - 1
-        first_key = max(0, context.offset - before)  # position of context.window's first row
-        low = max(0, context.offset + start - before) - first_key
-        high = context.offset + stop - first_key
+        first_key = max(
+            0, context.span.step.offset - before
+        )  # position of context.window's first row
+        low = max(0, context.span.step.offset + start - before) - first_key
+        high = context.span.step.offset + stop - first_key
         keys = first_key + mx.arange(low, high)
-        queries = (context.offset + mx.arange(start, stop))[:, None]
+        queries = (context.span.step.offset + mx.arange(start, stop))[:, None]
         mask = (keys <= queries) & (keys >= queries - before)
         return context.form.unpack(context.window[low:high]), mask
 
@@ -150,8 +156,8 @@ class HeavyAttention(Attention):
 
     ratio = 128
 
-    def __init__(self, config: ModelConfig, rounding: Rounding):
-        super().__init__(config, rounding)
+    def __init__(self, config: ModelConfig, block: int, rounding: Rounding):
+        super().__init__(config, block, rounding)
         self.compressor = Compressor(config, config.head_dim, self.ratio)
 
     def contexts(
@@ -163,7 +169,8 @@ class HeavyAttention(Attention):
         for context, span, state in zip(windows, batch.spans, states, strict=True):
             part = state.compressors[0]
             rows = self.compressor(projected[span.tokens], span, part, x.dtype)
-            made.append(replace(context, rows=part.rows.extend(part.form.pack(rows), span.step)))
+            rows = part.rows.extend(part.form.pack(rows), span.step)
+            made.append(replace(context, rows=tap(self._site, "rows", rows, span)))
         return made
 
 
@@ -172,8 +179,8 @@ class SparseAttention(HeavyAttention):
 
     ratio = 4
 
-    def __init__(self, config: ModelConfig, rounding: Rounding):
-        super().__init__(config, rounding)
+    def __init__(self, config: ModelConfig, block: int, rounding: Rounding):
+        super().__init__(config, block, rounding)
         self.indexer = Indexer(config, rounding)
 
     def contexts(
@@ -184,7 +191,7 @@ class SparseAttention(HeavyAttention):
         projected = indexer.compressor.project(x, batch.positions)
         wide = super().contexts(x, qr, batch, states)
         rows = [
-            indexer.extend(projected[span.tokens], span, state.compressors[1], x.dtype)
+            self.index_rows(projected[span.tokens], span, state, x.dtype)
             for span, state in zip(batch.spans, states, strict=True)
         ]
         if all(len(each) <= indexer.topk for each in rows):
@@ -197,6 +204,13 @@ class SparseAttention(HeavyAttention):
             selects = len(each) > indexer.topk
             made.append(replace(context, selection=selection) if selects else context)
         return made
+
+    def index_rows(
+        self, projected: mx.array, span: Span, state: LayerState, dtype: mx.Dtype
+    ) -> mx.array:
+        """Index rows of a span so far, as laid out, (R, .); projected: by the indexer's compressor."""
+        rows = self.indexer.extend(projected, span, state.compressors[1], dtype)
+        return tap(self._site, "indexer.rows", rows, span)
 
     def scratch(self, context: Context) -> int:
         """About the elements that attention of one query makes."""
@@ -212,7 +226,9 @@ class SparseAttention(HeavyAttention):
             return super().compressed(start, stop, visible, context)
         queries, weights = selection.queries[start:stop], selection.weights[start:stop]
         scores = self.indexer.scores(queries, weights, selection.rows, selection.form, SCRATCH)
+        scores = tap(self._site, "indexer.scores", scores, context.span)
         chosen = self.indexer.select(scores, visible)
+        chosen = tap(self._site, "indexer.chosen", chosen, context.span)
         mask = mx.take_along_axis(mx.broadcast_to(visible, scores.shape), chosen, axis=-1)
         rows = context.form.unpack(context.rows[chosen.flatten()])
         return rows.reshape(*chosen.shape, -1), mask
@@ -221,7 +237,7 @@ class SparseAttention(HeavyAttention):
 def attention_of(config: ModelConfig, block: int, rounding: Rounding) -> Attention:
     """The attention of a block, of the class that its compression ratio asks for."""
     kinds = {kind.ratio: kind for kind in (Attention, HeavyAttention, SparseAttention)}
-    return kinds[config.ratio(block)](config, rounding)
+    return kinds[config.ratio(block)](config, block, rounding)
 
 
 def visible_rows(positions: mx.array, rows: int, ratio: int) -> mx.array:

@@ -11,6 +11,7 @@ from ds4mlx.model.batch import Batch
 from ds4mlx.model.hyper import HyperConnection
 from ds4mlx.model.linear import RMSNorm
 from ds4mlx.model.moe import MoE
+from ds4mlx.model.taps import inside, site_of, tap
 from ds4mlx.state.layer import LayerState
 from ds4mlx.state.rounding import Rounding
 
@@ -26,15 +27,26 @@ class Block(nn.Module):
         self.hc_ffn = HyperConnection(config)
         self.ffn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.ffn = MoE(config, block)
+        self._site = site_of(config, block)
 
     def __call__(self, streams: mx.array, batch: Batch, states: Sequence[LayerState]) -> mx.array:
         """streams (N, n, D) of the batch's tokens -> streams.
 
         states: this block's, one for each span; what becomes of them goes into the spans' steps.
         """
-        x, post, comb = self.hc_attn.before(streams)
-        out = self.attn(self.attn_norm(x), batch, states)
+        x, post, comb = self.before("hc_attn.", self.hc_attn, streams)
+        x = tap(self._site, "attn.in", self.attn_norm(x))
+        out = tap(self._site, "attn.out", self.attn(x, batch, states))
         streams = self.hc_attn.merge(streams, out, post, comb)
-        x, post, comb = self.hc_ffn.before(streams)
-        out = self.ffn(self.ffn_norm(x), batch.ids)
-        return self.hc_ffn.merge(streams, out, post, comb)
+        streams = tap(self._site, "attn.streams", streams)
+        x, post, comb = self.before("hc_ffn.", self.hc_ffn, streams)
+        x = tap(self._site, "ffn.in", self.ffn_norm(x))
+        out = tap(self._site, "ffn.out", self.ffn(x, batch.ids))
+        return tap(self._site, "streams", self.hc_ffn.merge(streams, out, post, comb))
+
+    def before(
+        self, name: str, site: HyperConnection, streams: mx.array
+    ) -> tuple[mx.array, mx.array, mx.array]:
+        """A sublayer's input, not yet normed, and the weights post and comb for what it gives."""
+        x, post, comb = site.before(streams, inside(self._site + name, "pre"))
+        return x, tap(self._site, name + "post", post), tap(self._site, name + "comb", comb)

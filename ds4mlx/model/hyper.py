@@ -10,6 +10,7 @@ import mlx.nn as nn
 from ds4mlx.config import ModelConfig
 from ds4mlx.custom_kernels.layer.hyper_post import after_sublayer
 from ds4mlx.custom_kernels.layer.hyper_pre import before_sublayer, collapse, project
+from ds4mlx.model.taps import Inside
 
 
 class HyperConnection(nn.Module):
@@ -23,13 +24,19 @@ class HyperConnection(nn.Module):
         self.scale = mx.zeros((3,))
         self._config = config
 
-    def before(self, streams: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-        """The sublayer's input (N, D) out of streams (N, n, D); post and comb for `merge`."""
+    def before(
+        self, streams: mx.array, seen: Inside | None = None
+    ) -> tuple[mx.array, mx.array, mx.array]:
+        """The sublayer's input (N, D) out of streams (N, n, D); post and comb for `merge`.
+
+        seen: is given the weights `pre` of the streams (N, n), to go on from.
+        """
         return before_sublayer(
             *(streams, self.fn, self.base, self.scale),
             iterations=self._config.hc_sinkhorn_iters,
             eps=self._config.hc_eps,
             norm_eps=self._config.rms_norm_eps,
+            seen=seen,
         )
 
     def merge(self, streams: mx.array, out: mx.array, post: mx.array, comb: mx.array) -> mx.array:

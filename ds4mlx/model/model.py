@@ -21,6 +21,7 @@ from ds4mlx.model.hyper import HyperHead
 from ds4mlx.model.inputs import Cache, Inputs, Tokens, read_states, read_tokens
 from ds4mlx.model.linear import Embedding, Linear, RMSNorm
 from ds4mlx.model.rope import rotary_tables
+from ds4mlx.model.taps import begin, tap
 from ds4mlx.precision import keep_float32
 from ds4mlx.state.decode_state import DecodeState
 from ds4mlx.state.kind import StateKind, digest
@@ -111,6 +112,7 @@ class Model(nn.Module):
 
     def _run(self, batch: Batch, states: Sequence[DecodeState]) -> mx.array:
         """Streams (N, n, D) after the last layer; the changes of the states go into the batch."""
+        begin(batch)
         streams = mx.repeat(self.embedded(batch.ids)[:, None], self.args.hc_mult, axis=1)
         for number, layer in enumerate(self.layers):
             streams = layer(streams, batch, [state[number] for state in states])
@@ -118,11 +120,12 @@ class Model(nn.Module):
 
     def embedded(self, ids: mx.array) -> mx.array:
         """ids (...,) -> (..., D)."""
-        return self.embed(ids).astype(self.dtype)
+        return tap("", "embed", self.embed(ids).astype(self.dtype))
 
     def logits(self, streams: mx.array) -> mx.array:
         """Head: collapse (..., n, D), norm, float32 product with the vocabulary."""
-        return self.unembedded(self.norm(self.hc_head(streams)))
+        hidden = tap("", "head.in", self.norm(self.hc_head(streams)))
+        return tap("", "logits", self.unembedded(hidden))
 
     def unembedded(self, hidden: mx.array) -> mx.array:
         """hidden (..., D), normed -> logits float32 (..., vocab)."""

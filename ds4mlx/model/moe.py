@@ -8,6 +8,7 @@ from ds4mlx.custom_kernels.layer.router import route
 from ds4mlx.custom_kernels.products.experts import routed_experts
 from ds4mlx.custom_kernels.products.swiglu import swiglu
 from ds4mlx.model.linear import ExpertStack, Linear
+from ds4mlx.model.taps import Inside, inside, site_of, tap
 
 
 class Router(nn.Module):
@@ -17,6 +18,7 @@ class Router(nn.Module):
         super().__init__()
         self.topk, self.scale = config.num_experts_per_tok, config.routed_scaling_factor
         self.hashed = block < config.num_hash_layers
+        self._site = site_of(config, block) + "ffn."
         self.weight = mx.zeros((config.n_routed_experts, config.hidden_size))
         if self.hashed:
             self.tid2eid = mx.zeros((config.vocab_size, self.topk), mx.int32)
@@ -25,9 +27,11 @@ class Router(nn.Module):
 
     def __call__(self, x: mx.array, ids: mx.array) -> tuple[mx.array, mx.array]:
         """x (N, D), ids int (N,) -> experts int (N, k) and their weights float32 (N, k)."""
-        if self.hashed:
-            return route(x, self.weight, self.scale, self.topk, table=self.tid2eid, ids=ids)
-        return route(x, self.weight, self.scale, self.topk, bias=self.bias)
+        by = {"table": self.tid2eid, "ids": ids} if self.hashed else {"bias": self.bias}
+        seen = inside(self._site, "router.scores")
+        experts, weights = route(x, self.weight, self.scale, self.topk, **by, seen=seen)
+        experts = tap(self._site, "router.experts", experts)
+        return experts, tap(self._site, "router.weights", weights)
 
 
 class RoutedExperts(nn.Module):
@@ -41,12 +45,15 @@ class RoutedExperts(nn.Module):
         self.w3 = ExpertStack(count, width, config.hidden_size)
         self.limit = config.swiglu_limit
 
-    def __call__(self, x: mx.array, experts: mx.array, weights: mx.array) -> mx.array:
+    def __call__(
+        self, x: mx.array, experts: mx.array, weights: mx.array, seen: Inside | None = None
+    ) -> mx.array:
         """Weighted sum over the chosen experts, float32.
 
-        x (N, D), experts int (N, k), weights float32 (N, k) -> (N, D).
+        x (N, D), experts int (N, k), weights float32 (N, k) -> (N, D). seen: see `routed_experts`.
         """
-        return routed_experts(self.w1, self.w3, self.w2, x, experts, weights, self.limit)
+        stacks = self.w1, self.w3, self.w2
+        return routed_experts(*stacks, x, experts, weights, self.limit, seen)
 
 
 class SharedExpert(nn.Module):
@@ -73,9 +80,12 @@ class MoE(nn.Module):
         self.gate = Router(config, block)
         self.experts = RoutedExperts(config)
         self.shared_experts = SharedExpert(config)
+        self._site = site_of(config, block) + "ffn."
 
     def __call__(self, x: mx.array, ids: mx.array) -> mx.array:
         """x (N, D), normed, ids int (N,) -> (N, D) in x's type."""
         experts, weights = self.gate(x, ids)
-        routed = self.experts(x, experts, weights)
-        return (routed + self.shared_experts(x).astype(mx.float32)).astype(x.dtype)
+        seen = inside(self._site, "experts.hidden")
+        routed = tap(self._site, "experts.out", self.experts(x, experts, weights, seen))
+        shared = tap(self._site, "shared_experts.out", self.shared_experts(x))
+        return (routed + shared.astype(mx.float32)).astype(x.dtype)
