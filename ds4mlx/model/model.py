@@ -25,7 +25,6 @@ from ds4mlx.model.taps import begin, tap
 from ds4mlx.precision import keep_float32
 from ds4mlx.state.decode_state import DecodeState
 from ds4mlx.state.kind import StateKind, digest
-from ds4mlx.state.layer import LayerState
 from ds4mlx.state.rounding import Rounding
 from ds4mlx.state.row_forms import StateForm
 from ds4mlx.state.step import Step, commit
@@ -44,7 +43,9 @@ class Model(nn.Module):
 
     Tokens are int (B, L), an mx.array or NumPy's, or a list of sequences of any lengths; a cache is
     one decode state, or a list of one for each sequence, each at its own depth. A call that raises
-    leaves every state as it was. DataError: a wrong rank or type, no tokens, ids outside the
+    leaves every state as it was. A call that returns has moved the states on, though nothing has
+    been computed yet: where evaluating its result fails, as for want of memory, go back with
+    `rewind`; the engine's prefill and step do. DataError: a wrong rank or type, no tokens, ids outside the
     vocabulary (see `inputs` for the one kind of call whose ids are not read), a wrong number of
     states, a state of another model, or one state given twice.
     """
@@ -132,23 +133,44 @@ class Model(nn.Module):
         return self.head(hidden.astype(mx.float32))
 
     def draft(
-        self, streams: mx.array, tokens: mx.array, state: LayerState | None = None, depth: int = 0
+        self, streams: mx.array, tokens: Tokens, state: DecodeState | None = None, depth: int = 0
     ) -> tuple[mx.array, mx.array]:
-        """Logits of MTP block `depth` and its streams.
+        """Logits of draft block `depth` and its streams.
 
         streams: (1, L, n, D) at positions t; tokens: int (1, L), those at t + 1; the logits
-        (1, L, vocab) are for t + 2. `state` is the block's own, see `make_draft_state`.
+        (1, L, vocab) are for t + 2. `state.drafts[depth]` moves on by L positions, at its end as a
+        call does; t is its length, which may lag behind `state.offset` but never exceeds it.
+        Without a state, t begins at 0 and nothing is kept. Raises DataError.
         """
-        state = self.make_draft_state(depth) if state is None else state
-        block, inputs = self.mtp[depth], read_tokens(tokens, self.args.vocab_size, True)
-        step = Step(state.offset, sum(inputs.lengths))
-        batch = Batch.of(inputs.ids, [step], self._rotary)
+        inputs = read_tokens(tokens, self.args.vocab_size, True)
+        self._check_draft(streams, inputs, state, depth)
+        drafts, records = (state or self.make_cache()).drafts, state.records if state else {}
+        step = drafts.step(depth, inputs.lengths[0], records)
+        batch, block = Batch.of(inputs.ids, [step], self._rotary), self.mtp[depth]
         flat = block.joined(streams.flatten(0, 1), self.embedded(inputs.ids))
-        flat = block(flat, batch, [state])
+        flat = block(flat, batch, [drafts[depth]])
         logits = self.unembedded(block.norm(block.hc_head(flat)))
-        out = mx.depends([logits, flat], step.arrays)
+        out = mx.depends([logits, flat], drafts.finish(depth, step, records))
         commit([step])
         return out[0][None], out[1][None]
+
+    def _check_draft(
+        self, streams: mx.array, inputs: Inputs, state: DecodeState | None, depth: int
+    ) -> None:
+        """Raises DataError for what `draft` cannot be called with."""
+        if not 0 <= depth < len(self.mtp):
+            raise DataError(f"the model has {len(self.mtp)} draft blocks, and no number {depth}")
+        wanted = (1, inputs.lengths[0], self.args.hc_mult, self.args.hidden_size)
+        if len(inputs.lengths) != 1 or streams.shape != wanted:
+            raise DataError(f"streams for these tokens must be {wanted}, not {streams.shape}")
+        if state is None:
+            return
+        (state,) = read_states(state, 1, self.state_form, len(self.layers))
+        end = state.drafts[depth].offset + inputs.lengths[0]
+        if end > state.offset:
+            raise DataError(
+                f"a draft of {end} tokens is beyond the state, which has {state.offset}"
+            )
 
     @property
     def kind(self) -> StateKind:
@@ -164,11 +186,6 @@ class Model(nn.Module):
     def make_cache(self) -> DecodeState:
         """An empty decode state."""
         return DecodeState(self.args, self.dtype, self.rounding)
-
-    def make_draft_state(self, depth: int = 0) -> LayerState:
-        """An empty state for MTP block `depth`."""
-        block = self.args.num_hidden_layers + depth
-        return LayerState(self.args, block, self.state_form)
 
     def sanitize(self, weights: dict[str, Any]) -> dict[str, Any]:
         """The weights of a converted directory as they are: names and shapes are the model's own."""

@@ -1,11 +1,11 @@
 """The decode state of one sequence: one object, a part for every layer.
 
-Besides the layers' states it has boundary records of some earlier lengths, to which it can go back
-however far behind they are.
+Besides the layers' states it has those of the draft blocks, and boundary records of some earlier
+lengths, to which it can go back however far behind they are.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -14,6 +14,7 @@ from ds4mlx.config import ModelConfig
 from ds4mlx.errors import DataError
 from ds4mlx.state.boundaries import Boundaries
 from ds4mlx.state.buffers import SLACK
+from ds4mlx.state.drafts import Drafts
 from ds4mlx.state.layer import LayerState
 from ds4mlx.state.record import layer_record, load_record, record_bytes, step_record
 from ds4mlx.state.rounding import Rounding
@@ -40,11 +41,20 @@ class RewindError(DataError):
 
 @dataclass(frozen=True)
 class Stored:
-    """Where a KV store has the rows of a state's first `tokens` tokens: a chain's last segment."""
+    """Where a KV store has the rows of a state's first `tokens` tokens: a chain's last segment.
+
+    `records`: the keys of records taken for it, by position and the draft blocks' lengths there.
+    """
 
     directory: Path
     segment: str
     tokens: int
+    records: dict[tuple[int, tuple[int, ...]], str] = field(default_factory=dict)
+
+    def cut(self, tokens: int) -> "Stored":
+        """What is left of it when the state goes back to `tokens` tokens."""
+        records = {place: key for place, key in self.records.items() if place[0] <= tokens}
+        return replace(self, tokens=min(tokens, self.tokens), records=records)
 
 
 class DecodeState:
@@ -52,6 +62,7 @@ class DecodeState:
 
     dtype and rounding are the model's. As the state passes multiples of 2,048 tokens, and the
     positions given to `add_boundary`, it makes boundary records, bytes (n,) by position.
+    `drafts` holds the draft blocks' states: rewinding, records and `nbytes` include them.
     """
 
     def __init__(
@@ -61,7 +72,8 @@ class DecodeState:
         self.boundaries = Boundaries()
         blocks = range(config.num_hidden_layers)
         self.layers = [LayerState(config, block, self.form) for block in blocks]
-        self.records: dict[int, mx.array] = {}
+        self.drafts = Drafts(config, self.form)
+        self.records: dict[int, mx.array] = {}  # without what they say of the drafts
         self.stored: Stored | None = None
 
     def __iter__(self) -> Iterator[LayerState]:
@@ -85,7 +97,8 @@ class DecodeState:
     @property
     def arrays(self) -> list[mx.array]:
         """Every array in it, for `mx.eval`."""
-        return [*(array for layer in self.layers for array in layer.state), *self.records.values()]
+        layers = (array for layer in self.layers for array in layer.state)
+        return [*layers, *self.drafts.arrays, *self.records.values()]
 
     @property
     def nbytes(self) -> int:
@@ -132,15 +145,19 @@ class DecodeState:
 
         Raises RewindError where there is none and it cannot be read off the buffers either.
         """
-        if tokens in self.records:
-            return self.records[tokens]
-        if not 0 < tokens <= self.offset or not self._reaches(tokens):
-            raise self._unreachable(tokens)
-        return layer_record(self.layers, tokens)
+        main = self.records.get(tokens)
+        if main is None:
+            if not 0 < tokens <= self.offset or not self._reaches(tokens):
+                raise self._unreachable(tokens)
+            main = layer_record(self.layers, tokens)
+        section = self.drafts.section(tokens)
+        return mx.concatenate([main, section]) if section.size else main
 
     def load(self, record: mx.array, tokens: int) -> None:
         """Become the state after `tokens` tokens, whose rows are in place, by its record (n,)."""
-        load_record(self.layers, record, tokens)
+        main = record_bytes(self.layers, tokens)
+        load_record(self.layers, record[:main], tokens)
+        self.drafts.load(record[main:])
 
     def rewind(self, tokens: int) -> None:
         """Go back to the exact state after `tokens` tokens.
@@ -148,7 +165,8 @@ class DecodeState:
         Possible for 0, for the positions of `records`, and for what the buffers reach: that is at
         least the last 128 lengths, as far as they were appended since the state was empty, came
         from a record (a rewind beyond the buffers), or from a store. A record carries what
-        continuing from its own length needs and nothing before it.
+        continuing from its own length needs and nothing before it. Draft blocks that are further
+        than `tokens` go back to it too; those that lag behind stay where they are.
         Boundaries that lie ahead stay asked for. Raises RewindError (its `nearest` is the closest
         reachable length) and leaves the state as it is where the length is out of reach.
         """
@@ -159,9 +177,10 @@ class DecodeState:
             load_record(self.layers, self.records[tokens], tokens)
         for layer in self.layers:
             layer.truncate(tokens)
+        self.drafts.rewind(tokens)
         self.records = {p: r for p, r in self.records.items() if p <= tokens}
         if self.stored is not None:
-            self.stored = replace(self.stored, tokens=min(tokens, self.stored.tokens))
+            self.stored = self.stored.cut(tokens)
 
     def _unreachable(self, tokens: int) -> RewindError:
         offset = self.offset

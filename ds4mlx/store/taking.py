@@ -59,7 +59,7 @@ class Taker:
         end = len(tokens)
         mx.eval(state.arrays)
         positions = sorted({end, *(p for p in state.records if p < end)})
-        records = {p: np.array(state.record(p)) for p in positions}
+        boundary = np.array(state.record(end))
         last, done = self._known(tokens, state)
         job = Job(tokens, last, "")
         now = time.time()
@@ -72,13 +72,20 @@ class Taker:
         job.key = names[end]
         for piece in job.segments:
             piece.item = replace(piece.item, prefix=names[piece.item.end])
-        for position, record in records.items():
+        taken = state.stored.records if state.stored is not None else {}
+        places = {position: (position, state.drafts.lengths(position)) for position in positions}
+        saved = {p: taken[at] for p, at in places.items() if self._has(taken.get(at), names[p])}
+        for position in positions:
             holder = self._holder(job, position)
-            if holder is not None:
-                why = reason if position == end else "boundary"
-                job.records.append(self._record(holder, position, names[position], record, why))
+            if holder is None or (position in saved and position != end):
+                continue
+            record = boundary if position == end else np.array(state.record(position))
+            why = reason if position == end else "boundary"
+            job.records.append(self._record(holder, position, names[position], record, why))
+        saved |= {piece.item.tokens: piece.item.key for piece in job.records}
         self.pending |= {piece.item.key: piece.item for piece in job.segments}
-        state.stored = Stored(self.catalogue.directory, last, end)
+        known = {places[position]: key for position, key in saved.items()}
+        state.stored = Stored(self.catalogue.directory, last, end, known)
         return job
 
     def _settle(self) -> None:
@@ -111,6 +118,11 @@ class Taker:
         key = keys.record_key(self.model, segment, tokens, block_file.checksum(record.data))
         item = Record(key, self.model, segment, tokens, prefix, "", 0, reason, time.time(), 0)
         return Piece(item, [record.data])
+
+    def _has(self, key: str | None, prefix: str) -> bool:
+        """Whether the record of this key is stored, as that of this prefix."""
+        record = self.catalogue.records.get(key or "")
+        return record is not None and (record.model, record.prefix) == (self.model, prefix)
 
     def _find(self, key: str) -> Segment | None:
         return self.catalogue.segments.get(key) or self.pending.get(key)
