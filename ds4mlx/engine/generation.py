@@ -140,7 +140,7 @@ def answer(
     logits = prefill(model, sequence.pending, sequence.state, prefill_step, told)
     (token,), before = draw([sequence], logits), cached
     while True:
-        refuse_not_finite(token, sequence.state, before)
+        refuse_not_finite(model, token, sequence, before)
         text = sequence.take(token)
         if keeper is not None:
             keeper.advanced()

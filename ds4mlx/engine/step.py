@@ -5,6 +5,7 @@ from collections import abc
 import mlx.core as mx
 
 from ds4mlx.engine.interrupts import undivided
+from ds4mlx.engine.not_finite import blame
 from ds4mlx.engine.sequence import NOT_FINITE, Sequence
 from ds4mlx.errors import DataError
 from ds4mlx.model.model import Model
@@ -31,18 +32,26 @@ def draw(sequences: abc.Sequence[Sequence], logits: mx.array) -> list[int]:
     return tokens.tolist()  # type: ignore[return-value]
 
 
-def refuse_not_finite(token: int, state: DecodeState, before: int) -> None:
+def refuse_not_finite(model: Model, token: int, sequence: Sequence, before: int) -> None:
     """Raises DataError if a draw gave NOT_FINITE, with the state back at `before` tokens.
 
-    Where those cannot be reached any more the state goes back further, as far as it must.
+    Where those cannot be reached any more the state goes back further, as far as it must. The error
+    says which layer is at fault, by a second pass over the tokens, unless some are not known here.
     """
     if token != NOT_FINITE:
         return
-    after = state.offset
+    state, after = sequence.state, sequence.state.offset
+    _go_back(state, before)
+    cause = "no token can be drawn"
+    if state.offset >= sequence.first:
+        cause += ": " + blame(model, sequence.pending, state)
+    _go_back(state, before)
+    raise DataError(f"the model's logits after {after} tokens are not finite numbers, so {cause}")
+
+
+def _go_back(state: DecodeState, tokens: int) -> None:
+    """Rewind, if need be to less than `tokens`."""
     try:
-        state.rewind(before)
+        state.rewind(min(tokens, state.offset))
     except RewindError as error:
         state.rewind(error.below)
-    raise DataError(
-        f"the model's logits after {after} tokens are not finite numbers, so no token can be drawn"
-    )
