@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import mlx.core as mx
 
 from ds4mlx.engine.interrupts import undivided
+from ds4mlx.engine.undone import undone_on_failure
 from ds4mlx.model.model import Model
 from ds4mlx.state.decode_state import DecodeState
 
@@ -22,14 +23,14 @@ def prefill(
 
     Chunks end at multiples of `step` of the state's length, so that they do not depend on how much
     of a prompt the state held before. Only the last chunk runs the head, and each chunk's scratch
-    memory is given back.
+    memory is given back. A chunk that fails leaves the state as it was before that chunk.
     """
     logits = mx.zeros((1, 0))
     first = step - cache.offset % step
     for start in (0, *range(first, len(ids), step)):
         stop = min(len(ids), start + step if start else first)
         chunk = mx.array([list(ids[start:stop])])
-        with undivided():
+        with undivided(), undone_on_failure([cache], far=True):
             if stop < len(ids):
                 mx.eval(model.streams(chunk, cache)[:, -1:])
             else:

@@ -7,6 +7,7 @@ import mlx.core as mx
 from ds4mlx.engine.interrupts import undivided
 from ds4mlx.engine.not_finite import blame
 from ds4mlx.engine.sequence import NOT_FINITE, Sequence
+from ds4mlx.engine.undone import undone_on_failure
 from ds4mlx.errors import DataError
 from ds4mlx.model.model import Model
 from ds4mlx.state.decode_state import DecodeState, RewindError
@@ -16,8 +17,9 @@ def step(model: Model, sequences: abc.Sequence[Sequence]) -> tuple[list[int], mx
     """Feed each sequence the token it took last: their next tokens, and logits (B, vocab).
 
     Each sequence must lack exactly one token. The tokens are not taken yet; see `draw`.
+    A step that fails leaves every state as it was.
     """
-    with undivided():
+    with undivided(), undone_on_failure([s.state for s in sequences]):
         logits = model.last_logits([s.pending for s in sequences], [s.state for s in sequences])
         return draw(sequences, logits), logits
 
