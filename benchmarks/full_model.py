@@ -4,15 +4,14 @@
 
 Makes the model in memory once, prefills and decodes it through the kernels at several depths, then the same
 through plain operations (fewer depths: their prefill is far slower). The profile waits after every part
-of a decoded token, so that its sum is more than a token takes; it says what the shares are.
+of a decoded token, so that its sum is more than a token takes; it says what the shares are. The norm before a sublayer counts with the
+hyper-connection, the sum of the experts with what follows it.
 """
 
 import argparse
 import json
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -22,20 +21,26 @@ from device import device
 from ds4mlx.bench.synth import config_like, synth_model
 from ds4mlx.bench.whole_model import WARM, bench, synthetic_state
 from ds4mlx.custom_kernels import dispatch
-from ds4mlx.model.attention import Attention
-from ds4mlx.model.hyper import HyperConnection, HyperHead
+from ds4mlx.model.batch import Span
 from ds4mlx.model.model import Model
-from ds4mlx.model.moe import RoutedExperts, Router, SharedExpert
+from ds4mlx.model.taps import Listener, listening
 
 GENERATED, DEPTHS = 16, (2048, 32768)
+# By the end of its name, what a quantity is the last of; what is made of it later counts elsewhere.
 PARTS = {
-    "attention": (Attention, "__call__"),
-    "router": (Router, "__call__"),
-    "routed experts": (RoutedExperts, "__call__"),
-    "shared expert": (SharedExpert, "__call__"),
-    "hyper-connections, before": (HyperConnection, "before"),
-    "hyper-connections, after": (HyperConnection, "merge"),
-    "hyper-connection of the head": (HyperHead, "__call__"),
+    "hc_attn.comb": "hyper-connections, before",
+    "hc_attn.post": "hyper-connections, before",
+    "hc_ffn.comb": "hyper-connections, before",
+    "hc_ffn.post": "hyper-connections, before",
+    "attn.in": "hyper-connections, before",
+    "ffn.in": "hyper-connections, before",
+    "attn.out": "attention",
+    "router.weights": "router",
+    "router.experts": "router",
+    "ffn.experts.out": "routed experts",
+    "shared_experts.out": "shared expert",
+    "streams": "hyper-connections, after",
+    "head.in": "hyper-connection of the head",
 }
 
 
@@ -75,45 +80,41 @@ def rows(model: Model, depths: tuple[int, ...], fill) -> list[dict]:
 
 
 def profile(model: Model, depth: int) -> dict[str, float]:
-    """Milliseconds of a decoded token by part, waiting after each; the rest is norms, head and embedding."""
+    """Milliseconds of a decoded token by part, waiting after each; the rest is the head and the embedding."""
     cache, token = synthetic_state(model, depth), mx.array([[1]])
-    with timed_parts() as spent:
+    clock = Clock()
+    with listening(clock):
         for step in range(WARM + GENERATED):
             if step == WARM:
-                spent.clear()
+                clock.spent.clear()
                 begun = time.perf_counter()
             token = mx.argmax(model.last_logits(token, cache), axis=-1)[None]
             mx.eval(token)
         total = 1000 * (time.perf_counter() - begun) / GENERATED
-    parts = {name: round(1000 * seconds / GENERATED, 3) for name, seconds in spent.items()}
+    parts = {name: round(1000 * seconds / GENERATED, 3) for name, seconds in clock.spent.items()}
     return {**parts, "rest": round(total - sum(parts.values()), 3), "token": round(total, 3)}
 
 
-@contextmanager
-def timed_parts() -> Iterator[dict[str, float]]:
-    """Within the block every part is evaluated at once, and its seconds are added up."""
-    spent: dict[str, float] = defaultdict(float)
-    usual = {name: getattr(kind, method) for name, (kind, method) in PARTS.items()}
+class Clock(Listener):
+    """Evaluates what is named in PARTS as it comes, and adds up the seconds since the one before."""
 
-    def timed(name: str, call: Callable, *arguments):
-        begun = time.perf_counter()
-        out = call(*arguments)
-        mx.eval(out)
-        spent[name] += time.perf_counter() - begun
-        return out
+    def __init__(self):
+        self.spent: dict[str, float] = defaultdict(float)
+        self._ends, self._last = tuple(PARTS), 0.0
 
-    def put(calls: dict[str, Callable]) -> None:
-        for name, (kind, method) in PARTS.items():
-            setattr(kind, method, calls[name])
+    def wants(self, name: str) -> bool:
+        """Every quantity that ends a part, and the embeddings, with which the first begins."""
+        return name.endswith(self._ends) or name == "embed"
 
-    def wrapped(name: str) -> Callable:
-        return lambda *arguments: timed(name, usual[name], *arguments)
-
-    put({name: wrapped(name) for name in PARTS})
-    try:
-        yield spent
-    finally:
-        put(usual)
+    def take(self, name: str, value: mx.array, span: Span | None) -> mx.array:
+        """The same value, evaluated."""
+        mx.eval(value)
+        now = time.perf_counter()
+        part = next((PARTS[end] for end in self._ends if name.endswith(end)), None)
+        if part is not None:
+            self.spent[part] += now - self._last
+        self._last = now
+        return value
 
 
 if __name__ == "__main__":

@@ -383,17 +383,18 @@ def test_logits_that_are_not_finite_end_the_answer(talker, value, options, taken
     assert seen + tokens_of(rest) == want
 
 
-def planted(module, name="weight"):
-    """A module's array, or its scales where it is quantised, with a NaN in place of one value."""
-    array = getattr(module, name)
-    flat = array.flatten()
-    flat[0] = mx.nan
-    return flat.reshape(array.shape)
+def planted(array):
+    """An array with NaN in its first column, or in its first place."""
+    array = mx.array(array)
+    array[..., 0] = mx.nan
+    return array
 
 
 @pytest.mark.parametrize(
     ("path", "name", "place"),
     [
+        ("embed", "weight", "the embedding"),
+        ("head", "weight", "the head"),
         ("norm", "weight", "the head"),
         ("layers.0.attn_norm", "weight", "layer 0"),
         ("layers.1.hc_ffn", "base", "layer 1"),
@@ -411,7 +412,7 @@ def test_the_layer_whose_values_are_not_finite_is_named(talker, path, name, plac
         next(run)
     before, sound = cache.offset, getattr(module, name)
     try:
-        setattr(module, name, planted(module, name))
+        setattr(module, name, planted(sound))
         with pytest.raises(DataError, match=f"not finite numbers.*: {place} is the first part"):
             next(run)
     finally:
