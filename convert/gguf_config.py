@@ -77,7 +77,6 @@ def config_values(file: GGUFFiles, drafts: int) -> dict[str, Any]:
         | {o: _number(_required(file, k)) for o, k in SCALING.items()},
         "bos_token_id": _token(file, "bos"),
         "eos_token_id": _token(file, "eos"),
-        "index_ties": "heap",
     }
 
 

@@ -98,7 +98,6 @@ class ModelConfig(BaseModel):
     bos_token_id: Annotated[int, Field(ge=0)] = 0
     eos_token_id: Annotated[int, Field(ge=0)] = 1
     release: Release = "april"
-    index_ties: Literal["any", "heap"] = "any"  # see ties.py
 
     @model_validator(mode="after")
     def _agree(self) -> "ModelConfig":

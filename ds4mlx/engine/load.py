@@ -12,7 +12,7 @@ from ds4mlx.model.linear import Matrix
 from ds4mlx.model.model import Model
 from ds4mlx.state.rounding import Rounding
 from ds4mlx.text.tokenizer import Tokenizer
-from ds4mlx.weights.directory import MANIFEST, ModelDirectory
+from ds4mlx.weights.directory import GGUF_RECIPE, MANIFEST, ModelDirectory
 from ds4mlx.weights.hub import Repository, may_be_repository
 
 
@@ -43,6 +43,8 @@ def load(
     for name, module in model.named_modules():
         if isinstance(module, Matrix):
             module.store(directory.formats[name])
+    if directory.recipe == GGUF_RECIPE:
+        model.settle_ties()
     raise_wired_limit()
     model.load_weights(list(_read_all(directory, on_file).items()))
     model.eval()

@@ -28,7 +28,7 @@ class Indexer(nn.Module):
         self.weights_proj = Linear(self.heads, config.hidden_size)
         self.compressor = Compressor(config, self.width, 4)
         self.rounding: Rounding = rounding
-        self.heap_ties = config.index_ties == "heap"
+        self.heap_ties = False  # see `Model.settle_ties`
         self.settles_on_gpu = False  # where the host's choice would keep it waiting
 
     def extend(

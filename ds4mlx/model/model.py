@@ -14,6 +14,7 @@ from mlx.utils import tree_flatten
 
 from ds4mlx.config import ModelConfig
 from ds4mlx.errors import DataError
+from ds4mlx.model.attention import SparseAttention
 from ds4mlx.model.batch import Batch
 from ds4mlx.model.block import Block
 from ds4mlx.model.draft import MTP
@@ -186,6 +187,12 @@ class Model(nn.Module):
     def make_cache(self) -> DecodeState:
         """An empty decode state."""
         return DecodeState(self.args, self.dtype, self.rounding)
+
+    def settle_ties(self) -> None:
+        """Have equal index scores settled on the CPU as llama.cpp does, to compare logits: see `ties`."""
+        for layer in self.layers:
+            if isinstance(layer.attn, SparseAttention):
+                layer.attn.indexer.heap_ties = True
 
     def sanitize(self, weights: dict[str, Any]) -> dict[str, Any]:
         """The weights of a converted directory as they are: names and shapes are the model's own."""

@@ -21,6 +21,7 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 JOURNAL = "convert-journal.jsonl"
 CONFIG = "config.json"
+GGUF_RECIPE = "keep"  # the one recipe of GGUF sources, and of no others
 
 
 @dataclass(frozen=True)
