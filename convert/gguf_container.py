@@ -87,10 +87,10 @@ class GGUFFile:
 
     def floats(self, name: str) -> np.ndarray:
         """A whole F32 tensor. Raises DataError if it has another type."""
-        found = self.tensor(name)
-        if found.type != "F32":
-            raise DataError(f"{self.path}: tensor {name} has type {found.type}, expected F32")
-        return self.read(name, 0, found.nbytes).view(np.float32).reshape(found.shape)
+        info = self.tensor(name)
+        if info.type != "F32":
+            raise DataError(f"{self.path}: tensor {name} has type {info.type}, expected F32")
+        return self.read(name, 0, info.nbytes).view(np.float32).reshape(info.shape)
 
 
 def _described(tensor: Any) -> GGUFTensor:
@@ -147,10 +147,10 @@ class Checker:
 
     def name(self, what: str) -> str:
         """A string that error messages will contain."""
-        found = self.string(what)
-        if not found.isprintable() or not found:
-            self.fail(f"{what} is {found!r}")
-        return found
+        text = self.string(what)
+        if not text.isprintable() or not text:
+            self.fail(f"{what} is {text!r}")
+        return text
 
     def pair(self) -> None:
         """A key and its value."""

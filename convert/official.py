@@ -123,9 +123,9 @@ class OfficialSource:
         dtype = np.uint8 if TAGS[info.dtype].nbytes == 1 else TAGS[info.dtype].numpy
         row = info.nbytes // max(1, info.shape[0])
         raw = self.file(name).read(name, start * row, (stop - start) * row)
-        found = np.frombuffer(raw, dtype).reshape(stop - start, *info.shape[1:])
-        codecs.check(found, info.dtype, self.file(name).path, name)
-        return found
+        values = np.frombuffer(raw, dtype).reshape(stop - start, *info.shape[1:])
+        codecs.check(values, info.dtype, self.file(name).path, name)
+        return values
 
     def values(self, entry: Entry, expert: int, start: int, stop: int) -> np.ndarray:
         """Rows of an entry (of one expert if it is a stack) decoded exactly: float32, or int32 ids."""
@@ -201,11 +201,11 @@ class OfficialSource:
         return info.dtype
 
     def _check_shape(self, name: str, shape: tuple[int, ...]) -> None:
-        found = self.info(name).shape
-        if found != shape:
+        actual = self.info(name).shape
+        if actual != shape:
             where = self.file(name).path
             raise DataError(
-                f"{where}: tensor {name} has shape {list(found)}, expected {list(shape)}"
+                f"{where}: tensor {name} has shape {list(actual)}, expected {list(shape)}"
             )
 
     def _check_scale(self, name: str, shape: tuple[int, ...] | None) -> None:
@@ -216,9 +216,9 @@ class OfficialSource:
                 )
             return
         if self.info(name).dtype != "F8_E8M0":
-            found = self.info(name).dtype
+            actual = self.info(name).dtype
             raise DataError(
-                f"{self.file(name).path}: tensor {name} has type {found}, expected F8_E8M0"
+                f"{self.file(name).path}: tensor {name} has type {actual}, expected F8_E8M0"
             )
         self._check_shape(name, shape)
 

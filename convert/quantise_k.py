@@ -61,11 +61,11 @@ def quantise_k(x: mx.array, importance: mx.array | None, shape: Shape) -> Levels
         s, m = fit_affine(x, w, shape.top, STEPS)
         d, s = fit_scale(s, w.sum(0), shape.scale_top)
         dmin, m = fit_scale(m, w.sum(0), shape.scale_top)
-    found = Levels(halved(d), halved(dmin), s, m, x).rounded(x, shape.top)
+    levels = Levels(halved(d), halved(dmin), s, m, x).rounded(x, shape.top)
     for _ in range(REFITS):
-        found = refit(x, w, found, shape)
-        mx.eval(found)
-    return found
+        levels = refit(x, w, levels, shape)
+        mx.eval(levels)
+    return levels
 
 
 def by_element(x: mx.array, shape: Shape) -> mx.array:
@@ -89,37 +89,37 @@ def by_largest(x: mx.array, top: int) -> tuple[mx.array, mx.array]:
     return scale, nearest(safe_divide(x, scale), top)
 
 
-def refit(x: mx.array, w: mx.array, found: Levels, shape: Shape) -> Levels:
+def refit(x: mx.array, w: mx.array, levels: Levels, shape: Shape) -> Levels:
     """Solve for sub-block scales, offsets, then d and dmin in turn; keep each where it is better."""
-    found = kept(x, w, found, solve_s(x, w, found, shape.scale_top).rounded(x, shape.top), 0)
-    found = kept(x, w, found, solve_m(x, w, found, shape.scale_top).rounded(x, shape.top), 0)
-    return kept(x, w, found, solve_d(x, w, found).rounded(x, shape.top), (0, 1))
+    levels = kept(x, w, levels, solve_s(x, w, levels, shape.scale_top).rounded(x, shape.top), 0)
+    levels = kept(x, w, levels, solve_m(x, w, levels, shape.scale_top).rounded(x, shape.top), 0)
+    return kept(x, w, levels, solve_d(x, w, levels).rounded(x, shape.top), (0, 1))
 
 
-def solve_s(x: mx.array, w: mx.array, found: Levels, top: int) -> Levels:
+def solve_s(x: mx.array, w: mx.array, levels: Levels, top: int) -> Levels:
     """The best sub-block scales for the codes and everything else."""
-    wq, offset = w * found.q, found.dmin * found.m
-    best = safe_divide((wq * (x + offset)).sum(0), found.d * (wq * found.q).sum(0))
-    return found._replace(s=nearest(best, top))
+    wq, offset = w * levels.q, levels.dmin * levels.m
+    best = safe_divide((wq * (x + offset)).sum(0), levels.d * (wq * levels.q).sum(0))
+    return levels._replace(s=nearest(best, top))
 
 
-def solve_m(x: mx.array, w: mx.array, found: Levels, top: int) -> Levels:
+def solve_m(x: mx.array, w: mx.array, levels: Levels, top: int) -> Levels:
     """The best sub-block offsets for the codes and everything else."""
-    gap = found.d * found.s * found.q - x
-    best = safe_divide((w * gap).sum(0), found.dmin * w.sum(0))
-    return found._replace(m=nearest(best, top))
+    gap = levels.d * levels.s * levels.q - x
+    best = safe_divide((w * gap).sum(0), levels.dmin * w.sum(0))
+    return levels._replace(m=nearest(best, top))
 
 
-def solve_d(x: mx.array, w: mx.array, found: Levels) -> Levels:
+def solve_d(x: mx.array, w: mx.array, levels: Levels) -> Levels:
     """The best d and dmin for the codes and everything else."""
-    a, b = found.s * found.q, mx.broadcast_to(-found.m, x.shape)
+    a, b = levels.s * levels.q, mx.broadcast_to(-levels.m, x.shape)
     aa, ab, bb = _dot(w, a, a), _dot(w, a, b), _dot(w, b, b)
     xa, xb = _dot(w, x, a), _dot(w, x, b)
     determinant = aa * bb - ab * ab
     regular = determinant > 0
     d = mx.where(regular, safe_divide(xa * bb - xb * ab, determinant), safe_divide(xa, aa))
     dmin = mx.where(regular, safe_divide(aa * xb - ab * xa, determinant), 0.0)
-    return found._replace(d=halved(mx.maximum(d, 0)), dmin=halved(mx.maximum(dmin, 0)))
+    return levels._replace(d=halved(mx.maximum(d, 0)), dmin=halved(mx.maximum(dmin, 0)))
 
 
 def kept(x: mx.array, w: mx.array, old: Levels, new: Levels, axes: int | tuple[int, ...]) -> Levels:
@@ -128,8 +128,8 @@ def kept(x: mx.array, w: mx.array, old: Levels, new: Levels, axes: int | tuple[i
     return Levels(*(o if o is n else mx.where(better, n, o) for o, n in zip(old, new, strict=True)))
 
 
-def _loss(x: mx.array, w: mx.array, found: Levels, axes: int | tuple[int, ...]) -> mx.array:
-    gap = found.decoded() - x
+def _loss(x: mx.array, w: mx.array, levels: Levels, axes: int | tuple[int, ...]) -> mx.array:
+    gap = levels.decoded() - x
     return (w * gap * gap).sum(axes)
 
 
@@ -137,19 +137,19 @@ def _dot(w: mx.array, a: mx.array, b: mx.array) -> mx.array:
     return (w * a * b).sum((0, 1))
 
 
-def q2_k_planes(found: Levels) -> dict[str, mx.array]:
+def q2_k_planes(levels: Levels) -> dict[str, mx.array]:
     """Planes of Q2_K blocks, (N, elements)."""
-    s, m = found.s.astype(mx.uint8), found.m.astype(mx.uint8)
-    return {"weight": _words(found.q, 2), "scales": (s | m << 4).T, "d": _half_pairs(found)}
+    s, m = levels.s.astype(mx.uint8), levels.m.astype(mx.uint8)
+    return {"weight": _words(levels.q, 2), "scales": (s | m << 4).T, "d": _half_pairs(levels)}
 
 
-def q4_k_planes(found: Levels) -> dict[str, mx.array]:
+def q4_k_planes(levels: Levels) -> dict[str, mx.array]:
     """Planes of Q4_K blocks, (N, elements); the six-bit scales packed as in GGUF."""
-    s, m = found.s.astype(mx.uint8), found.m.astype(mx.uint8)
+    s, m = levels.s.astype(mx.uint8), levels.m.astype(mx.uint8)
     early = [side[:4] | side[4:] >> 4 << 6 for side in (s, m)]
     octets = mx.concatenate([*early, s[4:] & 15 | (m[4:] & 15) << 4])
     scales = mx.contiguous(octets.T).view(mx.uint32)
-    return {"weight": _words(found.q, 4), "scales": scales, "d": _half_pairs(found)}
+    return {"weight": _words(levels.q, 4), "scales": scales, "d": _half_pairs(levels)}
 
 
 def _words(codes: mx.array, bits: int) -> mx.array:
@@ -158,5 +158,5 @@ def _words(codes: mx.array, bits: int) -> mx.array:
     return (codes << mx.arange(0, 32, bits, dtype=mx.uint32)).sum(-1)
 
 
-def _half_pairs(found: Levels) -> mx.array:
-    return mx.stack([found.d, found.dmin], axis=-1).astype(mx.float16)
+def _half_pairs(levels: Levels) -> mx.array:
+    return mx.stack([levels.d, levels.dmin], axis=-1).astype(mx.float16)

@@ -52,14 +52,14 @@ class Row:
 
     def as_dict(self, read: float, matmul: float) -> dict:
         """For JSON: microseconds, and GB/s or TFLOP/s with their share of what the device can."""
-        found = {"kernel": self.kernel, "shape": self.shape, "us": round(self.seconds * 1e6, 2)}
+        entry = {"kernel": self.kernel, "shape": self.shape, "us": round(self.seconds * 1e6, 2)}
         if self.nbytes:
             rate = self.nbytes / self.seconds
-            found |= {"gb_per_s": round(rate / 1e9, 1), "share_of_read": round(rate / read, 4)}
+            entry |= {"gb_per_s": round(rate / 1e9, 1), "share_of_read": round(rate / read, 4)}
         if self.flops:
             rate = self.flops / self.seconds
-            found |= {"tflops": round(rate / 1e12, 2), "share_of_matmul": round(rate / matmul, 4)}
-        return found
+            entry |= {"tflops": round(rate / 1e12, 2), "share_of_matmul": round(rate / matmul, 4)}
+        return entry
 
 
 def measure(call: Callable[[int, mx.array], mx.array], x: mx.array, chain: int = CHAIN) -> float:
@@ -210,9 +210,9 @@ def rival(bits: int, tokens: int) -> Row:
 
 def dense() -> Iterator[Row]:
     """Q8_0 matrices, one token and many; copies take turns, so that none stays in a cache."""
-    found = FORMATS["q8_0"]
+    q8_0 = FORMATS["q8_0"]
     for name, shape in DENSE.items():
-        size = found.bits / 8 * shape[0] * shape[1]
+        size = q8_0.bits / 8 * shape[0] * shape[1]
         copies = [random_planes("q8_0", shape, i) for i in range(1 + int(ROTATED // size))]
         mx.eval(copies)
         call = lambda i, x, c=copies: product("q8_0", c[i % len(c)], x)
@@ -273,12 +273,12 @@ def bench(note: Callable[[str], None]) -> dict:
     }
 
 
-def table(found: dict) -> str:
-    """What `bench` found, for people."""
-    head = f"{found['device']}: reads {found['read_gb_per_s']} GB/s, multiplies bfloat16 at "
-    lines = [f"{head}{found['matmul_tflops']} TFLOP/s", ""]
+def table(report: dict) -> str:
+    """What `bench` reports, for people."""
+    head = f"{report['device']}: reads {report['read_gb_per_s']} GB/s, multiplies bfloat16 at "
+    lines = [f"{head}{report['matmul_tflops']} TFLOP/s", ""]
     lines.append(f"{'kernel':<32} {'shape':<32} {'us':>9} {'GB/s':>8} {'TFLOP/s':>8} {'share':>7}")
-    for row in found["rows"]:
+    for row in report["rows"]:
         share = row.get("share_of_read", row.get("share_of_matmul"))
         rate, flops = row.get("gb_per_s", ""), row.get("tflops", "")
         shown = "" if share is None else f"{share:.1%}"

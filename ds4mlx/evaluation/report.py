@@ -35,8 +35,8 @@ class Report:
         lines = [f"{self.model}: recipe {self.recipe}, {self.dtype}, {self.rounding} rounding"]
         if self.perplexity is not None:
             lines += ["", *_perplexity(self.perplexity)]
-        for found in self.agreement:
-            lines += ["", *_agreement(found)]
+        for result in self.agreement:
+            lines += ["", *_agreement(result)]
         if self.recall is not None:
             lines += ["", *_recall(self.recall)]
         if self.tool_calls:
@@ -51,48 +51,48 @@ class Report:
         return "\n".join([*lines, "", f"measured in: {seconds}"])
 
 
-def _perplexity(found: Perplexity) -> Iterator[str]:
-    same = "each depth on the same" if found.same_text else "in all"
-    yield f"perplexity {found.perplexity:.4f} ({found.tokens:,} tokens, {same})"
+def _perplexity(result: Perplexity) -> Iterator[str]:
+    same = "each depth on the same" if result.same_text else "in all"
+    yield f"perplexity {result.perplexity:.4f} ({result.tokens:,} tokens, {same})"
     yield f"{'tokens before':<28} {'perplexity':>18} {'nats a token':>18} {'rise':>18}"
-    for depth in found.depths:
+    for depth in result.depths:
         place = f"{depth.first:,} to {depth.end - 1:,}"
         rise = _plus_minus(depth.rise, "+.4f") if depth.rise.count else "-"
         loss = _plus_minus(depth.loss, ".4f")
         yield f"{place:<28} {depth.perplexity:>18.4f} {loss:>18} {rise:>18}"
 
 
-def _agreement(found: Agreement) -> Iterator[str]:
-    yield f"against {found.reference} ({found.kl.count:,} tokens)"
-    yield f"{'KL divergence, nats':<28} {_plus_minus(found.kl, '.3g'):>18}"
-    yield f"{'largest of a token':<28} {found.kl_largest:>18.3g}"
-    yield f"{'same likeliest token':<28} {_share(found.top1):>18}"
+def _agreement(result: Agreement) -> Iterator[str]:
+    yield f"against {result.reference} ({result.kl.count:,} tokens)"
+    yield f"{'KL divergence, nats':<28} {_plus_minus(result.kl, '.3g'):>18}"
+    yield f"{'largest of a token':<28} {result.kl_largest:>18.3g}"
+    yield f"{'same likeliest token':<28} {_share(result.top1):>18}"
 
 
-def _recall(found: Recall) -> Iterator[str]:
-    heads = [f"no {r.hidden} rows" if r.hidden else "all rows" for r in found.results]
+def _recall(result: Recall) -> Iterator[str]:
+    heads = [f"no {r.hidden} rows" if r.hidden else "all rows" for r in result.results]
     yield f"{'recall, tokens back':<28} " + " ".join(f"{head:>18}" for head in heads)
-    for n, distance in enumerate(found.results[0].distances):
+    for n, distance in enumerate(result.results[0].distances):
         end = "or more" if distance.end is None else f"to {distance.end - 1:,}"
         place = f"{distance.first:,} {end}"
-        yield _row(place, [r.distances[n].accuracy for r in found.results])
-    place = f"{found.reach:,}+, {found.rows:,}+ CSA rows"
-    yield _row(place, [r.among_many_rows for r in found.results])
-    yield _row("all", [r.all for r in found.results])
+        yield _row(place, [r.distances[n].accuracy for r in result.results])
+    place = f"{result.reach:,}+, {result.rows:,}+ CSA rows"
+    yield _row(place, [r.among_many_rows for r in result.results])
+    yield _row("all", [r.all for r in result.results])
 
 
 def _row(name: str, shares: list[Mean]) -> str:
     return f"{name:<28} " + " ".join(f"{_counted(share):>18}" for share in shares)
 
 
-def _vectors(found: list[Outcome]) -> Iterator[str]:
+def _vectors(result: list[Outcome]) -> Iterator[str]:
     yield f"{'official vectors':<28} {'steps':>18}  answer (official)"
-    for outcome in found:
+    for outcome in result:
         steps = f"{outcome.matched} of {outcome.steps}"
         note = "; ds4 skips it" if outcome.skipped_by_ds4 else ""
         texts = f"{outcome.answer!r} ({outcome.official!r}{note})"
         yield f"{outcome.name:<28} {steps:>18}  {texts}"
-    matched, steps = sum(o.matched for o in found), sum(o.steps for o in found)
+    matched, steps = sum(o.matched for o in result), sum(o.steps for o in result)
     yield f"{'all':<28} {f'{matched} of {steps}':>18}"
 
 

@@ -37,11 +37,11 @@ class Plane:
 def planes(entry: Entry, format: str) -> list[Plane]:
     """The arrays that hold an entry in a format."""
     *rows, columns = entry.shape
-    found, layout = [], FORMATS[format].layout
+    arrays, layout = [], FORMATS[format].layout
     for plane, width in FORMATS[format].widths(columns).items():
         name = entry.name if plane == "weight" else f"{entry.module}.{plane}"
-        found.append(Plane(name, plane, layout[plane][0], (*rows, width)))
-    return found
+        arrays.append(Plane(name, plane, layout[plane][0], (*rows, width)))
+    return arrays
 
 
 def canonical(manifest: dict[str, Any]) -> bytes:
@@ -156,9 +156,9 @@ class ModelDirectory:
             file = TensorFile(self.path / name)
             for entry in entries:
                 for plane in planes(entry, self.format_of(entry)):
-                    found = file.info(plane.name)
-                    if (found.dtype, found.shape) != (plane.dtype, plane.shape):
+                    info = file.info(plane.name)
+                    if (info.dtype, info.shape) != (plane.dtype, plane.shape):
                         raise DataError(
-                            f"{file.path}: tensor {plane.name} is {found.dtype} {list(found.shape)}, "
+                            f"{file.path}: tensor {plane.name} is {info.dtype} {list(info.shape)}, "
                             f"expected {plane.dtype} {list(plane.shape)}"
                         )
