@@ -21,8 +21,8 @@ def comb_transposed(patch, model):
 def post_without_the_factor_two(patch, model):
     before = hyper.HyperConnection.before
 
-    def halved(self, streams):
-        out, post, comb = before(self, streams)
+    def halved(self, *arguments):
+        out, post, comb = before(self, *arguments)
         return out, post / 2, comb
 
     patch.setattr(hyper.HyperConnection, "before", halved)
