@@ -24,9 +24,10 @@ os.environ.setdefault("MLX_ENABLE_TF32", "0")
 import mlx.core as mx
 from device import device
 
-from ds4mlx.bench import kernel_cases as cases
 from ds4mlx.bench.kernel_cases_large import large_cases
 from ds4mlx.custom_kernels import dialect
+from ds4mlx.custom_kernels.cases import modules as cases
+from ds4mlx.custom_kernels.cases.base import TOLERANCE, Case
 
 
 def main() -> None:
@@ -57,7 +58,7 @@ def share(job: tuple[int, int, bool]) -> list[dict]:
     return [run(case) for case in islice(found, part, None, parts)]
 
 
-def run(case: cases.Case) -> dict:
+def run(case: Case) -> dict:
     """One comparison; a kernel that does not compile or run counts as infinitely far off."""
     begun = time.perf_counter()
     try:
@@ -65,7 +66,7 @@ def run(case: cases.Case) -> dict:
     except Exception:  # noqa: BLE001 - the others go on
         traceback.print_exc()
         error = float("inf")
-    tolerance = cases.TOLERANCE[case.dtype]
+    tolerance = TOLERANCE[case.dtype]
     kind = str(case.dtype).rpartition(".")[2]
     seconds = time.perf_counter() - begun
     print(

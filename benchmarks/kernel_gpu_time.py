@@ -24,8 +24,8 @@ from types import ModuleType
 import mlx.core as mx
 
 from ds4mlx.bench.kernels import DENSE, PAIRS, Experts
-from ds4mlx.bench.random_weights import random_planes
 from ds4mlx.custom_kernels.products import experts_down, experts_up, q8_matvec
+from ds4mlx.custom_kernels.random_weights import random_planes
 
 LAUNCHES = 3
 METRICS = ("gpu__time_duration.sum", "dram__bytes_read.sum")

@@ -14,9 +14,9 @@ import mlx.core as mx
 from device import device
 
 from ds4mlx.bench.kernels import Experts, measure, read_bandwidth
-from ds4mlx.bench.random_weights import random_planes
 from ds4mlx.custom_kernels import dialect
 from ds4mlx.custom_kernels.products import experts_down, experts_up, q8_matvec
+from ds4mlx.custom_kernels.random_weights import random_planes
 from ds4mlx.formats import FORMATS
 
 DENSE = (4096, 8192)

@@ -5,10 +5,12 @@ the few functions named below, one-dimensional threadgroups of whole SIMD-groups
 each target those functions; CUDA also gives Metal's words.
 """
 
+import contextlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import mlx.core as mx
 
@@ -104,8 +106,42 @@ inline void load8(const device float16_t* p, thread float* v) {
 _SHARED = re.compile(r"^(\s*)threadgroup (?=[^*&]*\[[^;]*;)", re.MULTILINE)
 
 
+class Launcher(Protocol):
+    """What launches kernels in MLX's place: it notes them, or runs them in another way."""
+
+    target: str  # "metal" or "cuda", for which they are made
+
+    def launch(
+        self,
+        kernel: "Kernel",
+        inputs: list[mx.array],
+        outputs: Sequence[Output],
+        groups: tuple[int, int, int],
+        threads: int,
+        template: list[tuple[str, Any]],
+    ) -> list[mx.array]:
+        """The outputs of a launch; see `Kernel.__call__`."""
+        ...
+
+
+_launcher: ContextVar[Launcher | None] = ContextVar("launcher", default=None)
+
+
+@contextlib.contextmanager
+def launching(launcher: Launcher) -> Iterator[None]:
+    """Inside the block every kernel is launched by `launcher`, on a machine of any kind."""
+    before = _launcher.set(launcher)
+    try:
+        yield
+    finally:
+        _launcher.reset(before)
+
+
 def target() -> str | None:
     """What kernels are made for here: "metal", "cuda", or None for a CPU."""
+    launcher = _launcher.get()
+    if launcher is not None:
+        return launcher.target
     if mx.default_device() != mx.gpu:
         return None
     return "metal" if mx.metal.is_available() else "cuda"
@@ -174,6 +210,9 @@ class Kernel:
         template: Sequence[tuple[str, Any]],
     ) -> list[mx.array]:
         """Launch `groups` threadgroups of `threads` threads; outputs are (shape, type)."""
+        launcher = _launcher.get()
+        if launcher is not None:
+            return launcher.launch(self, list(inputs), outputs, groups, threads, list(template))
         where = target()
         assert where is not None, "kernels need a GPU"
         return self.make(where)(

@@ -10,10 +10,10 @@ from metalsim import metal_kernel
 from reference import DATA
 
 from ds4mlx import load
-from ds4mlx.bench.random_weights import random_planes
 from ds4mlx.config import ModelConfig
 from ds4mlx.convert import convert
 from ds4mlx.custom_kernels import dialect, dispatch
+from ds4mlx.custom_kernels.random_weights import random_planes
 from ds4mlx.model.linear import GroupedLinear, Linear
 from ds4mlx.model.moe import RoutedExperts
 

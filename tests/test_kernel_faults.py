@@ -3,20 +3,20 @@
 Also what Apple's compiler would refuse, in every kernel as it is.
 """
 
-import sys
 from functools import partial
 
 import mlx.core as mx
 import pytest
-from metalsim import MetalError, check, metal_kernel, options_of, record
+from metalsim import check, record
 from metalsim.kernel import REAL
+from spoiling import assert_caught, assert_two_each, executor_only, fault_ids
 
-from ds4mlx.bench import kernel_cases as cases
-from ds4mlx.bench.kernel_cases import MANY_DOWN, MANY_UP, ODD_DOWN, ODD_UP
 from ds4mlx.custom_kernels import dialect
+from ds4mlx.custom_kernels.cases import modules as cases
+from ds4mlx.custom_kernels.cases.modules import MANY_DOWN, MANY_UP, ODD_DOWN, ODD_UP
 from ds4mlx.custom_kernels.products import q8_matmul, q8_matvec
 
-pytestmark = pytest.mark.skipif(sys.platform == "darwin", reason="faults are shown by the executor")
+pytestmark = executor_only
 
 BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
 F32, BF16 = mx.float32, mx.bfloat16
@@ -151,49 +151,14 @@ FAULTS = [
 ]
 
 
-@pytest.fixture
-def spoiled(monkeypatch):
-    """Puts a fault into one kernel; the others stay as they are."""
-
-    def spoil(name: str, old: str, new: str) -> list[bool]:
-        text, met = dialect.Kernel.text, []
-
-        def changed(self, where):
-            header, body = text(self, where)
-            if not self.name.startswith(name):
-                return header, body
-            assert old in header + body, f"{name} has no {old!r}"
-            met.append(True)
-            return header.replace(old, new), body.replace(old, new)
-
-        monkeypatch.setattr(dialect, "target", lambda: "metal")
-        monkeypatch.setattr(mx.fast, "metal_kernel", metal_kernel)
-        monkeypatch.setattr(dialect.Kernel, "text", changed)
-        monkeypatch.setattr(dialect.Kernel, "_made", property(lambda self: {}))
-        return met
-
-    return spoil
-
-
-@pytest.mark.parametrize(
-    "name, compute, old, new",
-    [pytest.param(*f, id=f"{f[0]}: {f[2].strip()[-40:]}") for f in FAULTS],
-)
-def test_fault_is_caught(name, compute, old, new, spoiled):
-    met = spoiled(name, old, new)
-    with options_of(checked=True, timeout=5):
-        try:
-            found = cases.Case(name, BF16, compute).error()
-        except MetalError:
-            found = float("inf")
-    assert met and found > 4e-3
+@pytest.mark.parametrize("name, compute, old, new", fault_ids(FAULTS))
+def test_fault_is_caught(name, compute, old, new):
+    assert_caught(name, compute, old, new)
 
 
 def test_every_kernel_has_two_faults():
-    counts = {}
-    for name, *_ in FAULTS:
-        counts[name] = counts.get(name, 0) + 1
-    assert len(FAULTS) >= 20 and min(counts.values()) >= 2
+    assert_two_each(FAULTS)
+    assert len(FAULTS) >= 20
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from metalsim import metal_kernel
 
-from ds4mlx.bench import kernel_cases as cases
-from ds4mlx.bench.random_weights import random_planes
 from ds4mlx.custom_kernels import dialect
+from ds4mlx.custom_kernels.cases import modules as cases
+from ds4mlx.custom_kernels.cases.base import normal
 from ds4mlx.custom_kernels.codes import staging
 from ds4mlx.custom_kernels.layer import hyper_post, hyper_pre, router
 from ds4mlx.custom_kernels.products import (
@@ -22,6 +22,7 @@ from ds4mlx.custom_kernels.products import (
     q8_matvec,
     swiglu,
 )
+from ds4mlx.custom_kernels.random_weights import random_planes
 from ds4mlx.formats import FORMATS
 
 F32, BF16 = mx.float32, mx.bfloat16
@@ -69,7 +70,7 @@ def up_operands(stored: str, dtype: mx.Dtype) -> dict:
     return {
         "gate": random_planes(stored, sizes, 1),
         "up": random_planes(stored, sizes, 2),
-        "x": cases.normal((3, COLUMNS), dtype, 4),
+        "x": normal((3, COLUMNS), dtype, 4),
         "experts": CHOSEN,
         "weights": WEIGHTS,
         "limit": LIMIT,
@@ -133,7 +134,7 @@ def test_hidden_values_of_down(stored, way):
     if way == "bytes" and stored == "mxfp4":
         pytest.skip("MXFP4 has no product of bytes")
     planes = random_planes(stored, (EXPERTS, ROWS, COLUMNS), 1)
-    hidden = spoilt(cases.normal((6, COLUMNS), F32, 4), mx.nan, 3, 200)
+    hidden = spoilt(normal((6, COLUMNS), F32, 4), mx.nan, 3, 200)
     want = experts_down.reference(FORMATS[stored], planes, hidden, CHOSEN)
     if way == "sorted":
         order, jobs = cases.sorted_pairs(CHOSEN, EXPERTS, F32)
@@ -151,10 +152,10 @@ def test_hidden_values_of_down(stored, way):
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_q8_products(product, dtype):
     planes = random_planes("q8_0", (ROWS, COLUMNS), 1)
-    x = spoilt(cases.normal((3, COLUMNS), dtype, 2), mx.nan, 1, 100)
+    x = spoilt(normal((3, COLUMNS), dtype, 2), mx.nan, 1, 100)
     nan_for_nan(product(planes, x), q8_matvec.reference(FORMATS["q8_0"], planes, x))
     broken = {**planes, "d": spoilt(planes["d"], mx.nan, 4, 0)}
-    x = cases.normal((3, COLUMNS), dtype, 2)
+    x = normal((3, COLUMNS), dtype, 2)
     nan_for_nan(product(broken, x), q8_matvec.reference(FORMATS["q8_0"], broken, x))
 
 
@@ -170,9 +171,9 @@ ROUTES = {
 def test_router(where, value):
     """Whatever is compared with a NaN: no choice made in spite of it goes unseen."""
     sides = {
-        "x": cases.normal((3, 64), F32, 1),
-        "weight": cases.normal((40, 64), F32, 2, 0.2),
-        "bias": cases.normal((40,), F32, 3),
+        "x": normal((3, 64), F32, 1),
+        "weight": normal((40, 64), F32, 2, 0.2),
+        "bias": normal((40,), F32, 3),
     }
     name, at = ROUTES[where]
     sides[name] = spoilt(sides[name], value, *at)
@@ -185,8 +186,8 @@ def test_router(where, value):
 
 
 def test_hashed_router():
-    x = spoilt(cases.normal((3, 64), F32, 1), mx.nan, 1, 3)
-    weight, table = cases.normal((8, 64), F32, 2), mx.array([[0, 1], [2, 3], [4, 5]], mx.int32)
+    x = spoilt(normal((3, 64), F32, 1), mx.nan, 1, 3)
+    weight, table = normal((8, 64), F32, 2), mx.array([[0, 1], [2, 3], [4, 5]], mx.int32)
     sides = x, weight, 1.5, 2
     options = {"table": table, "ids": mx.arange(3)}
     ways = router.by_kernel, router.plain
@@ -200,17 +201,17 @@ def test_hashed_router():
 def test_hyper_connection(value):
     width = 64
     weights = (
-        cases.normal((hyper_pre.MIXES, 4 * width), F32, 1, 0.1),
-        cases.normal((24,), F32, 2),
-        cases.normal((3,), F32, 3),
+        normal((hyper_pre.MIXES, 4 * width), F32, 1, 0.1),
+        normal((24,), F32, 2),
+        normal((3,), F32, 3),
     )
-    streams = spoilt(cases.normal((2, 4, width), F32, 4), value, 1, 2, 5)
+    streams = spoilt(normal((2, 4, width), F32, 4), value, 1, 2, 5)
     options = {"iterations": 3, "eps": 1e-6, "norm_eps": 1e-6}
     ways = hyper_pre.by_kernel, hyper_pre.plain
     for got, want in zip(*(way(streams, *weights, **options) for way in ways), strict=True):
         nan_for_nan(got, want)
-    out, post = cases.normal((2, width), F32, 5), cases.normal((2, 4), F32, 6)
-    comb = cases.normal((2, 4, 4), F32, 7)
+    out, post = normal((2, width), F32, 5), normal((2, 4), F32, 6)
+    comb = normal((2, 4, 4), F32, 7)
     got, want = (w(streams, out, post, comb) for w in (hyper_post.by_kernel, hyper_post.plain))
     no_number_of_a_nan(got, want)
     no_number_of_a_nan(want, got)

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from ds4mlx.config import ModelConfig
+from ds4mlx.custom_kernels.layer.plain import rotate
 from ds4mlx.model.batch import Batch, row_positions
-from ds4mlx.model.rope import Rotary, frequencies, rotary_tables, rotate
+from ds4mlx.model.rope import Rotary, frequencies, rotary_tables
 from ds4mlx.state.step import Step
 
 FLASH = ModelConfig()

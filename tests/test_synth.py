@@ -9,12 +9,12 @@ from typer.testing import CliRunner
 
 from ds4mlx import DataError, load
 from ds4mlx.bench import whole_model as bench_model
-from ds4mlx.bench.random_weights import random_planes, random_words
 from ds4mlx.bench.synth import RECIPES, config_like, format_of, synth_model
 from ds4mlx.bench.synth_directory import write_synth
 from ds4mlx.cli.main import app
 from ds4mlx.config import ModelConfig
 from ds4mlx.convert import verify
+from ds4mlx.custom_kernels.random_weights import random_planes, random_words
 from ds4mlx.formats import FORMATS
 from ds4mlx.weights.inventory import inventory
 

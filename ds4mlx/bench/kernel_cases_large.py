@@ -5,15 +5,16 @@ from functools import partial
 
 import mlx.core as mx
 
-from ds4mlx.bench import kernel_cases as cases
-from ds4mlx.bench.random_weights import random_planes
 from ds4mlx.config import ModelConfig
 from ds4mlx.custom_kernels import dispatch
+from ds4mlx.custom_kernels.cases import modules as cases
+from ds4mlx.custom_kernels.cases.base import Case, Pairs, normal
 from ds4mlx.custom_kernels.products import q8_matmul, q8_matvec
+from ds4mlx.custom_kernels.random_weights import random_planes
 from ds4mlx.model.moe import RoutedExperts
 
 
-def layer(dtype: mx.Dtype, format: tuple[str, str], tokens: int) -> cases.Pairs:
+def layer(dtype: mx.Dtype, format: tuple[str, str], tokens: int) -> Pairs:
     """A whole layer of Flash's experts, fewer of them, through its kernels and in float32 without."""
     config = ModelConfig(n_routed_experts=24)
     module = RoutedExperts(config)
@@ -21,7 +22,7 @@ def layer(dtype: mx.Dtype, format: tuple[str, str], tokens: int) -> cases.Pairs:
         stack, kind = module[name], format[name == "w2"]
         stack.store(kind)
         stack.update(random_planes(kind, stack._shape, seed))
-    x, k = cases.normal((tokens, config.hidden_size), dtype, 5), config.num_experts_per_tok
+    x, k = normal((tokens, config.hidden_size), dtype, 5), config.num_experts_per_tok
     order = mx.argsort(mx.random.uniform(shape=(tokens, 24), key=mx.random.key(6)), axis=-1)
     experts, weights = order[:, :k].astype(mx.int32), mx.full((tokens, k), 0.25)
     with dispatch.kernels():
@@ -30,16 +31,16 @@ def layer(dtype: mx.Dtype, format: tuple[str, str], tokens: int) -> cases.Pairs:
         return [(got, module(x.astype(mx.float32), experts, weights))]
 
 
-def large_cases() -> Iterator[cases.Case]:
+def large_cases() -> Iterator[Case]:
     """Flash's own shapes, which take a GPU."""
     for dtype in (mx.float32, mx.bfloat16):
         for tokens in (1, 8, 700):
             for format in zip(cases.UP, cases.DOWN, strict=True):
                 name = f"{'/'.join(format)} experts of Flash, {tokens} tokens"
-                yield cases.Case(name, dtype, partial(layer, dtype, format, tokens))
+                yield Case(name, dtype, partial(layer, dtype, format, tokens))
         for product, tokens in ((q8_matvec.q8_matvec, 1), (q8_matmul.q8_matmul, 130)):
             call = partial(cases.q8, product, dtype, (4096, 8192), tokens)
-            yield cases.Case(f"q8_0 4096x8192, {tokens} tokens", dtype, call)
-        yield cases.Case("router 256x4096", dtype, partial(cases.route, dtype, 256, 4096, 8, False))
-        yield cases.Case("hyper_pre 4096, 8 tokens", dtype, partial(cases.pre, dtype, 4096, 8))
-        yield cases.Case("hyper_post 4096, 8 tokens", dtype, partial(cases.post, dtype, 4096, 8))
+            yield Case(f"q8_0 4096x8192, {tokens} tokens", dtype, call)
+        yield Case("router 256x4096", dtype, partial(cases.route, dtype, 256, 4096, 8, False))
+        yield Case("hyper_pre 4096, 8 tokens", dtype, partial(cases.pre, dtype, 4096, 8))
+        yield Case("hyper_post 4096, 8 tokens", dtype, partial(cases.post, dtype, 4096, 8))

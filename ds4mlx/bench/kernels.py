@@ -13,13 +13,13 @@ from importlib.metadata import version
 
 import mlx.core as mx
 
-from ds4mlx.bench.random_weights import random_planes, random_words
 from ds4mlx.config import ModelConfig
 from ds4mlx.custom_kernels import dialect, dispatch, read_speed
 from ds4mlx.custom_kernels.layer.hyper_pre import MIXES
 from ds4mlx.custom_kernels.products import experts_down, experts_up
 from ds4mlx.custom_kernels.products.dense import product
 from ds4mlx.custom_kernels.products.swiglu import swiglu
+from ds4mlx.custom_kernels.random_weights import random_planes, random_words
 from ds4mlx.errors import DataError
 from ds4mlx.formats import FORMATS
 from ds4mlx.model.hyper import HyperConnection

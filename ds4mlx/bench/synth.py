@@ -9,9 +9,9 @@ from typing import Literal
 
 import mlx.core as mx
 
-from ds4mlx.bench.random_weights import random_planes, random_words
 from ds4mlx.config import ModelConfig
 from ds4mlx.convert.recipes import expert_format
+from ds4mlx.custom_kernels.random_weights import random_planes, random_words
 from ds4mlx.engine.machine import check_fits
 from ds4mlx.errors import DataError
 from ds4mlx.formats import DTYPES, FORMATS

@@ -12,11 +12,11 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ds4mlx.config import ModelConfig
+from ds4mlx.custom_kernels.layer.plain import Angles, rms_norm, rotate
 from ds4mlx.model.batch import Batch, Span
 from ds4mlx.model.compressor import Compressor
 from ds4mlx.model.indexer import Indexer
-from ds4mlx.model.linear import GroupedLinear, Linear, RMSNorm, rms_norm
-from ds4mlx.model.rope import Angles, rotate
+from ds4mlx.model.linear import GroupedLinear, Linear, RMSNorm
 from ds4mlx.model.sink import Source, sink_attention
 from ds4mlx.model.taps import site_of, tap
 from ds4mlx.state.layer import LayerState

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from ds4mlx.model.rope import Angles, Rotary
+from ds4mlx.custom_kernels.layer.plain import Angles
+from ds4mlx.model.rope import Rotary
 from ds4mlx.state.step import Step
 
 

@@ -8,9 +8,9 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ds4mlx.config import ModelConfig
+from ds4mlx.custom_kernels.layer.plain import rotate
 from ds4mlx.model.batch import Span
 from ds4mlx.model.linear import Linear, RMSNorm
-from ds4mlx.model.rope import rotate
 from ds4mlx.state.layer import CompressorState
 
 

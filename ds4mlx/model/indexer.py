@@ -4,10 +4,10 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ds4mlx.config import ModelConfig
+from ds4mlx.custom_kernels.layer.plain import Angles, rotate
 from ds4mlx.model.batch import Span
 from ds4mlx.model.compressor import Compressor
 from ds4mlx.model.linear import Linear
-from ds4mlx.model.rope import Angles, rotate
 from ds4mlx.model.ties import settle
 from ds4mlx.state.layer import CompressorState
 from ds4mlx.state.rounding import Rounding, round_index, spread_index

@@ -6,6 +6,7 @@ Their planes are the module's parameters; `format` names the one that reads them
 import mlx.core as mx
 import mlx.nn as nn
 
+from ds4mlx.custom_kernels.layer.plain import rms_norm
 from ds4mlx.custom_kernels.products.dense import product
 from ds4mlx.custom_kernels.products.experts import Operand
 from ds4mlx.formats import FORMATS
@@ -96,9 +97,3 @@ class RMSNorm(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         return rms_norm(x, self.weight, self.eps)
-
-
-def rms_norm(x: mx.array, weight: mx.array | None, eps: float) -> mx.array:
-    """RMSNorm with or without a weight; x: (..., n) in any float type."""
-    weight = None if weight is None else weight.astype(mx.float32)
-    return mx.fast.rms_norm(x.astype(mx.float32), weight, eps).astype(x.dtype)

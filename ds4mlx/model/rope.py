@@ -11,8 +11,7 @@ import mlx.core as mx
 import numpy as np
 
 from ds4mlx.config import ModelConfig
-
-Angles = tuple[mx.array, mx.array]
+from ds4mlx.custom_kernels.layer.plain import Angles
 
 
 class Rotary:
@@ -61,18 +60,3 @@ def _pair_turning(config: ModelConfig, base: float, turns: float) -> float:
     length = config.rope_scaling.original_max_position_embeddings
     wavelength = length / (turns * 2 * math.pi)
     return config.qk_rope_head_dim * math.log(wavelength) / (2 * math.log(base))
-
-
-def rotate(x: mx.array, angles: Angles, inverse: bool = False) -> mx.array:
-    """Turn the channel pairs (2i, 2i + 1) of x's last rope_dims channels.
-
-    x: (L, c) or (L, H, c), any float type; angles: (L, rope_dims / 2) each. float32 inside.
-    """
-    cos, sin = (a if x.ndim == 2 else a[:, None] for a in angles)
-    sin = -sin if inverse else sin
-    dims = 2 * cos.shape[-1]
-    pairs = x[..., -dims:].astype(mx.float32).reshape(*x.shape[:-1], dims // 2, 2)
-    a, b = pairs[..., 0], pairs[..., 1]
-    turned = mx.stack([a * cos - b * sin, a * sin + b * cos], axis=-1)
-    turned = turned.reshape(*x.shape[:-1], dims).astype(x.dtype)
-    return mx.concatenate([x[..., :-dims], turned], axis=-1)

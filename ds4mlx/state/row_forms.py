@@ -12,6 +12,7 @@ from typing import Protocol
 import mlx.core as mx
 
 from ds4mlx.config import ModelConfig
+from ds4mlx.custom_kernels.layer.row_layout import Form, RowLayout
 from ds4mlx.state.rounding import (
     FP4_GROUP,
     FP8_GROUP,
@@ -23,7 +24,7 @@ from ds4mlx.state.rounding import (
 )
 
 
-class RowForm(Protocol):
+class RowForm(Form, Protocol):
     """A way to hold rows of `width` channels."""
 
     @property
@@ -41,14 +42,6 @@ class RowForm(Protocol):
         """Elements held per row."""
         ...
 
-    def pack(self, rows: mx.array) -> mx.array:
-        """Round rows (..., width) as the model does and return what is held, (..., elements)."""
-        ...
-
-    def unpack(self, held: mx.array) -> mx.array:
-        """The rows' values, float32 (..., width)."""
-        ...
-
 
 @dataclass(frozen=True)
 class PlainRows:
@@ -61,6 +54,11 @@ class PlainRows:
     def elements(self) -> int:
         """Elements held per row."""
         return self.width
+
+    @property
+    def layout(self) -> RowLayout:
+        """How a row lies."""
+        return RowLayout("plain", self.width, self.width, self.dtype)
 
     def pack(self, rows: mx.array) -> mx.array:
         """The rows themselves."""
@@ -103,6 +101,11 @@ class PackedKVRows:
         """Words held per row."""
         return (self.head + self.rope * self.rotary.size) // 4
 
+    @property
+    def layout(self) -> RowLayout:
+        """How a row lies."""
+        return RowLayout("kv", self.width, self.elements, self.dtype, self.coded, self.head)
+
     def pack(self, rows: mx.array) -> mx.array:
         """Rows (..., width) -> words (..., elements)."""
         if rows.size == 0:
@@ -137,6 +140,11 @@ class PackedIndexRows:
     def elements(self) -> int:
         """Words held per row."""
         return self.width // 8 + -(-self.groups // 4)
+
+    @property
+    def layout(self) -> RowLayout:
+        """How a row lies."""
+        return RowLayout("index", self.width, self.elements, self.dtype)
 
     def pack(self, rows: mx.array) -> mx.array:
         """Rows (..., width), already Hadamard-rotated -> words (..., elements)."""

@@ -2,8 +2,8 @@
 
 import mlx.core as mx
 
+from ds4mlx.custom_kernels.layer.plain import rotate
 from ds4mlx.model import attention, batch, compressor, indexer
-from ds4mlx.model.rope import rotate
 from faults.listing import fault, retable
 
 

@@ -4,7 +4,7 @@ A case computes (what the kernel gave, what it should give, float32). The tests 
 executor or on Metal; benchmarks/kernel_equality.py runs the same, and larger ones, on a GPU.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,8 +12,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ds4mlx.bench.random_weights import random_planes, random_words
 from ds4mlx.custom_kernels import read_speed
+from ds4mlx.custom_kernels.cases.base import Case, Pairs, normal
 from ds4mlx.custom_kernels.codes import staging
 from ds4mlx.custom_kernels.layer import hyper_post, hyper_pre, router
 from ds4mlx.custom_kernels.products import (
@@ -26,37 +26,11 @@ from ds4mlx.custom_kernels.products import (
     q8_matvec,
     tiles,
 )
+from ds4mlx.custom_kernels.random_weights import random_planes, random_words
 from ds4mlx.formats import FORMATS
 
 UP, DOWN = ("iq2_xxs", "q4_k", "mxfp4"), ("q2_k", "q4_k", "mxfp4")
-TOLERANCE = {mx.float32: 1e-5, mx.bfloat16: 4e-3}
 LIMIT = 0.7  # low, so that many values are clamped
-Pairs = list[tuple[mx.array, mx.array]]
-
-
-@dataclass(frozen=True)
-class Case:
-    """A comparison: what it is called, the type of the activations, and how to compute both sides."""
-
-    name: str
-    dtype: mx.Dtype
-    compute: Callable[[], Pairs]
-
-    def error(self) -> float:
-        """Largest norm of a difference over the norm of what it should be."""
-        return max(relative(got, want) for got, want in self.compute())
-
-
-def relative(got: mx.array, want: mx.array) -> float:
-    """Norm of the difference over the norm, in float64; infinite where a value is not finite."""
-    a, b = (np.array(x.astype(mx.float32), np.float64) for x in (got, want))
-    if a.shape != b.shape or not np.isfinite(a).all():
-        return float("inf")
-    return float(np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-300))
-
-
-def normal(shape: tuple[int, ...], dtype: mx.Dtype, seed: int, scale: float = 1.0) -> mx.array:
-    return (scale * mx.random.normal(shape, key=mx.random.key(seed))).astype(dtype)
 
 
 @dataclass(frozen=True)

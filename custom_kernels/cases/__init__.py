@@ -1,0 +1,1 @@
+"""Every kernel beside its reference: what tests, the self-check and benchmarks compare."""

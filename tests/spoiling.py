@@ -1,0 +1,67 @@
+"""Kernels run on the CPU executor as on a Mac, and faults put into their texts."""
+
+import contextlib
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+
+import mlx.core as mx
+import pytest
+from metalsim import MetalError, metal_kernel, options_of
+
+from ds4mlx.custom_kernels import dialect
+from ds4mlx.custom_kernels.cases.base import Case, Pairs
+
+# A kernel's name (or how it begins), what is computed, the text, and what stands in its place.
+Fault = tuple[str, Callable[[], Pairs], str, str]
+
+executor_only = pytest.mark.skipif(sys.platform == "darwin", reason="shown by the executor")
+
+
+@contextlib.contextmanager
+def on_metal() -> Iterator[pytest.MonkeyPatch]:
+    """Inside the block kernels run as on a Mac: there on Metal, elsewhere on the executor."""
+    with pytest.MonkeyPatch.context() as patch:
+        if sys.platform != "darwin":
+            patch.setattr(dialect, "target", lambda: "metal")
+            patch.setattr(mx.fast, "metal_kernel", metal_kernel)
+            patch.setattr(dialect.Kernel, "_made", property(lambda self: {}))
+        yield patch
+
+
+@contextlib.contextmanager
+def spoiled(name: str, old: str, new: str) -> Iterator[list[bool]]:
+    """Inside the block `new` stands for `old` in the kernels whose name begins so."""
+    text, met = dialect.Kernel.text, []
+
+    def changed(self, where):
+        header, body = text(self, where)
+        if not self.name.startswith(name):
+            return header, body
+        assert old in header + body, f"{name} has no {old!r}"
+        met.append(True)
+        return header.replace(old, new), body.replace(old, new)
+
+    with on_metal() as patch:
+        patch.setattr(dialect.Kernel, "text", changed)
+        yield met
+
+
+def assert_caught(name: str, compute: Callable[[], Pairs], old: str, new: str) -> None:
+    """The comparison fails, or the executor finds something, once the fault is in."""
+    with spoiled(name, old, new) as met, options_of(checked=True, timeout=5):
+        try:
+            error = Case(name, mx.bfloat16, compute).error()
+        except MetalError:
+            error = float("inf")
+    assert met and error > 4e-3
+
+
+def fault_ids(faults: Sequence[Fault]) -> list:
+    """The parameters of a test of faults, named."""
+    return [pytest.param(*f, id=f"{f[0]}: {f[2].strip()[-40:]}") for f in faults]
+
+
+def assert_two_each(faults: Sequence[Fault]) -> None:
+    """Every kernel named has two faults at least."""
+    assert faults and min(Counter(name for name, *_ in faults).values()) >= 2
