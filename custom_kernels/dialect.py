@@ -7,7 +7,7 @@ each target those functions; CUDA also gives Metal's words.
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from functools import cached_property
 from typing import Any, Protocol
@@ -15,6 +15,8 @@ from typing import Any, Protocol
 import mlx.core as mx
 
 Output = tuple[tuple[int, ...], mx.Dtype]
+# The shares of inputs, by name, that a launch reads where it does not read the whole of them.
+Shares = Callable[[], Mapping[str, float]]
 
 METAL = """
 inline half2 as_half2(uint w) { return as_type<half2>(w); }
@@ -103,6 +105,12 @@ inline void load8(const device float16_t* p, thread float* v) {
 }
 """
 
+
+def parts(names: Sequence[str], read: int, of: int) -> Shares:
+    """Shares for inputs that are stacks of `of` parts, of which a launch reads `read` at most."""
+    return lambda: dict.fromkeys(names, min(1.0, read / of))
+
+
 _SHARED = re.compile(r"^(\s*)threadgroup (?=[^*&]*\[[^;]*;)", re.MULTILINE)
 
 
@@ -119,6 +127,7 @@ class Launcher(Protocol):
         groups: tuple[int, int, int],
         threads: int,
         template: list[tuple[str, Any]],
+        reads: Shares | None,
     ) -> list[mx.array]:
         """The outputs of a launch; see `Kernel.__call__`."""
         ...
@@ -208,11 +217,17 @@ class Kernel:
         groups: tuple[int, int, int],
         threads: int,
         template: Sequence[tuple[str, Any]],
+        reads: Shares | None = None,
     ) -> list[mx.array]:
-        """Launch `groups` threadgroups of `threads` threads; outputs are (shape, type)."""
+        """Launch `groups` threadgroups of `threads` threads; outputs are (shape, type).
+
+        reads: asked only by a launcher that notes bytes, outside any trace, so that it may look at
+        values.
+        """
         launcher = _launcher.get()
         if launcher is not None:
-            return launcher.launch(self, list(inputs), outputs, groups, threads, list(template))
+            sizes = groups, threads, list(template)
+            return launcher.launch(self, list(inputs), outputs, *sizes, reads)
         where = target()
         assert where is not None, "kernels need a GPU"
         return self.make(where)(

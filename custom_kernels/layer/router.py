@@ -11,7 +11,7 @@ import mlx.core as mx
 
 from ds4mlx.custom_kernels import dispatch
 from ds4mlx.custom_kernels.codes.tables import bits
-from ds4mlx.custom_kernels.dialect import LOAD8, Kernel
+from ds4mlx.custom_kernels.dialect import LOAD8, Kernel, Shares
 
 GROUPS = 32  # SIMD-groups of a threadgroup
 ROWS = 4  # experts a SIMD-group scores at a time
@@ -204,6 +204,12 @@ def by_kernel(
     hashed = table is not None
     extra = [table, ids] if hashed else [bias]
     shape = (x.shape[0], topk)
+    partly: Shares | None = None
+    if table is not None:
+        partly = lambda: {
+            "weight": min(1.0, x.shape[0] * topk / len(weight)),
+            "table": x.shape[0] / len(table),
+        }
     experts, weights = kernel(hashed)(
         [x, weight, *(a for a in extra if a is not None)],
         [(shape, mx.int32), (shape, mx.float32)],
@@ -218,5 +224,6 @@ def by_kernel(
             ("GROUPS", GROUPS),
             ("SCALE", bits(scale)),
         ],
+        reads=partly,
     )
     return experts, weights

@@ -11,7 +11,7 @@ import mlx.core as mx
 from ds4mlx.custom_kernels.codes import staging
 from ds4mlx.custom_kernels.codes.packs import PACKINGS
 from ds4mlx.custom_kernels.codes.tables import lut
-from ds4mlx.custom_kernels.dialect import Kernel
+from ds4mlx.custom_kernels.dialect import Kernel, parts
 from ds4mlx.formats.base import Format, Planes
 
 ROWS = 2  # values of the result that a SIMD-group makes
@@ -118,6 +118,7 @@ def experts_down(
             ("TABLE", lut(format, eight).size // 4),
             ("STAGED", staging.staged_columns(hidden.dtype, topk * columns, STAGED)),
         ],
+        reads=parts(packing.names("down"), experts.size, len(down["weight"])),
     )[0]
 
 

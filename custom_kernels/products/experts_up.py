@@ -11,7 +11,7 @@ import mlx.core as mx
 from ds4mlx.custom_kernels.codes import staging
 from ds4mlx.custom_kernels.codes.packs import PACKINGS
 from ds4mlx.custom_kernels.codes.tables import bits, lut
-from ds4mlx.custom_kernels.dialect import Kernel
+from ds4mlx.custom_kernels.dialect import Kernel, parts
 from ds4mlx.custom_kernels.products import swiglu
 from ds4mlx.formats.base import Format, Planes
 
@@ -135,6 +135,9 @@ def experts_up(
             ("STAGED", staging.staged_columns(x.dtype, columns, STAGED)),
             ("LIMIT", bits(limit)),
         ],
+        reads=parts(
+            [*packing.names("gate"), *packing.names("up")], experts.size, len(gate["weight"])
+        ),
     )[0]
 
 

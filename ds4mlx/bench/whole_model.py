@@ -2,7 +2,6 @@
 
 import csv
 import io
-import re
 import statistics
 import time
 from collections import Counter
@@ -13,6 +12,7 @@ from typing import Literal
 import mlx.core as mx
 
 from ds4mlx.config import ModelConfig
+from ds4mlx.custom_kernels.graph import kinds
 from ds4mlx.engine.machine import check_fits
 from ds4mlx.engine.prefill import prefill
 from ds4mlx.errors import DataError
@@ -23,11 +23,6 @@ from ds4mlx.state.row_forms import RowForm
 from ds4mlx.state.step import Step, commit
 
 Fill = Literal["real", "synthetic"]
-# Operations of MLX's graph that only look at memory another way.
-VIEWS = {
-    *("Reshape", "Transpose", "Broadcast", "BroadcastAxes", "Squeeze", "ExpandDims", "Flatten"),
-    *("Unflatten", "Slice", "Split", "View", "AsStrided", "Depends", "StopGradient", "Copy"),
-}
 WARM = 3  # decoded tokens before the clock runs
 
 
@@ -113,7 +108,7 @@ def decode(
         begun = time.perf_counter()
         token = mx.argmax(model.last_logits(token, cache), axis=-1)[None]
         if step == 0:
-            operations = launches(token)
+            operations = kinds(token)
             begun = time.perf_counter()
         mx.async_eval(token)
         encoded = time.perf_counter()
@@ -122,14 +117,6 @@ def decode(
             times.append(time.perf_counter() - begun)
             hosts.append(encoded - begun)
     return times, hosts, operations
-
-
-def launches(output: mx.array) -> Counter[str]:
-    """Operations of an unevaluated graph by kind, those left out that only make a view."""
-    text = io.StringIO()
-    mx.export_to_dot(text, output)
-    kinds = re.findall(r'label ?= ?"(\w+)"[^\]]*shape ?= ?rectangle', text.getvalue())
-    return Counter(kind for kind in kinds if kind not in VIEWS)
 
 
 def synthetic_state(model: Model, tokens: int) -> DecodeState:
