@@ -54,7 +54,7 @@ def share(job: tuple[int, int, bool]) -> list[dict]:
     """Every so many-th comparison: part, parts, and whether Flash's own shapes are left out."""
     part, parts, small = job
     large = [] if small else [large_cases()]
-    found = chain(cases.small_cases(), cases.wide_cases(), *large)
+    found = chain(cases.small(), cases.wide(), *large)
     return [run(case) for case in islice(found, part, None, parts)]
 
 

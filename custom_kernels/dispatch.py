@@ -1,9 +1,10 @@
 """Where kernels are used: what operations ask before they launch one.
 
-A kernel takes over where MLX computes on an NVIDIA GPU, the activations are bfloat16 or float32, and
-the sizes suit it; everywhere else the plain operations do, which the kernels are checked against.
-$DS4MLX_KERNELS=0 asks for those everywhere, and 1 for kernels on Metal too, where none has run yet.
-Each operation chooses for itself, in the file that holds its kernel and its plain body.
+A kernel takes over where MLX computes on a GPU, the activations are bfloat16 or float32, the sizes suit
+it, and it was good when it was compared with the plain operations on this machine (`self_check`);
+everywhere else those do. $DS4MLX_KERNELS=0 asks for the plain operations everywhere, and 1 for kernels
+on every GPU, unseen. Each operation chooses for itself, in the file that holds its kernel and its plain
+body.
 """
 
 import contextlib
@@ -13,7 +14,7 @@ from contextvars import ContextVar
 
 import mlx.core as mx
 
-from ds4mlx.custom_kernels import dialect
+from ds4mlx.custom_kernels import dialect, self_check
 
 # Up to this many tokens each reads its own experts; with more, tokens are sorted by expert.
 FEW = 8
@@ -23,12 +24,13 @@ MOST_CHOSEN = 32
 MOST_ELEMENTS, MOST_GROUPS = 1 << 32, 65535
 
 _wanted: ContextVar[bool | None] = ContextVar("kernels", default=None)
+_asked: ContextVar[set[self_check.Asked] | None] = ContextVar("asked", default=None)
 _eight: ContextVar[bool] = ContextVar("eight_bit_activations", default=False)
 
 
 @contextlib.contextmanager
 def kernels(used: bool = True) -> Iterator[None]:
-    """Inside the block kernels are used wherever there is a GPU, or nowhere."""
+    """Inside the block kernels are used wherever there is a GPU, whatever their verdicts, or nowhere."""
     before = _wanted.set(used)
     try:
         yield
@@ -56,20 +58,48 @@ def eight_bits() -> bool:
     return _eight.get()
 
 
-def in_use() -> bool:
-    """Whether kernels are asked for and the device can run them."""
-    where, wanted = dialect.target(), _wanted.get()
-    if where is None:
+@contextlib.contextmanager
+def asking() -> Iterator[set[self_check.Asked]]:
+    """Gives the kernels, and types of activations, that are asked about inside the block."""
+    before = _asked.get()
+    asked: set[self_check.Asked] = set()
+    _asked.set(asked)
+    try:
+        yield asked
+    finally:
+        _asked.set(before)
+
+
+def decided() -> bool | None:
+    """Whether kernels are used, if that does not depend on verdicts; None if it does."""
+    if dialect.target() is None:
         return False
+    wanted = _wanted.get()
     if wanted is not None:
         return wanted
-    setting = os.environ.get("DS4MLX_KERNELS")
-    return setting == "1" or (where == "cuda" and setting != "0")
+    return {"0": False, "1": True}.get(os.environ.get("DS4MLX_KERNELS", ""))
 
 
-def active(x: mx.array) -> bool:
-    """Whether kernels may take activations x."""
-    return x.dtype in (mx.bfloat16, mx.float32) and x.size > 0 and in_use()
+def in_use() -> bool:
+    """Whether kernels are asked for and the device can run them, those that are good there."""
+    return decided() is not False
+
+
+def active(x: mx.array, *kernels: str) -> bool:
+    """Whether the kernels may take activations x.
+
+    kernels: the names of all that the operation launches; one that begins others' names, up to a "_",
+    stands for them too. They are compared with their references first, if they never were here.
+    """
+    if x.dtype not in (mx.bfloat16, mx.float32) or x.size == 0:
+        return False
+    asked = _asked.get()
+    if asked is not None:
+        asked.update((kernel, x.dtype) for kernel in kernels)
+    settled, where = decided(), dialect.target()
+    if settled is not None or where is None:
+        return settled is True
+    return self_check.good(where, kernels, x.dtype)
 
 
 def most_tokens(elements: int) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ds4mlx.custom_kernels.recording import Operation, Spec
+from ds4mlx.custom_kernels.recorder import Operation, Spec
 
 # Operations that only look at memory another way.
 VIEWS = {

@@ -10,6 +10,8 @@ import yaml
 
 from ds4mlx import __version__
 from ds4mlx.cli.main import run
+from ds4mlx.custom_kernels import dialect, verdicts
+from ds4mlx.custom_kernels.verdicts import Verdict
 from ds4mlx.engine import machine
 
 TOPICS = "ds4mlx python machine memory mlx kernels model packages environment".split()  # noqa: SIM905
@@ -45,6 +47,35 @@ def test_the_facts_are_those_of_this_machine(facts):
     assert {"router", "experts_up", "q8_matvec"} <= {kernel["name"] for kernel in kernels}
     assert all(kernel["why"] and kernel["what"] for kernel in kernels)
     assert all(kernel["used"] == found["kernels"]["used"] for kernel in kernels)
+
+
+def test_verdicts_are_told(facts, capsys, monkeypatch, tmp_path):
+    """With the file they are in; a bad one's reason, for people too."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("DS4MLX_KERNELS", raising=False)
+    assert "verdicts" not in facts()["kernels"] or mx.default_device() == mx.gpu
+    monkeypatch.setattr(dialect, "target", lambda: "metal")
+    assert facts()["kernels"]["verdicts"] == []
+    known = verdicts.here()
+    known.path.parent.mkdir(parents=True)
+    known.known = {"b float32": Verdict(True), "a bfloat16": Verdict(False, "it is off")}
+    known.write()
+    kernels = facts()["kernels"]
+    assert kernels["used"] and "as good as plain operations" in kernels["why"]
+    assert kernels["verdicts in"] == str(known.path)
+    assert kernels["verdicts"] == [
+        {"kernel": "a bfloat16", "good": False, "why": "it is off"},
+        {"kernel": "b float32", "good": True, "why": ""},
+    ]
+    assert run(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert "1 of 2 are good" in out and "it is off" in out
+
+
+@pytest.mark.skipif(mx.default_device() == mx.gpu, reason="there are kernels here")
+def test_without_a_gpu_there_is_nothing_to_compare(capsys):
+    assert run(["doctor", "--compare"]) == 1
+    assert "error: kernels run on a GPU" in capsys.readouterr().err
 
 
 def test_secrets_are_not_told(facts, monkeypatch):

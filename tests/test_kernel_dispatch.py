@@ -87,13 +87,18 @@ def test_widths_that_do_not_suit_take_plain_operations(metal):
 
 @pytest.mark.parametrize("target, used", [("cuda", "1 "), ("metal", "1"), (None, "")])
 def test_where_kernels_are_used(target, used, monkeypatch):
-    """`used`: the settings of DS4MLX_KERNELS with which they are; a space stands for none."""
+    """`used`: the settings of DS4MLX_KERNELS with which they are; a space stands for none.
+
+    Without a setting the verdict decides, which is good on CUDA here and bad on Metal.
+    """
+    x = mx.zeros((1,))
     monkeypatch.setattr(dialect, "target", lambda: target)
     for setting in "01 ":
         monkeypatch.setenv("DS4MLX_KERNELS", setting)
         if setting == " ":
             monkeypatch.delenv("DS4MLX_KERNELS")
-        assert Context().run(dispatch.in_use) == (setting in used)
+        assert Context().run(dispatch.active, x, "router") == (setting in used)
+        assert Context().run(dispatch.in_use) == (target is not None and setting != "0")
         with dispatch.kernels():
             assert dispatch.in_use() == (target is not None)
             with dispatch.plain_operations():

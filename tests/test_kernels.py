@@ -18,13 +18,13 @@ def named(found):
     return [pytest.param(c, id=f"{c.name}, {str(c.dtype).rpartition('.')[2]}") for c in found]
 
 
-@pytest.mark.parametrize("case", named(cases.small_cases()))
+@pytest.mark.parametrize("case", named(cases.small()))
 def test_small(case):
     """Checked for races, stray accesses, and bytes that are never written."""
     with options_of(checked=True):
         assert case.error() <= TOLERANCE[case.dtype]
 
 
-@pytest.mark.parametrize("case", named(cases.wide_cases()))
+@pytest.mark.parametrize("case", named(cases.wide()))
 def test_wide(case):
     assert case.error() <= TOLERANCE[case.dtype]

@@ -8,7 +8,8 @@ from ds4mlx.config import ModelConfig
 from ds4mlx.custom_kernels import dialect, dispatch, graph
 from ds4mlx.custom_kernels.products import experts_up
 from ds4mlx.custom_kernels.random_weights import random_planes
-from ds4mlx.custom_kernels.recording import Spec, recording, zeros
+from ds4mlx.custom_kernels.recorder import Spec, zeros
+from ds4mlx.custom_kernels.recording import recording
 
 KERNEL = dialect.Kernel("twice", ["x", "rows"], ["y", "z"], "")
 

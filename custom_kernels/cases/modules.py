@@ -180,7 +180,7 @@ def reading(words: int) -> Pairs:
     return [(got, want)]
 
 
-def small_cases() -> Iterator[Case]:
+def small() -> Iterator[Case]:
     """Every kernel, both types, at a tiny model's widths and odd counts."""
     for dtype in (mx.float32, mx.bfloat16):
         yield from _experts(dtype)
@@ -223,7 +223,7 @@ def _case(compute, name: str, format: str, dtype: mx.Dtype, shape: Shape, *scale
     return Case(f"{name} {format} {shape}{note}", dtype, call)
 
 
-def wide_cases() -> Iterator[Case]:
+def wide() -> Iterator[Case]:
     """The widths of Flash and Pro, few rows; activations far from 1, and as bytes."""
     for format in ("iq2_xxs", "q4_k"):
         call = partial(up, format, mx.bfloat16, ODD_UP, eight=True)

@@ -44,7 +44,7 @@ def after_sublayer(streams: mx.array, out: mx.array, post: mx.array, comb: mx.ar
 
 def takes(streams: mx.array) -> bool:
     """Whether the kernel makes new streams of (N, n, D)."""
-    return streams.shape[1] == STREAMS and dispatch.active(streams)
+    return streams.shape[1] == STREAMS and dispatch.active(streams, "hyper_post")
 
 
 def plain(streams: mx.array, out: mx.array, post: mx.array, comb: mx.array) -> mx.array:

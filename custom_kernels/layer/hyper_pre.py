@@ -121,7 +121,7 @@ def takes(streams: mx.array) -> bool:
     """Whether the kernel takes streams (N, n, D)."""
     count, streams_each, width = streams.shape
     suits = count <= dispatch.FEW and streams_each == STREAMS and width % 8 == 0
-    return suits and dispatch.active(streams)
+    return suits and dispatch.active(streams, "hyper_pre")
 
 
 def plain(

@@ -146,7 +146,7 @@ def route(
 def takes(x: mx.array, weight: mx.array, topk: int) -> bool:
     """Whether the kernel routes tokens x (N, D) among the rows of weight."""
     suits = x.shape[1] % 8 == 0 and topk <= dispatch.MOST_CHOSEN and len(weight) <= MOST_EXPERTS
-    return suits and len(x) <= dispatch.FEW and dispatch.active(x)
+    return suits and len(x) <= dispatch.FEW and dispatch.active(x, "router")
 
 
 def plain(

@@ -13,16 +13,17 @@ def product(stored: str, planes: Planes, x: mx.array) -> mx.array:
 
     x (..., in) -> (..., out), or for planes of (G, out, in): (G, n, in) -> (G, n, out).
     """
-    if not takes(stored, x):
-        return FORMATS[stored].matmul(planes, x)
     stacked = planes["weight"].ndim == 3
     rows = x if stacked else x.reshape(-1, x.shape[-1])
+    if not takes(stored, rows):
+        return FORMATS[stored].matmul(planes, x)
     return by_kernel(planes, rows).reshape(*x.shape[:-1], -1)
 
 
 def takes(stored: str, x: mx.array) -> bool:
-    """Whether a kernel multiplies x (..., in) by a matrix in a format."""
-    return stored == "q8_0" and x.shape[-1] % staging.CHUNK == 0 and dispatch.active(x)
+    """Whether a kernel multiplies x (..., n, in) by a matrix in a format."""
+    kernel = "q8_matvec" if x.shape[-2] <= q8_matvec.MOST else "matmul_q8_0"
+    return stored == "q8_0" and x.shape[-1] % staging.CHUNK == 0 and dispatch.active(x, kernel)
 
 
 def by_kernel(planes: Planes, x: mx.array) -> mx.array:

@@ -4,7 +4,7 @@ A stack that offers an `operand` may be read by a kernel in its place. One that 
 adds to the product or has to see it, is called; only its own half is then computed without kernels.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -24,7 +24,15 @@ from ds4mlx.custom_kernels.products import (
 from ds4mlx.custom_kernels.products.swiglu import swiglu
 from ds4mlx.formats import Planes
 
-UP, DOWN = ("iq2_xxs", "q4_k", "mxfp4"), ("q2_k", "q4_k", "mxfp4")
+
+class Side(NamedTuple):
+    """Half of the work: gate and up, or down; what kernels are called, and the formats they take."""
+
+    name: str
+    formats: tuple[str, ...]
+
+
+UP, DOWN = Side("up", ("iq2_xxs", "q4_k", "mxfp4")), Side("down", ("q2_k", "q4_k", "mxfp4"))
 # From this many (token, expert) pairs on, plain operations sort them: each weight is read once.
 SORT_FROM = 64
 
@@ -87,22 +95,29 @@ def routed_experts(
     return dispatch.in_pieces(compute, most, x, experts, weights)
 
 
-def operands(
-    formats: Sequence[str], x: mx.array, experts: mx.array, *stacks: Stack
-) -> list[Operand]:
+def operands(side: Side, x: mx.array, experts: mx.array, *stacks: Stack) -> list[Operand]:
     """What the stacks offer, if a kernel takes all of it; otherwise nothing."""
     offered: list[Operand | None] = [getattr(stack, "operand", None) for stack in stacks]
-    suit = [each for each in offered if each is not None and takes(formats, each, x, experts)]
+    suit = [each for each in offered if each is not None and takes(side, each, x, experts)]
     alike = len({each.format for each in suit}) == 1
     return suit if len(suit) == len(stacks) and alike else []
 
 
-def takes(formats: Sequence[str], stack: Operand, x: mx.array, experts: mx.array) -> bool:
-    """Whether kernels multiply by a stack, of one of the formats, for tokens x (N, D)."""
+def takes(side: Side, stack: Operand, x: mx.array, experts: mx.array) -> bool:
+    """Whether kernels multiply by a stack, of one of the side's formats, for tokens x (N, D)."""
     count, rows, columns = stack.shape
     suits = rows % staging.CHUNK == 0 and columns % staging.CHUNK == 0
     suits = suits and count <= expert_tiles.THREADS and experts.shape[1] <= dispatch.MOST_CHOSEN
-    return suits and stack.format in formats and dispatch.active(x)
+    suits = suits and stack.format in side.formats
+    return suits and dispatch.active(x, *kernels(side, stack.format, x))
+
+
+def kernels(side: Side, stored: str, x: mx.array) -> list[str]:
+    """The names of those that multiply tokens x (N, D) by a stack in a format."""
+    if len(x) <= dispatch.FEW:
+        return [f"experts_{side.name}_{stored}_{staging.arithmetic(x.dtype, eight(stored))}"]
+    names = [f"experts_{side.name}_sorted_{stored}", "expert_tiles"]
+    return [*names, "experts_sum"] if side is DOWN else names
 
 
 def paired(experts: mx.array, x: mx.array, stack: Operand | None) -> Pairs:

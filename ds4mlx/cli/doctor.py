@@ -13,7 +13,9 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from pkgutil import iter_modules
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from ds4mlx import __version__
 from ds4mlx.cli import arguments as arg
@@ -34,15 +36,26 @@ KERNEL_ROOMS = ("products", "layer")
 Facts = dict[str, Any]
 
 
-def doctor(as_json: arg.Json = False) -> None:
+def doctor(
+    as_json: arg.Json = False,
+    compare: Annotated[
+        bool,
+        typer.Option(
+            "--compare", help="Compare every kernel with plain operations now, whatever is known."
+        ),
+    ] = False,
+) -> None:
     """Say what this machine is, what is installed, and which kernels are used here and why.
 
     \b
     ds4mlx doctor
-    ds4mlx doctor --json
+    ds4mlx doctor --compare --json
 
-    Please put its output into a report of a fault. It holds no keys and nothing that you wrote.
+    Please put its output into a report of a fault, of a kernel that is not used on your machine too. It
+    holds no keys and nothing that you wrote.
     """
+    if compare:
+        _compare()
     facts = examine()
     print(json.dumps(facts, indent=1) if as_json else text(facts))
 
@@ -124,24 +137,44 @@ def _mlx() -> Facts:
     }
 
 
+def _compare() -> None:
+    """Compare all kernels here, at both types of activations. Raises DataError without a GPU."""
+    from ds4mlx.custom_kernels import comparisons, dialect, self_check
+    from ds4mlx.errors import DataError
+
+    target = dialect.target()
+    if target is None:
+        raise DataError("kernels run on a GPU, and MLX has none here")
+    every = comparisons.comparisons(target)
+    self_check.forget()
+    self_check.check(target, [(name, c.case.dtype) for c in every for name in c.kernels])
+
+
 def _kernels() -> Facts:
-    from ds4mlx.custom_kernels import dialect, dispatch
+    from ds4mlx.custom_kernels import dialect, dispatch, verdicts
 
     used, target = dispatch.in_use(), dialect.target()
-    reason = _why(used, target)
+    reason = _why(dispatch.decided(), target)
     listed = [{"name": name, "what": what, "used": used, "why": reason} for name, what in _names()]
-    return {"used": used, "why": reason, "target": target, "kernels": listed}
+    facts: Facts = {"used": used, "why": reason, "target": target, "kernels": listed}
+    if target is not None:
+        known = verdicts.here()
+        facts["verdicts in"] = str(known.path)
+        facts["verdicts"] = [
+            {"kernel": name, "good": verdict.good, "why": verdict.why}
+            for name, verdict in sorted(known.known.items())
+        ]
+    return facts
 
 
-def _why(used: bool, target: str | None) -> str:
-    asked = os.environ.get("DS4MLX_KERNELS")
+def _why(decided: bool | None, target: str | None) -> str:
     if target is None:
         return "MLX computes on the CPU here, for which there are no kernels"
-    if asked in ("0", "1"):
-        return f"$DS4MLX_KERNELS is {asked}"
-    if target == "metal" and not used:
-        return "no kernel has run on Metal yet; DS4MLX_KERNELS=1 uses them all the same"
-    return "MLX computes on an NVIDIA GPU, on which they were compared with plain operations"
+    if decided is not None:
+        return f"$DS4MLX_KERNELS is {os.environ.get('DS4MLX_KERNELS')}"
+    return (
+        "a kernel is used if it was as good as plain operations on this machine; see the verdicts"
+    )
 
 
 def _names() -> list[tuple[str, str]]:
@@ -180,9 +213,21 @@ def text(facts: Facts) -> str:
         for name, value in known.items():
             if name == "kernels":
                 lines += [f"  {each['name']:<22} {each['what']}" for each in value]
+            elif name == "verdicts":
+                lines += _verdict_lines(value)
             else:
                 lines.append(f"  {name.removesuffix('_bytes'):<22} {_shown(name, value)}")
     return "\n".join(lines)
+
+
+def _verdict_lines(verdicts: list[Facts]) -> list[str]:
+    """How many kernels are good here, and each that is not."""
+    good = sum(each["good"] for each in verdicts)
+    none = "none compared yet: the first model loaded here does it, or --compare"
+    lines = [f"  {'verdicts':<22} {f'{good} of {len(verdicts)} are good' if verdicts else none}"]
+    return lines + [
+        f"  {each['kernel']:<22} {each['why']}" for each in verdicts if not each["good"]
+    ]
 
 
 def _shown(name: str, value: object) -> str:

@@ -1,10 +1,13 @@
 """From a model directory, or a hub repository that holds one, to a Model and its tokenizer."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
 
+from ds4mlx.custom_kernels import dispatch
+from ds4mlx.custom_kernels.first_use import prepare
 from ds4mlx.engine.chat_tokenizer import ChatTokenizer
 from ds4mlx.engine.default_model import default_model
 from ds4mlx.errors import DataError
@@ -30,7 +33,8 @@ def load(
     dtype: activation type, bfloat16 or (for checks) float32; weights stay as stored.
     rounding: "official" gives KV rows and the indexer the model's own FP8/FP4 values, "none" does
     not round. on_file: told (files read, files in all) after each weight file.
-    Raises DataError if the directory is incomplete or does not fit its configuration.
+    Raises DataError if the directory is incomplete or does not fit its configuration. The first time
+    on a machine, the kernels that the model uses are compared with plain operations.
     """
     if rounding not in ("official", "none"):
         raise DataError(f"rounding must be 'official' or 'none', not {rounding!r}")
@@ -49,7 +53,14 @@ def load(
     model.load_weights(list(_read_all(directory, on_file).items()))
     model.eval()
     model.identity = directory.manifest["checksum"]
+    prepare(partial(_build, model))
     return model, tokenizer
+
+
+def _build(model: Model) -> None:
+    """The graphs of a few tokens, more than are decoded at a time, and of one: what answers ask for."""
+    for count in (dispatch.FEW + 1, 1):
+        model.last_logits(mx.zeros((1, count), mx.int32), model.make_cache())
 
 
 def locate(path: str | Path) -> Path:

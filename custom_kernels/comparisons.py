@@ -1,0 +1,74 @@
+"""Which comparisons there are of which kernels, and what a comparison says.
+
+Comparisons are the cases of every file in `cases/`. Which kernels one launches is known by recording
+its launches, so that a case names none.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from pkgutil import iter_modules
+
+import mlx.core as mx
+
+from ds4mlx.custom_kernels import cases, dialect
+from ds4mlx.custom_kernels.cases.base import TOLERANCE, Case
+from ds4mlx.custom_kernels.recorder import Recorder
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A case, and the names of the kernels that it launches, in the order of the first launches."""
+
+    case: Case
+    kernels: tuple[str, ...]
+
+    def fault(self) -> str | None:
+        """What is wrong with what the kernels gave, as a clause; None if nothing is."""
+        try:
+            error = self.case.error()
+        except Exception as raised:  # noqa: BLE001 - whatever a compiler or a driver raises
+            return f"{type(raised).__name__}: {_one_line(str(raised))}"
+        if error <= TOLERANCE[self.case.dtype]:
+            return None
+        return f"it is {error:.1e} off its plain operations in the comparison {self.case.name!r}"
+
+
+def _one_line(text: str, most: int = 300) -> str:
+    """The beginning of a text in one line."""
+    words = " ".join(text.split())
+    return words if len(words) <= most else words[:most] + " ..."
+
+
+@cache
+def comparisons(target: str) -> tuple[Comparison, ...]:
+    """Every comparison at small and at real widths, those of the fewest kernels first."""
+    listed = [Comparison(case, _launched(case, target)) for case in every_case()]
+    return tuple(sorted(listed, key=lambda comparison: len(comparison.kernels)))
+
+
+def every_case() -> Iterator[Case]:
+    """The small and the wide cases of all files."""
+    for info in iter_modules(cases.__path__):
+        module = import_module(f"{cases.__name__}.{info.name}")
+        for part in ("small", "wide"):
+            yield from getattr(module, part, tuple)()
+
+
+def _launched(case: Case, target: str) -> tuple[str, ...]:
+    recorder = Recorder(target, [])
+    with dialect.launching(recorder):
+        case.compute()
+    return tuple(dict.fromkeys(launch.name for launch in recorder.launches))
+
+
+def named(kernel: str, asked: str) -> bool:
+    """Whether a kernel is the one asked for, or a variant of it."""
+    return kernel == asked or kernel.startswith(asked + "_")
+
+
+def of_kernel(target: str, asked: str, dtype: mx.Dtype) -> list[Comparison]:
+    """Those of a kernel and its variants with activations of a type, or of all types if none has it."""
+    about = [c for c in comparisons(target) if any(named(kernel, asked) for kernel in c.kernels)]
+    return [c for c in about if c.case.dtype == dtype] or about

@@ -1,0 +1,229 @@
+"""The first use of kernels on a machine, simulated on the CPU executor."""
+
+import json
+import subprocess
+import sys
+from collections import Counter
+
+import mlx.core as mx
+import pytest
+from spoiling import executor_only, on_metal, spoiled
+
+from ds4mlx.custom_kernels import comparisons, dialect, dispatch, self_check, verdicts
+from ds4mlx.custom_kernels.cases.base import normal, relative
+from ds4mlx.custom_kernels.first_use import prepare
+from ds4mlx.custom_kernels.layer import hyper_post, router
+from ds4mlx.errors import DataError
+
+pytestmark = executor_only
+GOOD, CHECK = self_check.good, self_check.check
+WRONG = ("hyper_post", "16 + 4 * j + k", "16 + 4 * k + j")
+BROKEN = ("hyper_post", "16 + 4 * j + k", "16 + 4 * j + nothing")
+KERNELS = [("hyper_post", mx.float32), ("router_hashed", mx.float32)]
+
+
+def new_process():
+    """Forget what a process knows."""
+    for known in (self_check._answers, self_check._kept, self_check._noted):
+        known.clear()
+
+
+@pytest.fixture(autouse=True)
+def first_use(monkeypatch, tmp_path):
+    """The self-check as it is, with a cache directory of its own; gives that."""
+    monkeypatch.setattr(self_check, "good", GOOD)
+    monkeypatch.setattr(self_check, "check", CHECK)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("DS4MLX_KERNELS", raising=False)
+    new_process()
+    yield tmp_path / "ds4mlx" / "kernels"
+    new_process()
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """The kernels launched, by name."""
+    names, make = Counter(), dialect.Kernel.make
+
+    def noted(self, where):
+        names[self.name] += 1
+        return make(self, where)
+
+    monkeypatch.setattr(dialect.Kernel, "make", noted)
+    return names
+
+
+def merge():
+    """New streams, and what plain operations make of them."""
+    streams, out = normal((2, 4, 64), mx.float32, 1), normal((2, 64), mx.float32, 2)
+    weights, comb = normal((2, 4), mx.float32, 3), normal((2, 4, 4), mx.float32, 4)
+    operands = streams, out, weights, comb
+    return hyper_post.after_sublayer(*operands), hyper_post.plain(*operands)
+
+
+def answers():
+    return {name: self_check.good("metal", [name], dtype) for name, dtype in KERNELS}
+
+
+def test_a_good_kernel_is_used_and_compared_once(launched, first_use, capsys):
+    with on_metal():
+        got, want = merge()
+        assert relative(got, want) < 1e-5
+    compared = launched.copy()
+    assert compared["hyper_post"] > 1  # by comparisons and by the call
+    assert set(compared) == {"hyper_post"}
+    new_process()
+    with on_metal():
+        merge()
+    assert launched["hyper_post"] == compared["hyper_post"] + 1
+    assert capsys.readouterr().err == ""
+    (file,) = first_use.glob("*.json")
+    kept = json.loads(file.read_text())
+    assert kept["known"] == {"hyper_post float32": {"good": True, "why": ""}}
+    assert kept["about"] == verdicts.about() and kept["trying"] == []
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"), [(WRONG, "off its plain operations"), (BROKEN, "MetalError")]
+)
+def test_a_bad_kernel_is_replaced(fault, said, launched, capsys):
+    with spoiled(*fault):
+        assert answers() == {"hyper_post": False, "router_hashed": True}
+        before = launched.copy()
+        got, want = merge()
+        assert mx.array_equal(got, want) and launched == before
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and "hyper_post float32" in lines[0] and said in lines[0]
+    new_process()
+    with on_metal():  # whatever the text is now: the verdict is kept
+        assert answers() == {"hyper_post": False, "router_hashed": True}
+
+
+def test_a_setting_goes_before_a_verdict(monkeypatch, launched):
+    monkeypatch.setenv("DS4MLX_KERNELS", "1")
+    with spoiled(*WRONG):
+        got, want = merge()
+        assert relative(got, want) > 0.1 and launched == {"hyper_post": 1}
+        monkeypatch.setenv("DS4MLX_KERNELS", "0")
+        got, want = merge()
+        assert mx.array_equal(got, want) and launched == {"hyper_post": 1}
+
+
+def test_kernels_that_ended_a_process_are_not_tried_again(first_use, launched, capsys):
+    program = """
+import os
+from ds4mlx.custom_kernels import dialect, self_check
+import mlx.core as mx
+dialect.Kernel.make = lambda self, where: os._exit(7)
+dialect.target = lambda: "metal"
+self_check.check("metal", [("hyper_post", mx.float32)])
+"""
+    done = subprocess.run([sys.executable, "-c", program], check=False)
+    assert done.returncode == 7
+    with on_metal():
+        assert answers() == {"hyper_post": False, "router_hashed": True}
+    assert set(launched) == {"router_hashed"}
+    assert "the process ended while it was compared" in capsys.readouterr().err
+
+
+def test_an_interrupted_check_is_begun_again(monkeypatch):
+    def interrupted(self):
+        raise KeyboardInterrupt
+
+    with on_metal():
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(comparisons.Comparison, "fault", interrupted)
+            answers()
+        assert answers() == {"hyper_post": True, "router_hashed": True}
+
+
+def test_a_device_that_stopped_is_told_of(monkeypatch):
+    """And the kernel that stopped it is not launched by the next process."""
+
+    def stopped(*arguments):
+        raise RuntimeError("an illegal access")
+
+    with spoiled(*BROKEN):
+        with monkeypatch.context() as patch, pytest.raises(DataError, match="since hyper_post"):
+            patch.setattr(mx, "ones", stopped)
+            answers()
+        new_process()
+        assert answers() == {"hyper_post": False, "router_hashed": True}
+
+
+@pytest.mark.parametrize("key", ["chip", "system", "mlx", "ds4mlx", "kernels"])
+def test_a_verdict_of_another_version_is_none(key, first_use, monkeypatch):
+    others = {**verdicts.about(), key: "another"}
+    bad = {"hyper_post float32": {"good": False, "why": "of another"}}
+    kept = json.dumps({"about": others, "known": bad, "trying": []})
+    first_use.mkdir(parents=True)
+    verdicts.place().write_text(kept)
+    with on_metal():
+        assert GOOD("metal", ["hyper_post"], mx.float32)
+
+
+@pytest.mark.parametrize("kept", ["", "{", "[]", '{"about": 1}', "\xff", '{"known": {}}'])
+def test_a_damaged_file_is_none(kept, first_use):
+    first_use.mkdir(parents=True)
+    verdicts.place().write_bytes(kept.encode("latin-1"))
+    with on_metal():
+        assert GOOD("metal", ["hyper_post"], mx.float32)
+    assert json.loads(verdicts.place().read_text())["known"]["hyper_post float32"]["good"]
+
+
+def test_without_a_place_to_write_all_goes_on(monkeypatch, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with spoiled(*WRONG):
+        assert answers() == {"hyper_post": False, "router_hashed": True}
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and "cannot be kept" in lines[0] and "hyper_post" in lines[1]
+
+
+def test_a_fault_is_that_of_the_kernel_that_is_off():
+    """The sums and the tiles that go with a bad kernel stay in use where they were good without it."""
+    asked = [("experts_down_sorted", mx.float32), ("expert_tiles", mx.float32)]
+    with spoiled("experts_down_sorted_q2_k", "place = order[row0 + r]", "place = row0 + r"):
+        CHECK("metal", asked)
+        names = [
+            "experts_down_sorted_q2_k",
+            "experts_down_sorted_mxfp4",
+            "expert_tiles",
+            "experts_sum",
+        ]
+        assert [GOOD("metal", [name], mx.float32) for name in names] == [False, True, True, True]
+
+
+def test_a_model_answers_rightly_with_a_bad_kernel(small_model, launched, capsys):
+    tokens = mx.array([[3, 17, 255, 9]])
+
+    def logits():
+        return small_model(tokens, cache=small_model.make_cache())
+
+    with spoiled(*WRONG):
+        prepare(logits)
+        launched.clear()
+        got = logits()
+    assert launched["hyper_post"] == 0 and launched["hyper_pre"] > 0
+    assert "hyper_post" in capsys.readouterr().err
+    with dispatch.plain_operations():
+        assert float(mx.abs(got - logits()).max()) <= 1e-4
+
+
+def test_every_kernel_that_a_model_launches_is_asked_about(small_model, launched):
+    """Under the name of one that is compared."""
+    with dispatch.asking() as asked, dispatch.kernels(), on_metal():
+        small_model(mx.array([list(range(12))]), cache=small_model.make_cache())
+        small_model(mx.array([[1]]), cache=small_model.make_cache())
+    names = {name for name, _ in asked}
+    assert all(any(comparisons.named(kernel, name) for name in names) for kernel in launched)
+    assert all(comparisons.of_kernel("metal", name, mx.float32) for name in names)
+
+
+def test_all_kernels_are_compared_at_both_types():
+    types = {}
+    for comparison in comparisons.comparisons("metal"):
+        for kernel in comparison.kernels:
+            types.setdefault(kernel, set()).add(comparison.case.dtype)
+    assert len(types) > 30 and types["router"] == {mx.float32, mx.bfloat16}
+    assert router.kernel(True).name in types
