@@ -41,6 +41,7 @@ CUDA = """
 #define simdgroup_index_in_threadgroup (threadIdx.x >> 5)
 #define thread_index_in_threadgroup threadIdx.x
 #define threadgroup_position_in_grid blockIdx
+#define threadgroups_per_grid gridDim
 #define threadgroup_barrier(flags) __syncthreads()
 #define simdgroup_barrier(flags) __syncwarp()
 #define INFINITY __int_as_float(0x7f800000)
@@ -103,6 +104,23 @@ inline void load8(const device float16_t* p, thread float* v) {
   uint4 q = *(const device uint4*)p;
   two_halves(q.x, v); two_halves(q.y, v + 2); two_halves(q.z, v + 4); two_halves(q.w, v + 6);
 }
+"""
+
+# Counters in threadgroup memory, which all its threads may raise at once.
+METAL_COUNTERS = """
+inline void clear(threadgroup atomic_uint* p) { atomic_store_explicit(p, 0u, memory_order_relaxed); }
+inline void count_one(threadgroup atomic_uint* p) {
+  atomic_fetch_add_explicit(p, 1u, memory_order_relaxed);
+}
+inline uint counted(const threadgroup atomic_uint* p) {
+  return atomic_load_explicit(p, memory_order_relaxed);
+}
+"""
+CUDA_COUNTERS = """
+typedef uint atomic_uint;
+inline void clear(atomic_uint* p) { *p = 0; }
+inline void count_one(atomic_uint* p) { atomicAdd(p, 1u); }
+inline uint counted(const atomic_uint* p) { return *p; }
 """
 
 

@@ -12,6 +12,7 @@ from metalsim.kernel import REAL
 from spoiling import assert_caught, assert_two_each, executor_only, fault_ids
 
 from ds4mlx.custom_kernels import dialect
+from ds4mlx.custom_kernels.cases import index
 from ds4mlx.custom_kernels.cases import modules as cases
 from ds4mlx.custom_kernels.cases.modules import MANY_DOWN, MANY_UP, ODD_DOWN, ODD_UP
 from ds4mlx.custom_kernels.products import q8_matmul, q8_matvec
@@ -194,6 +195,10 @@ COMPUTED += [up_sorted("iq2_xxs", BF16), down_sorted("q2_k", BF16), down_sorted(
 COMPUTED += [up_sorted("mxfp4", BF16), up_sorted("q4_k", BF16)]
 COMPUTED += [partial(cases.q8, q8_matvec.q8_matvec, BF16, (37, 320), 3), matmul]
 COMPUTED += [router, hashed, partial(cases.pre, BF16, 96, 2), partial(cases.post, BF16, 288, 2)]
+COMPUTED += [
+    partial(index.scores, BF16, kind, index.TALKER, (96, 8), 284, 67) for kind in ("index", "plain")
+]
+COMPUTED.append(partial(index.select, mx.zeros((3000,)), 2999, 512, each=1))
 
 
 def test_texts_keep_apples_rules(launches):

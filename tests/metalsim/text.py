@@ -64,7 +64,7 @@ def to_cpp(text: str) -> str:
         if not any(m.start(1) <= array.start() < m.end(1) for m in shared):
             raise ValueError(f"{array[0]!r} must follow a semicolon or a brace")
     edits = [(m.end(1), m.end(1), "f") for m in _FLOAT.finditer(code)]
-    edits += [(m.start(1), m.start(1), "static MSL_TG ") for m in shared]
+    edits += [(m.start(1), m.start(1), "MSL_TG ") for m in shared]
     edits += [(m.start(), m.end(), f"metal::_make<{m[1]}>") for m in _MAKE.finditer(code)]
     edits += [(m.start(), m.end(), f"metal::_cast<{m[1]}>()->*") for m in _CAST.finditer(code)]
     edits += [(m.start(), m.end(), m[1]) for m in _STATIC_CAST.finditer(code)]
@@ -117,7 +117,7 @@ def translation_unit(launch: Launch) -> str:
             arguments.append(f"{'*' if '&' in ctype else ''}({pointer})b[{index}]")
         else:
             arguments.append(_ATTRIBUTES[attribute])
-    return f"""#define MSL_TG __attribute__((section("msl_tg")))
+    return f"""#define MSL_TG static __attribute__((section("msl_tg")))
 #include "mlx/backend/metal/kernels/utils.h"
 #line 1 "{launch.name}.metal"
 {to_cpp(INSTANCE.sub("", launch.source))}

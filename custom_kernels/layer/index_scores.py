@@ -1,0 +1,335 @@
+"""The scores by which the lightning indexer's rows are chosen, for one token of one sequence.
+
+Every threadgroup makes the token's queries for itself: rotary turn and, where rows are coded, Hadamard
+transform and E2M1 codes. A thread then keeps a row and goes through the heads. Coded rows are
+multiplied as integers: twice an E2M1 value is one, and 32 channels share a power of two.
+"""
+
+from functools import lru_cache
+
+import mlx.core as mx
+
+from ds4mlx.custom_kernels import dispatch
+from ds4mlx.custom_kernels.codes.tables import bits
+from ds4mlx.custom_kernels.dialect import LOAD8, Kernel
+from ds4mlx.custom_kernels.layer.buffers import Grown
+from ds4mlx.custom_kernels.layer.plain import rotate
+from ds4mlx.custom_kernels.layer.row_layout import Form, RowLayout
+
+RATIO = 4  # tokens to a row
+GROUPS = 16  # SIMD-groups of a threadgroup
+LEAST_SPLIT = 2  # SIMD-groups that share the heads of a row at least
+MOST_GROUPS = 264  # threadgroups, which go on to further rows
+BLOCK_BYTES = 16384  # of queries at a time, where they are float32
+
+# Where there are few rows, many SIMD-groups share the heads of the same 32.
+_BEGIN = """
+    uint lane = thread_index_in_simdgroup, group = simdgroup_index_in_threadgroup;
+    uint id = 32 * group + lane, grid = threadgroups_per_grid.x, split = GROUPS;
+    uint visible = uint(place[0] + 1) / RATIO, settled = uint(place[2]);
+    while (split > LEAST && visible * split > grid * 32 * GROUPS) split /= 2;
+    uint place_in_grid = threadgroup_position_in_grid.x, rows = full_shape[0] + tail_shape[0];
+    for (uint i = visible + place_in_grid * 32 * GROUPS + id; i < rows; i += grid * 32 * GROUPS)
+        scores[i] = -INFINITY;
+    uint chunk = 32 * GROUPS / split, first = place_in_grid * chunk;
+    if (first >= visible) return;
+"""
+
+_ROWS = """
+    for (uint at = first; at < visible; at += grid * chunk) {
+        uint j = min(at + group / split * 32 + lane, visible - 1);
+        const device ROW* row =
+            j < settled ? full + j * ELEMENTS : tail + (j - settled) * ELEMENTS;
+        float sum = 0;
+"""
+
+_ADD = """
+        sums[id] = sum;
+        threadgroup_barrier(mem_flags::mem_threadgroup);
+        if (id < chunk && at + id < visible) {
+            float total = BEFORE;
+            for (uint s = 0; s < split; s++) total += sums[(group * split + s) * 32 + lane];
+            scores[at + id] = total;
+        }
+        threadgroup_barrier(mem_flags::mem_threadgroup);
+    }
+"""
+
+CODED_HEADER = """
+#define BEFORE 0.0f
+// Twice the values of eight E2M1 codes, as bytes: of channels 0, 2, 4, 6, and of 1, 3, 5, 7.
+inline uint doubled(uint c) {
+  uint high = (c >> 2) & 0x01010101u, low = c & 0x03030303u, masked = high * 3u & low;
+  uint size = (high << 2) + low + masked + ((masked & (masked >> 1) & 0x01010101u) << 1);
+  uint minus = (c >> 3) & (high | low | (low >> 1)) & 0x01010101u;
+  return (size ^ (minus * 255u)) + minus;
+}
+"""
+
+_CODED_QUERIES = """
+    threadgroup uint4 codes[HEADS * WIDTH / 16];
+    threadgroup float scales[HEADS * PARTS];
+    threadgroup float shares[HEADS];
+    threadgroup float sums[32 * GROUPS];
+    threadgroup char* bytes = (threadgroup char*)codes;
+    float turn[EACH], cross[EACH];
+    #pragma unroll
+    for (uint i = 0; i < EACH; i++) {
+        uint c = EACH * lane + i, k = c < WIDTH - ROPE ? 0 : (c - (WIDTH - ROPE)) / 2;
+        turn[i] = angles[ROPE + k];
+        cross[i] = angles[ROPE + ROPE / 2 + k];
+    }
+    #pragma unroll
+    for (uint h = group; h < HEADS; h += GROUPS) {
+        float v[EACH], as_is[EACH];
+        #pragma unroll
+        for (uint i = 0; i < EACH; i++)
+            as_is[i] = float(static_cast<T>(q[h * WIDTH + EACH * lane + i]));
+        #pragma unroll
+        for (uint i = 0; i < EACH; i++) {
+            float mate = EACH > 1 ? as_is[(i ^ 1) % EACH] : simd_shuffle_xor(as_is[i], 1);
+            uint c = EACH * lane + i;
+            float turned = as_is[i] * turn[i] + (c & 1 ? mate : -mate) * cross[i];
+            v[i] = c < WIDTH - ROPE ? as_is[i] : float(static_cast<T>(turned));
+        }
+        // As MLX does on a GPU, which rounds after every sixteenfold step.
+        #pragma unroll
+        for (uint b = 1; b < WIDTH; b *= 2) {
+            float u[EACH];
+            #pragma unroll
+            for (uint i = 0; i < EACH; i++) {
+                float mate = b < EACH ? v[(i ^ b) % EACH] : simd_shuffle_xor(v[i], b / EACH);
+                u[i] = (EACH * lane + i) & b ? mate - v[i] : v[i] + mate;
+            }
+            #pragma unroll
+            for (uint i = 0; i < EACH; i++) {
+                bool rounds = b == 8 || b == 128 || 2 * b == WIDTH;
+                v[i] = rounds ? float(static_cast<T>(u[i])) : u[i];
+            }
+        }
+        float most = 0;
+        #pragma unroll
+        for (uint i = 0; i < EACH; i++) {
+            v[i] = float(static_cast<T>(v[i] * as_type<float>(ROOT)));
+            most = fabs(v[i]) < INFINITY ? max(most, fabs(v[i])) : INFINITY;
+        }
+        #pragma unroll
+        for (uint m = 1; m < 32 / EACH; m *= 2) most = max(most, simd_shuffle_xor(most, m));
+        bool finite = most < INFINITY;
+        uint u = as_type<uint>(max(most, 6 * as_type<float>(0x00800000u)) / 6.0f);
+        uint exponent = finite ? (u >> 23) + ((u & 0x7fffffu) != 0) : 1u;
+        #pragma unroll
+        for (uint i = 0; i < EACH; i++) {
+            float size = fabs(v[i]) * as_type<float>((254u - exponent) << 23);
+            int step = size < 2 ? 1 : size < 4 ? 2 : 4;
+            int n = finite ? int(rint(size * 2 / float(step))) * step : 0;
+            uint c = EACH * lane + i;
+            bytes[h * WIDTH + c / 8 * 8 + c % 2 * 4 + c % 8 / 2] = char(v[i] < 0 ? -n : n);
+        }
+        if (EACH * lane % 32 == 0)
+            scales[h * PARTS + EACH * lane / 32] =
+                as_type<float>(finite ? exponent << 23 : 0x7fc00000u);
+        if (lane == 0) shares[h] = weights[h] * as_type<float>(SHARE) * 0.25f;
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    uint many = (HEADS + split - 1) / split, h0 = group % split * many;
+    uint h1 = min(h0 + many, uint(HEADS));
+"""
+
+CODED = (
+    _BEGIN
+    + _CODED_QUERIES
+    + _ROWS
+    + """
+        uint k[WIDTH / 4];
+        #pragma unroll
+        for (uint i = 0; i < WIDTH / 8; i++) {
+            uint w = row[i];
+            k[2 * i] = doubled(w & 0x0f0f0f0fu);
+            k[2 * i + 1] = doubled((w >> 4) & 0x0f0f0f0fu);
+        }
+        float powers[PARTS];
+        #pragma unroll
+        for (uint s = 0; s < PARTS; s++)
+            powers[s] = as_type<float>((row[WIDTH / 8 + s / 4] >> (8 * (s % 4)) & 255u) << 23);
+        for (uint h = h0; h < h1; h++) {
+            float product = 0;
+            #pragma unroll
+            for (uint s = 0; s < PARTS; s++) {
+                int n = 0;
+                #pragma unroll
+                for (uint i = 0; i < 2; i++) {
+                    uint4 c = codes[h * (WIDTH / 16) + 2 * s + i];
+                    n = dot4(c.x, k[8 * s + 4 * i], n);
+                    n = dot4(c.y, k[8 * s + 4 * i + 1], n);
+                    n = dot4(c.z, k[8 * s + 4 * i + 2], n);
+                    n = dot4(c.w, k[8 * s + 4 * i + 3], n);
+                }
+                product = fma(float(n) * scales[h * PARTS + s], powers[s], product);
+            }
+            sum = fma(product < 0 ? 0.0f : product, shares[h], sum);
+        }
+"""
+    + _ADD
+)
+
+PLAIN = (
+    _BEGIN
+    + """
+    threadgroup float4 queries[BLOCK * WIDTH / 4];
+    threadgroup float sums[32 * GROUPS];
+    threadgroup float* made = (threadgroup float*)queries;
+    for (uint from = 0; from < HEADS; from += BLOCK) {
+    uint heads = min(uint(HEADS) - from, uint(BLOCK));
+    for (uint i = id; i < heads * WIDTH; i += 32 * GROUPS) {
+        uint c = i % WIDTH, k = c < WIDTH - ROPE ? 0 : (c - (WIDTH - ROPE)) / 2;
+        const device float* v = q + from * WIDTH + (i & ~1u);
+        float a = float(static_cast<T>(v[0])), b = float(static_cast<T>(v[1]));
+        float turn = angles[ROPE + k], cross = angles[ROPE + ROPE / 2 + k];
+        float turned = c & 1 ? a * cross + b * turn : a * turn - b * cross;
+        made[i] = c < WIDTH - ROPE ? (c & 1 ? b : a) : float(static_cast<T>(turned));
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    uint many = (heads + split - 1) / split, h0 = group % split * many;
+    uint h1 = min(h0 + many, heads);
+"""
+    + _ROWS
+    + """
+        for (uint h = h0; h < h1; h += 2) {
+            uint other = min(h + 1, h1 - 1);
+            float one = 0, two = 0;
+            for (uint c = 0; c < WIDTH; c += 8) {
+                float k[8];
+                load8(row + c, k);
+                #pragma unroll
+                for (uint i = 0; i < 2; i++) {
+                    float4 a = queries[(h * WIDTH + c) / 4 + i];
+                    float4 b = queries[(other * WIDTH + c) / 4 + i];
+                    one = fma(a.x, k[4 * i], one); two = fma(b.x, k[4 * i], two);
+                    one = fma(a.y, k[4 * i + 1], one); two = fma(b.y, k[4 * i + 1], two);
+                    one = fma(a.z, k[4 * i + 2], one); two = fma(b.z, k[4 * i + 2], two);
+                    one = fma(a.w, k[4 * i + 3], one); two = fma(b.w, k[4 * i + 3], two);
+                }
+            }
+            float share = as_type<float>(SHARE);
+            sum = fma(one < 0 ? 0.0f : one, weights[from + h] * share, sum);
+            if (other > h) sum = fma(two < 0 ? 0.0f : two, weights[from + other] * share, sum);
+        }
+"""
+    + _ADD
+    + "    }\n"
+)
+PLAIN_HEADER = "#define BEFORE (from ? scores[at + id] : 0.0f)\n"
+
+
+@lru_cache
+def kernel(coded: bool) -> Kernel:
+    """The kernel for rows of E2M1 codes, or for plain ones."""
+    inputs = ["q", "weights", "full", "tail", "place", "angles"]
+    if coded:
+        return Kernel("index_scores_coded", inputs, ["scores"], CODED, CODED_HEADER)
+    return Kernel("index_scores_plain", inputs, ["scores"], PLAIN, LOAD8 + PLAIN_HEADER)
+
+
+def index_scores(
+    q: mx.array,
+    weights: mx.array,
+    rows: Grown,
+    place: mx.array,
+    angles: mx.array,
+    *,
+    heads: int,
+    form: Form,
+    spread: bool,
+    dtype: mx.Dtype,
+) -> mx.array:
+    """Scores of all index rows, float32 (capacity + TAIL,): sum_h w_h relu(q_h . k_j).
+
+    q float32 (heads * width,): the product of the indexer's wq_b, rounded to `dtype` here, as are the
+    turned queries. weights float32 (heads,): the product of its weights_proj. rows: as `form` lays them
+    out; row j lies in `full` while j < place[2], then in `tail`. place int32 (8,), place[0] the token's
+    position p; only the rows j < (p + 1) // 4 get a score, the others -inf. angles float32
+    (4, 2, rope / 2), of which [1] is read. `spread`: queries are Hadamard-transformed and FP4-rounded.
+    """
+    if takes(q, rows, heads, form.layout, spread, dtype):
+        return by_kernel(
+            q, weights, rows, place, angles, heads=heads, layout=form.layout, dtype=dtype
+        )
+    options = {"heads": heads, "form": form, "spread": spread, "dtype": dtype}
+    return plain(q, weights, rows, place, angles, **options)
+
+
+def takes(
+    q: mx.array, rows: Grown, heads: int, layout: RowLayout, spread: bool, dtype: mx.Dtype
+) -> bool:
+    """Whether the kernel scores rows of this layout."""
+    coded, width = layout.kind == "index", layout.width
+    sizes = width in (32, 64, 128, 256) and heads * width <= 16384 if coded else width % 8 == 0
+    known = spread == coded and dtype in (mx.bfloat16, mx.float32)
+    return sizes and known and min(rows.full.size, rows.tail.size) >= 8 and dispatch.active(q)
+
+
+def by_kernel(
+    q: mx.array,
+    weights: mx.array,
+    rows: Grown,
+    place: mx.array,
+    angles: mx.array,
+    *,
+    heads: int,
+    layout: RowLayout,
+    dtype: mx.Dtype,
+    most: int = MOST_GROUPS,
+) -> mx.array:
+    """`index_scores` in one launch, of `most` threadgroups; coded rows are those of spread queries."""
+    coded, width = layout.kind == "index", layout.width
+    count = len(rows.full) + len(rows.tail)
+    template = [
+        ("T", dtype),
+        ("ROW", layout.dtype),
+        ("HEADS", heads),
+        ("WIDTH", width),
+        ("ROPE", 2 * angles.shape[-1]),
+        ("ELEMENTS", layout.elements),
+        ("RATIO", RATIO),
+        ("GROUPS", GROUPS),
+        ("LEAST", LEAST_SPLIT),
+        ("SHARE", bits((width * heads) ** -0.5)),
+    ]
+    if coded:
+        template += [("EACH", width // 32), ("PARTS", width // 32), ("ROOT", bits(width**-0.5))]
+    else:
+        template += [("BLOCK", max(1, min(heads, BLOCK_BYTES // (4 * width))))]
+    (scores,) = kernel(coded)(
+        [q, weights, *rows, place, angles],
+        [((count,), mx.float32)],
+        groups=(min(most, -(-count // 32)), 1, 1),
+        threads=32 * GROUPS,
+        template=template,
+    )
+    return scores
+
+
+def plain(
+    q: mx.array,
+    weights: mx.array,
+    rows: Grown,
+    place: mx.array,
+    angles: mx.array,
+    *,
+    heads: int,
+    form: Form,
+    spread: bool,
+    dtype: mx.Dtype,
+) -> mx.array:
+    """`index_scores` by MLX's own operations; rows without a score get -inf."""
+    width = form.layout.width
+    turned = rotate(q.astype(dtype).reshape(1, heads, width), (angles[1, :1], angles[1, 1:]))[0]
+    if spread:
+        turned = form.unpack(form.pack(mx.hadamard_transform(turned)))
+    capacity, number = len(rows.full), mx.arange(len(rows.full) + len(rows.tail))
+    lies = mx.where(number < place[2], number, capacity + number - place[2])
+    keys = form.unpack(mx.concatenate(list(rows))[mx.minimum(lies, len(number) - 1)])
+    hits = mx.maximum(turned.astype(mx.float32) @ keys.T, 0)
+    scores = (weights * (width * heads) ** -0.5) @ hits
+    return mx.where(number < (place[0] + 1) // RATIO, scores, -mx.inf)

@@ -1,0 +1,173 @@
+"""The index rows of the highest scores: a radix selection, without a sort.
+
+A threadgroup selects among a slice of the rows, whose scores its threads keep in registers; where
+there are several slices, a second launch selects among what they chose. A score becomes an integer of
+the same order; its digits are counted from the highest down, until one digit's numbers fit exactly.
+"""
+
+from functools import lru_cache
+
+import mlx.core as mx
+
+from ds4mlx.custom_kernels import dispatch
+from ds4mlx.custom_kernels.dialect import CUDA_COUNTERS, METAL_COUNTERS, Kernel
+
+THREADS = 1024
+EACH = 16  # scores of a thread
+
+HEADER = """
+// An integer of the same order, above 0; a NaN comes last.
+inline uint key_of(float v) {
+  uint u = as_type<uint>(v);
+  return v != v ? 1u : u ^ (u >> 31 ? ~0u : 0x80000000u);
+}
+// The sum of what the threads before this one have; `totals` is of 32, and free afterwards.
+inline uint sum_before(uint v, threadgroup uint* totals, uint lane, uint group) {
+  uint sum = v;
+  for (uint d = 1; d < 32; d *= 2) {
+    uint other = simd_shuffle(sum, ushort(max(lane, d) - d));
+    if (lane >= d) sum += other;
+  }
+  if (lane == 31) totals[group] = sum;
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  sum += simd_sum(lane < group ? totals[lane] : 0u);
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  return sum - v;
+}
+"""
+
+# What a launch selects among: all visible rows, or those that slices chose (-1, of key 0: none).
+_FIRST = """
+#define NUMBER(i) int(from + (i))
+#define KEY(i) key_of(scores[from + (i)])
+"""
+_NEXT = """
+#define NUMBER(i) chosen[from + (i)]
+#define KEY(i) ordered[from + (i)]
+"""
+
+BODY = """
+    threadgroup atomic_uint bins[2 * THREADS];
+    threadgroup uint totals[32];
+    threadgroup uint crossed[3];
+    uint lane = thread_index_in_simdgroup, group = simdgroup_index_in_threadgroup;
+    uint id = thread_index_in_threadgroup, slice = threadgroup_position_in_grid.x;
+    uint from = slice * (EACH * THREADS), count = COUNT;
+    count -= min(count, from);
+    device int* best = rows + slice * TOPK;
+    device uint* best_keys = keys + slice * TOPK;
+    if (count <= TOPK) {
+        for (uint i = id; i < TOPK; i += THREADS) {
+            best[i] = i < count ? NUMBER(i) : -1;
+            best_keys[i] = i < count ? KEY(i) : 0u;
+        }
+        return;
+    }
+    uint key[EACH];
+    #pragma unroll
+    for (uint i = 0; i < EACH; i++)
+        key[i] = i * THREADS + id < count ? KEY(i * THREADS + id) : 0u;
+    uint prefix = 0, need = TOPK, shift = 32;
+    for (uint digit = 0; digit < 3; digit++) {
+        uint above = shift, width = digit < 2 ? 11 : 10;
+        shift -= width;
+        clear(bins + id);
+        clear(bins + THREADS + id);
+        threadgroup_barrier(mem_flags::mem_threadgroup);
+        #pragma unroll
+        for (uint i = 0; i < EACH; i++)
+            if (key[i] != 0 && (digit == 0 || key[i] >> above == prefix))
+                count_one(bins + (key[i] >> shift & ((1u << width) - 1)));
+        threadgroup_barrier(mem_flags::mem_threadgroup);
+        uint high = 2 * THREADS - 1 - 2 * id;  // the highest digits first
+        uint a = counted(bins + high), b = counted(bins + high - 1);
+        if (high == 1 && prefix == 0) b += TOPK;  // nothing, key 0, may be taken as often as need be
+        uint before = sum_before(a + b, totals, lane, group);
+        if (before < need && need <= before + a + b) {
+            bool second = need > before + a;
+            crossed[0] = second ? high - 1 : high;
+            crossed[1] = need - before - (second ? a : 0u);
+            crossed[2] = second ? b : a;
+        }
+        threadgroup_barrier(mem_flags::mem_threadgroup);
+        prefix = (prefix << width) + crossed[0];
+        need = crossed[1];
+        if (need == crossed[2]) break;
+    }
+    uint mine = 0;  // how many are above, and 65536 times how many stand at the edge
+    #pragma unroll
+    for (uint i = 0; i < EACH; i++)
+        mine += key[i] >> shift > prefix ? 1u : key[i] >> shift == prefix ? 65536u : 0u;
+    uint before = sum_before(mine, totals, lane, group);
+    uint above = before & 65535u, edge = (before >> 16) + TOPK - need;
+    #pragma unroll
+    for (uint i = 0; i < EACH; i++) {
+        uint top = key[i] >> shift, to = TOPK;
+        if (top > prefix) to = above++;
+        if (top == prefix) to = min(edge++, uint(TOPK));
+        if (to < TOPK) {
+            best[to] = key[i] != 0 ? NUMBER(i * THREADS + id) : -1;
+            best_keys[to] = key[i];
+        }
+    }
+"""
+
+
+@lru_cache
+def kernel(first: bool) -> Kernel:
+    """The kernel that selects among all visible rows, or among chosen ones."""
+    if first:
+        name, inputs, header = "index_select", ["scores", "place"], _FIRST
+        count = "uint(place[0] + 1) / RATIO"
+    else:
+        name, inputs, header = "index_select_next", ["chosen", "ordered"], _NEXT
+        count = "uint(chosen_shape[0])"  # in the body, where MLX looks for what it is to hand over
+    body = BODY.replace("COUNT", count)
+    counters = {"metal": METAL_COUNTERS, "cuda": CUDA_COUNTERS}
+    return Kernel(name, inputs, ["rows", "keys"], body, header + HEADER, **counters)
+
+
+def index_select(scores: mx.array, place: mx.array, *, topk: int, ratio: int = 4) -> mx.array:
+    """The `topk` visible rows of the highest scores, int32 (topk,), in any order; -1 where none is left.
+
+    scores float32 (R,). place int32 (8,), place[0] the token's position p: rows j < (p + 1) // ratio are
+    visible, R at most; the other scores are not read. Among equal scores any are taken; NaN comes last.
+    """
+    if takes(scores, topk):
+        return by_kernel(scores, place, topk, ratio)
+    return plain(scores, place, topk, ratio)
+
+
+def takes(scores: mx.array, topk: int) -> bool:
+    """Whether the kernel selects among so many scores."""
+    return 2 * topk <= EACH * THREADS and scores.size >= 8 and dispatch.active(scores)
+
+
+def by_kernel(
+    scores: mx.array, place: mx.array, topk: int, ratio: int, each: int = EACH
+) -> mx.array:
+    """`index_select` in one launch, or in one more for every factor of each * 1024 / topk rows."""
+    slices, among = -(-len(scores) // (each * THREADS)), [scores, place]
+    template = [("THREADS", THREADS), ("EACH", each), ("TOPK", topk), ("RATIO", ratio)]
+    first = True
+    while True:
+        among = kernel(first)(
+            among,
+            [((slices * topk,), mx.int32), ((slices * topk,), mx.uint32)],
+            groups=(slices, 1, 1),
+            threads=THREADS,
+            template=template,
+        )
+        if slices == 1:
+            return among[0]
+        slices, first = -(-len(among[0]) // (each * THREADS)), False
+
+
+def plain(scores: mx.array, place: mx.array, topk: int, ratio: int) -> mx.array:
+    """`index_select` by MLX's own operations."""
+    visible = (place[0] + 1) // ratio
+    masked = mx.where(mx.arange(len(scores)) < visible, scores, -mx.inf)
+    least = min(topk, len(scores))
+    chosen = mx.argpartition(-masked, least - 1)[:least].astype(mx.int32)
+    chosen = mx.where(chosen < visible, chosen, -1)
+    return mx.pad(chosen, (0, topk - least), constant_values=-1)
