@@ -19,7 +19,7 @@ import mlx.core as mx
 from device import device
 
 from ds4mlx.bench.synth import config_like, synth_model
-from ds4mlx.bench.whole_model import WARM, bench, synthetic_state
+from ds4mlx.bench.whole_model import WARM, Asked, bench, synthetic_state
 from ds4mlx.custom_kernels import dispatch
 from ds4mlx.model.batch import Span
 from ds4mlx.model.model import Model
@@ -76,7 +76,8 @@ def main() -> None:
 
 def rows(model: Model, depths: tuple[int, ...], fill) -> list[dict]:
     """Tokens a second, memory and the host's share at some depths."""
-    return [asdict(row) for row in bench(model, depths, GENERATED, fill, print)]
+    asked = Asked(GENERATED, fill, target="cuda" if dispatch.in_use() else None)
+    return [asdict(row) for row in bench(model, depths, asked, print)]
 
 
 def profile(model: Model, depth: int) -> dict[str, float]:

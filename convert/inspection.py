@@ -93,11 +93,15 @@ def inspect(
     )
 
 
-def bytes_per_token(sizes: dict[str, int], config: ModelConfig) -> int:
-    """Bytes of weights that one decoded token reads, from the bytes of each component."""
+def bytes_per_token(sizes: dict[str, int], config: ModelConfig, sequences: int = 1) -> int:
+    """Bytes of weights that one decoded token reads, from the bytes of each component.
+
+    sequences: how many get a token at once; each reads experts and a row of the embedding of its own.
+    """
+    chosen = sequences * config.num_experts_per_tok
     share = {
-        "routed experts": config.num_experts_per_tok / config.n_routed_experts,
-        "embedding": 1 / config.vocab_size,
+        "routed experts": min(1.0, chosen / config.n_routed_experts),
+        "embedding": min(1.0, sequences / config.vocab_size),
         "mtp": 0,
     }
     return round(sum(size * share.get(what, 1) for what, size in sizes.items()))

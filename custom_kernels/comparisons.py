@@ -42,7 +42,7 @@ def _one_line(text: str, most: int = 300) -> str:
 
 
 @cache
-def comparisons(target: str) -> tuple[Comparison, ...]:
+def comparisons(target: dialect.Target) -> tuple[Comparison, ...]:
     """Every comparison at small and at real widths, those of the fewest kernels first."""
     listed = [Comparison(case, _launched(case, target)) for case in every_case()]
     return tuple(sorted(listed, key=lambda comparison: len(comparison.kernels)))
@@ -56,7 +56,7 @@ def every_case() -> Iterator[Case]:
             yield from getattr(module, part, tuple)()
 
 
-def _launched(case: Case, target: str) -> tuple[str, ...]:
+def _launched(case: Case, target: dialect.Target) -> tuple[str, ...]:
     recorder = Recorder(target, [])
     with dialect.launching(recorder):
         case.compute()
@@ -68,7 +68,7 @@ def named(kernel: str, asked: str) -> bool:
     return kernel == asked or kernel.startswith(asked + "_")
 
 
-def of_kernel(target: str, asked: str, dtype: mx.Dtype) -> list[Comparison]:
+def of_kernel(target: dialect.Target, asked: str, dtype: mx.Dtype) -> list[Comparison]:
     """Those of a kernel and its variants with activations of a type, or of all types if none has it."""
     about = [c for c in comparisons(target) if any(named(kernel, asked) for kernel in c.kernels)]
     return [c for c in about if c.case.dtype == dtype] or about

@@ -10,10 +10,11 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import mlx.core as mx
 
+Target = Literal["metal", "cuda"]
 Output = tuple[tuple[int, ...], mx.Dtype]
 # The shares of inputs, by name, that a launch reads where it does not read the whole of them.
 Shares = Callable[[], Mapping[str, float]]
@@ -135,7 +136,7 @@ _SHARED = re.compile(r"^(\s*)threadgroup (?=[^*&]*\[[^;]*;)", re.MULTILINE)
 class Launcher(Protocol):
     """What launches kernels in MLX's place: it notes them, or runs them in another way."""
 
-    target: str  # "metal" or "cuda", for which they are made
+    target: Target  # for which they are made
 
     def launch(
         self,
@@ -155,8 +156,8 @@ _launcher: ContextVar[Launcher | None] = ContextVar("launcher", default=None)
 
 
 @contextlib.contextmanager
-def launching(launcher: Launcher) -> Iterator[None]:
-    """Inside the block every kernel is launched by `launcher`, on a machine of any kind."""
+def launching(launcher: Launcher | None) -> Iterator[None]:
+    """Inside the block every kernel is launched by `launcher`, on a machine of any kind; None: by MLX."""
     before = _launcher.set(launcher)
     try:
         yield
@@ -164,7 +165,7 @@ def launching(launcher: Launcher) -> Iterator[None]:
         _launcher.reset(before)
 
 
-def target() -> str | None:
+def target() -> Target | None:
     """What kernels are made for here: "metal", "cuda", or None for a CPU."""
     launcher = _launcher.get()
     if launcher is not None:

@@ -57,7 +57,7 @@ class Operation:
 class Recorder:
     """A launcher that launches nothing."""
 
-    target: str
+    target: dialect.Target
     launches: list[Operation]
 
     def launch(

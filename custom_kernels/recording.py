@@ -10,7 +10,6 @@ the launch was given. So `graph.operations(output)` lists MLX's own operations a
 import contextlib
 import os
 from collections.abc import Iterator
-from typing import Literal
 
 import mlx.core as mx
 
@@ -19,15 +18,17 @@ from ds4mlx.custom_kernels.recorder import Operation, Recorder
 
 
 @contextlib.contextmanager
-def recording(target: Literal["metal", "cuda"] = "metal") -> Iterator[list[Operation]]:
+def recording(target: dialect.Target = "metal", *, every: bool = True) -> Iterator[list[Operation]]:
     """Inside the block kernels are used as for a target, and noted instead of launched.
 
+    every: whether all are used, or, where the target is this machine's own, only those good on it.
     `mx.compile` is off inside, so that no compiled function keeps what was recorded in its trace.
     """
     recorder = Recorder(target, [])
     mx.disable_compile()
     try:
-        with dialect.launching(recorder), dispatch.kernels():
+        used = dispatch.kernels() if every else contextlib.nullcontext()
+        with dialect.launching(recorder), used:
             yield recorder.launches
     finally:
         if "MLX_DISABLE_COMPILE" not in os.environ:

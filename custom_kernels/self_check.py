@@ -12,7 +12,7 @@ from threading import RLock
 
 import mlx.core as mx
 
-from ds4mlx.custom_kernels import comparisons, verdicts
+from ds4mlx.custom_kernels import comparisons, dialect, verdicts
 from ds4mlx.custom_kernels.comparisons import Comparison
 from ds4mlx.custom_kernels.verdicts import Verdict, Verdicts
 from ds4mlx.errors import DataError
@@ -21,14 +21,14 @@ from ds4mlx.precision import keep_float32
 # A kernel, with all its variants whose names go on from it, and the type of the activations.
 Asked = tuple[str, mx.Dtype]
 
-_answers: dict[tuple[str, str, mx.Dtype], bool] = {}
+_answers: dict[tuple[dialect.Target, str, mx.Dtype], bool] = {}
 _kept: dict[Path, Verdicts] = {}
 _noted: set[str] = set()  # the bad kernels that were told of
 _lock = RLock()
 _comparing: ContextVar[bool] = ContextVar("comparing", default=False)
 
 
-def good(target: str, kernels: Sequence[str], dtype: mx.Dtype) -> bool:
+def good(target: dialect.Target, kernels: Sequence[str], dtype: mx.Dtype) -> bool:
     """Whether all of the kernels may be used with activations of a type.
 
     kernels: names, each standing for its variants too. No, while kernels are compared: the plain
@@ -43,7 +43,7 @@ def good(target: str, kernels: Sequence[str], dtype: mx.Dtype) -> bool:
         return all(_answers[target, name, dtype] for name in kernels)
 
 
-def check(target: str, asked: Iterable[Asked], *, hidden: bool | None = None) -> None:
+def check(target: dialect.Target, asked: Iterable[Asked], *, hidden: bool | None = None) -> None:
     """Find the answers to what is asked, by comparisons where there is no verdict yet.
 
     hidden: whether progress is not shown; None: where stderr is no terminal. Raises DataError if the
@@ -85,7 +85,7 @@ def labels(comparison: Comparison) -> list[str]:
     return [label(kernel, comparison.case.dtype) for kernel in comparison.kernels]
 
 
-def _missing(known: Verdicts, target: str, asked: Iterable[Asked]) -> list[Comparison]:
+def _missing(known: Verdicts, target: dialect.Target, asked: Iterable[Asked]) -> list[Comparison]:
     """The comparisons of kernels on which there is no verdict yet."""
     each = [c for name, dtype in asked for c in comparisons.of_kernel(target, name, dtype)]
     unknown = [c for c in each if not set(labels(c)) <= known.known.keys()]
@@ -101,8 +101,9 @@ def _compare(known: Verdicts, missing: list[Comparison], hidden: bool | None) ->
     passed: list[set[str]] = []
     token = _comparing.set(True)
     try:
-        for comparison in tqdm(ordered, "comparing kernels", disable=hidden, leave=False):
-            _one(known, comparison, passed)
+        with dialect.launching(None):  # on the device, whoever asks
+            for comparison in tqdm(ordered, "comparing kernels", disable=hidden, leave=False):
+                _one(known, comparison, passed)
         for name in set().union(*passed):
             known.known.setdefault(name, Verdict(True))
     finally:
@@ -145,7 +146,7 @@ def _computes() -> bool:
         return False
 
 
-def _answer(known: Verdicts, target: str, asked: str, dtype: mx.Dtype) -> bool:
+def _answer(known: Verdicts, target: dialect.Target, asked: str, dtype: mx.Dtype) -> bool:
     """Whether all variants of a kernel are good; says so on stderr, once, if not."""
     about = comparisons.of_kernel(target, asked, dtype)
     names = {

@@ -14,7 +14,7 @@ from importlib.metadata import version
 import mlx.core as mx
 
 from ds4mlx.config import ModelConfig
-from ds4mlx.custom_kernels import dialect, dispatch, read_speed
+from ds4mlx.custom_kernels import dialect, dispatch, read_speed, self_check
 from ds4mlx.custom_kernels.layer.hyper_pre import MIXES
 from ds4mlx.custom_kernels.products import experts_down, experts_up
 from ds4mlx.custom_kernels.products.dense import product
@@ -79,6 +79,16 @@ def read_bandwidth() -> float:
     words = random_words((1 << 28,), 1)
     mx.eval(words)
     return words.nbytes / measure(lambda i, x: read_speed.read_all(x), words, 8)
+
+
+def readable_bandwidth() -> float | None:
+    """The same, or None where there is no GPU, or its kernel is not good on this one."""
+    target = dialect.target()
+    if target is None or not self_check.good(target, ["read_speed"], mx.float32):
+        return None
+    rate = read_bandwidth()
+    mx.clear_cache()
+    return rate
 
 
 def matmul_rate() -> float:

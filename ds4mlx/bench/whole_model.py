@@ -1,16 +1,14 @@
 """How fast a model prefills and decodes, at which depth, with what memory and how many launches."""
 
-import csv
-import io
 import statistics
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Literal
 
 import mlx.core as mx
 
+from ds4mlx.bench.costs import Target, cost, rows_read, weights_read
 from ds4mlx.config import ModelConfig
 from ds4mlx.custom_kernels.graph import kinds
 from ds4mlx.engine.machine import check_fits
@@ -26,43 +24,73 @@ Fill = Literal["real", "synthetic"]
 WARM = 3  # decoded tokens before the clock runs
 
 
-@dataclass
+@dataclass(frozen=True)
 class Row:
-    """At one depth: tokens a second, gigabytes, and what one decoded token costs the host."""
+    """Of some sequences at one depth: tokens a second, and what one step, a token of each, costs.
+
+    decode_tokens_per_s: of all sequences together; decode_ms, host_ms: of a step, the host's share
+    being what it takes to build and submit it. operations: of MLX's graph as it ran here, launches by
+    kernel and others by kind as counted for `counted_for` (see `costs`). weights_gb and rows_gb: what a
+    step reads by arithmetic; moved_gb: what it reads and writes as it is launched. bandwidth_share: of
+    reading what arithmetic says in the time that reading it alone would take here.
+    """
 
     depth: int
+    batch: int
     prefill_tokens_per_s: float | None
     decode_tokens_per_s: float
     decode_ms: float
     host_ms: float
     operations: int
+    counted_for: str
+    launches_per_layer: float
+    kernels: dict[str, int]
+    others: dict[str, int]
+    weights_gb: float
+    rows_gb: float
+    moved_gb: float | None
+    largest_output_mb: float | None
+    bandwidth_share: float | None
     peak_gb: float
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is measured. gen: steps that are timed. batch: sequences that are decoded at once.
+
+    fill: "real" prefills the depth, "synthetic" starts from random rows of the right shapes. target:
+    for which launches are counted; None: no kernels. bandwidth: bytes a second that the device reads.
+    """
+
+    gen: int
+    fill: Fill = "real"
+    batch: int = 1
+    target: Target | None = "metal"
+    bandwidth: float | None = None
 
 
 def bench(
     model: Model,
     depths: Sequence[int],
-    gen: int,
-    fill: Fill = "real",
+    asked: Asked,
     note: Callable[[str], None] = lambda text: None,
 ) -> list[Row]:
-    """A row for each depth: `depth` tokens of prompt, then `gen` decoded ones.
-
-    fill: "real" prefills the depth (twice, as the first time compiles), "synthetic" starts from random
-    rows of the right shapes.
-    """
+    """A row for each depth: `depth` tokens of prompt of each sequence, then decoded ones."""
     rows = []
     for depth in depths:
         note(f"depth {depth}")
-        rows.append(_at(model, depth, gen, fill))
+        rows.append(_at(model, depth, asked))
         mx.clear_cache()
     return rows
 
 
-def check_room(config: ModelConfig, depth: int, gen: int, ctx: int | None, weights: int) -> None:
+def check_room(
+    config: ModelConfig, depth: int, gen: int, ctx: int | None, weights: int, batch: int = 1
+) -> None:
     """Raises DataError if the context or the memory cannot take what is to be measured.
 
-    depth, gen: of the deepest row. ctx: a bound below the model's own. weights: their bytes.
+    depth, gen: of the deepest row. ctx: a bound below the model's own. weights: their bytes. batch:
+    sequences at once.
     """
     limit = min(ctx or config.max_position_embeddings, config.max_position_embeddings)
     total = depth + WARM + gen
@@ -71,51 +99,84 @@ def check_room(config: ModelConfig, depth: int, gen: int, ctx: int | None, weigh
             f"a depth of {depth} tokens, {WARM} decoded to warm up and {gen} measured exceed the "
             f"context of {limit} tokens"
         )
-    check_fits(f"the model with a state of {total} tokens", weights + state_bytes(config, total))
+    states = "a state" if batch == 1 else f"{batch} states"
+    needed = weights + batch * state_bytes(config, total)
+    check_fits(f"the model with {states} of {total} tokens", needed)
 
 
-def _at(model: Model, depth: int, gen: int, fill: Fill) -> Row:
-    rate, cache = None, model.make_cache()
+def _at(model: Model, depth: int, asked: Asked) -> Row:
     mx.reset_peak_memory()
-    if fill == "real":
-        ids = mx.random.randint(0, model.args.vocab_size, (depth,), key=mx.random.key(depth))
-        for _ in range(2):
-            cache, begun = model.make_cache(), time.perf_counter()
-            prefill(model, ids.tolist(), cache)  # type: ignore[arg-type]
-            rate = depth / (time.perf_counter() - begun)
+    rate, states = None, []
+    if asked.fill == "real":
+        rate, states = prefilled(model, depth, asked.batch)
     else:
-        cache = synthetic_state(model, depth)
-    times, hosts, operations = decode(model, cache, gen)
-    seconds = statistics.median(times)
+        states = [synthetic_state(model, depth) for _ in range(asked.batch)]
+    times, hosts, operations = decode(model, states, asked.gen)
+    peak, seconds = mx.get_peak_memory(), statistics.median(times)
+    spent = cost(model, states, asked.target)
+    weights, rows = weights_read(model, asked.batch), asked.batch * rows_read(model, depth)
+    least = None if asked.bandwidth is None else (weights + rows) / asked.bandwidth
     return Row(
         depth=depth,
+        batch=asked.batch,
         prefill_tokens_per_s=None if rate is None else round(rate, 2),
-        decode_tokens_per_s=round(1 / seconds, 3),
+        decode_tokens_per_s=round(asked.batch / seconds, 3),
         decode_ms=round(1000 * seconds, 3),
         host_ms=round(1000 * statistics.median(hosts), 3),
-        operations=sum(operations.values()),
-        peak_gb=round(mx.get_peak_memory() / 1e9, 3),
+        operations=operations,
+        counted_for=asked.target or "no kernels",
+        launches_per_layer=round(spent.launches_per_layer, 2),
+        kernels=spent.kernels,
+        others=spent.others,
+        weights_gb=_scaled(weights, 1e9),
+        rows_gb=_scaled(rows, 1e9),
+        moved_gb=None if spent.moved is None else _scaled(spent.moved, 1e9),
+        largest_output_mb=None if spent.largest is None else _scaled(spent.largest, 1e6),
+        bandwidth_share=None if least is None else round(least / seconds, 4),
+        peak_gb=_scaled(peak, 1e9),
     )
 
 
+def _scaled(count: int, unit: float) -> float:
+    """With four digits after the first."""
+    return float(f"{count / unit:.5g}")
+
+
+def prefilled(model: Model, depth: int, batch: int) -> tuple[float, list[DecodeState]]:
+    """Tokens a second of prefilling, and the states; the first is done twice, as it compiles."""
+    seconds, states = 0.0, []
+    for turn in range(-1, batch):
+        ids = mx.random.randint(0, model.args.vocab_size, (depth,), key=mx.random.key(depth + turn))
+        state, begun = model.make_cache(), time.perf_counter()
+        prefill(model, ids.tolist(), state)  # type: ignore[arg-type]
+        if turn >= 0:
+            seconds += time.perf_counter() - begun
+            states.append(state)
+    return batch * depth / seconds, states
+
+
 def decode(
-    model: Model, cache: DecodeState, gen: int
-) -> tuple[list[float], list[float], Counter[str]]:
-    """Greedy decoding: seconds of each token, the host's share of them, and a token's operations."""
-    token, times, hosts = mx.array([[1]]), [], []
-    operations: Counter[str] = Counter()
+    model: Model, states: Sequence[DecodeState], gen: int
+) -> tuple[list[float], list[float], int]:
+    """Greedy decoding: seconds of each step, the host's share of them, and a step's operations.
+
+    A step is submitted before the tokens of the one before have come, as `generate` does it.
+    """
+    token, times, hosts, operations = mx.ones((len(states),), mx.int32), [], [], 0
+    done = time.perf_counter()
     for step in range(WARM + gen):
-        begun = time.perf_counter()
-        token = mx.argmax(model.last_logits(token, cache), axis=-1)[None]
+        begun, before = time.perf_counter(), token
+        token = mx.argmax(model.step(token, states), axis=-1)
         if step == 0:
-            operations = kinds(token)
-            begun = time.perf_counter()
+            operations = sum(kinds(token).values())
         mx.async_eval(token)
-        encoded = time.perf_counter()
-        mx.eval(token)
+        submitted = time.perf_counter()
+        mx.eval(before)
+        before_done, done = done, time.perf_counter()
         if step >= WARM:
-            times.append(time.perf_counter() - begun)
-            hosts.append(encoded - begun)
+            times.append(done - before_done)
+            hosts.append(submitted - begun)
+    mx.eval(token)
     return times, hosts, operations
 
 
@@ -141,27 +202,3 @@ def _fill(state: LayerState, model: Model, tokens: int) -> None:
 
 def _random_rows(form: RowForm, count: int, dtype: mx.Dtype) -> mx.array:
     return form.pack(mx.random.normal((count, form.width)).astype(dtype))
-
-
-def table(rows: list[Row]) -> str:
-    """For people."""
-    lines = [
-        f"{'depth':>8} {'prefill t/s':>12} {'decode t/s':>11} {'ms/token':>9} {'host ms':>8} "
-        f"{'operations':>10} {'peak GB':>8}"
-    ]
-    for row in rows:
-        rate = "" if row.prefill_tokens_per_s is None else f"{row.prefill_tokens_per_s:.1f}"
-        lines.append(
-            f"{row.depth:>8} {rate:>12} {row.decode_tokens_per_s:>11.2f} {row.decode_ms:>9.2f} "
-            f"{row.host_ms:>8.2f} {row.operations:>10} {row.peak_gb:>8.2f}"
-        )
-    return "\n".join(lines)
-
-
-def csv_text(rows: list[Row]) -> str:
-    """The rows as CSV, with a header."""
-    out = io.StringIO()
-    writer = csv.DictWriter(out, fieldnames=list(asdict(rows[0])))
-    writer.writeheader()
-    writer.writerows(asdict(row) for row in rows)
-    return out.getvalue()

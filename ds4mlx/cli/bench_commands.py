@@ -34,6 +34,19 @@ Fill = Annotated[
     typer.Option("--fill", help="Prefill each depth, or start decoding from random rows."),
 ]
 Csv = Annotated[Path | None, typer.Option("--csv", help="Write the rows to a CSV file too.")]
+Plot = Annotated[
+    Path | None, typer.Option("--plot", help="Draw tokens a second against depth, as an SVG file.")
+]
+Batch = Annotated[
+    int, typer.Option("--batch", min=1, max=8, help="The sequences decoded at once, of one depth.")
+]
+Target = Annotated[
+    Literal["metal", "cuda"] | None,
+    typer.Option(
+        "--count-for",
+        help="For which GPUs launches are counted; by default for this machine's, else for Metal.",
+    ),
+]
 Plain = Annotated[
     bool, typer.Option("--plain", help="Use MLX's own operations only, and no kernels.")
 ]
@@ -50,6 +63,13 @@ class Measurement:
     as_json: bool
     csv: Path | None
     plain: bool
+    plot: Path | None
+    batch: int
+    target: Literal["metal", "cuda"] | None
+
+    def __post_init__(self) -> None:
+        if self.plot is not None and self.plot.suffix != ".svg":
+            raise typer.BadParameter(f"{self.plot} does not end in .svg", param_hint="--plot")
 
 
 def bench(
@@ -65,11 +85,18 @@ def bench(
     as_json: arg.Json = False,
     csv: Csv = None,
     plain: Plain = False,
+    plot: Plot = None,
+    batch: Batch = 1,
+    count_for: Target = None,
 ) -> None:
-    """Measure how fast a model prefills and decodes at several depths, and the memory it takes.
+    """Measure how fast a model prefills and decodes at several depths, and what a token costs.
+
+    The costs are memory, the launches of a step, by kernel, the bytes it reads by arithmetic and those
+    that it moves, and how much of what the device can read in that time the former are.
 
     \b
     ds4mlx bench -m ~/models/v4-flash --prompt 512,8192 --gen 64 --json
+    ds4mlx bench -m ~/models/v4-flash --batch 4 --plot speed.svg
     ds4mlx bench --kernels
     """
     depths = _depths(prompt)
@@ -78,11 +105,12 @@ def bench(
     from ds4mlx.bench.whole_model import check_room
     from ds4mlx.weights.directory import ModelDirectory
 
-    asked = Measurement(depths, gen, ctx, fill, as_json, csv, plain)
+    asked = Measurement(depths, gen, ctx, fill, as_json, csv, plain, plot, batch, count_for)
     arg.check_output(csv)
+    arg.check_output(plot)
     directory = ModelDirectory.open(arg.find_model(model))
     weights = sum((directory.path / file).stat().st_size for file in directory.files)
-    check_room(directory.config, max(depths), gen, ctx, weights)
+    check_room(directory.config, max(depths), gen, ctx, weights, batch)
     loaded, _ = arg.open_model(model)
     return _report(loaded, asked)
 
@@ -116,6 +144,9 @@ def synth(
     as_json: arg.Json = False,
     csv: Csv = None,
     plain: Plain = False,
+    plot: Plot = None,
+    batch: Batch = 1,
+    count_for: Target = None,
 ) -> None:
     """Make a model of the real shapes with random weights, which answers nothing, to measure it.
 
@@ -128,8 +159,11 @@ def synth(
         raise typer.BadParameter("give either DIR or --in-memory")
     if bench and not in_memory:
         raise typer.BadParameter("--bench measures a model that is made --in-memory")
-    asked = Measurement(_depths(prompt), gen, ctx, fill, as_json, csv, plain)
+    asked = Measurement(
+        _depths(prompt), gen, ctx, fill, as_json, csv, plain, plot, batch, count_for
+    )
     arg.check_output(csv)
+    arg.check_output(plot)
 
     from ds4mlx.bench.synth import check_recipe, config_like
     from ds4mlx.bench.synth_directory import write_synth
@@ -153,7 +187,14 @@ def _in_memory(config: ModelConfig, recipe: str, asked: Measurement | None, like
 
     check_memory(config, recipe)
     if asked is not None:
-        check_room(config, max(asked.depths), asked.gen, asked.ctx, weight_bytes(config, recipe))
+        check_room(
+            config,
+            max(asked.depths),
+            asked.gen,
+            asked.ctx,
+            weight_bytes(config, recipe),
+            asked.batch,
+        )
     begun = time.perf_counter()
     dtype = mx.float32 if mx.default_device() == mx.cpu else mx.bfloat16
     model = synth_model(config, recipe, dtype, partial(progress, "making", "weights"))
@@ -183,20 +224,26 @@ def _kernels(as_json: bool) -> None:
 def _report(model: Model, asked: Measurement) -> None:
     import mlx.core as mx
 
+    from ds4mlx.bench.kernels import readable_bandwidth
+    from ds4mlx.bench.tables import csv_text, plot_text, table
+    from ds4mlx.bench.whole_model import Asked
     from ds4mlx.bench.whole_model import bench as measure
-    from ds4mlx.bench.whole_model import csv_text, table
-    from ds4mlx.custom_kernels import dispatch
+    from ds4mlx.custom_kernels import dialect, dispatch
 
-    way = dispatch.plain_operations() if asked.plain else nullcontext()
-    with way:
-        rows = measure(model, asked.depths, asked.gen, asked.fill, note)
-    with arg.output(asked.csv) as file:
-        if file is not None:
-            file.write(csv_text(rows))
+    read, here = readable_bandwidth(), dialect.target()
+    target = None if asked.plain else asked.target or here or "metal"
+    wanted = Asked(asked.gen, asked.fill, asked.batch, target, read)
+    with dispatch.plain_operations() if asked.plain else nullcontext():
+        rows = measure(model, asked.depths, wanted, note)
+    device = str(mx.device_info()["device_name"]) if mx.default_device() == mx.gpu else "cpu"
+    used = not asked.plain and dispatch.in_use()
+    for path, text in ((asked.csv, csv_text), (asked.plot, partial(plot_text, title=device))):
+        with arg.output(path) as file:
+            if file is not None:
+                file.write(text(rows))
     if asked.as_json:
-        device = str(mx.device_info()["device_name"]) if mx.default_device() == mx.gpu else "cpu"
-        used = not asked.plain and dispatch.in_use()
         about = {"device": device, "mlx": version("mlx"), "kernels": used, "fill": asked.fill}
+        about["read_gb_per_s"] = None if read is None else round(read / 1e9, 1)
         print(json.dumps({**about, "rows": [asdict(row) for row in rows]}, indent=1))
     else:
         print(table(rows))
