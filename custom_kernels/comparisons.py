@@ -43,17 +43,25 @@ def _one_line(text: str, most: int = 300) -> str:
 
 @cache
 def comparisons(target: dialect.Target) -> tuple[Comparison, ...]:
-    """Every comparison at small and at real widths, those of the fewest kernels first."""
-    listed = [Comparison(case, _launched(case, target)) for case in every_case()]
-    return tuple(sorted(listed, key=lambda comparison: len(comparison.kernels)))
+    """The comparisons at small and at real widths, of all files.
+
+    On CUDA, where a kernel is compiled for two seconds, one of each kind: the first of each width, of
+    the same kernels, and of activations of the same type.
+    """
+    kinds: dict[tuple, list[Comparison]] = {}
+    for width, case in every_case():
+        comparison = Comparison(case, _launched(case, target))
+        kinds.setdefault((width, comparison.kernels, case.dtype), []).append(comparison)
+    most = 1 if target == "cuda" else None
+    return tuple(comparison for alike in kinds.values() for comparison in alike[:most])
 
 
-def every_case() -> Iterator[Case]:
-    """The small and the wide cases of all files."""
+def every_case() -> Iterator[tuple[str, Case]]:
+    """("small" or "wide", case) of all files."""
     for info in iter_modules(cases.__path__):
         module = import_module(f"{cases.__name__}.{info.name}")
-        for part in ("small", "wide"):
-            yield from getattr(module, part, tuple)()
+        for width in ("small", "wide"):
+            yield from ((width, case) for case in getattr(module, width, tuple)())
 
 
 def _launched(case: Case, target: dialect.Target) -> tuple[str, ...]:

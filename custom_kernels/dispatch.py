@@ -85,21 +85,22 @@ def in_use() -> bool:
     return decided() is not False
 
 
-def active(x: mx.array, *kernels: str) -> bool:
+def active(x: mx.array, *kernels: str, dtype: mx.Dtype | None = None) -> bool:
     """Whether the kernels may take activations x.
 
     kernels: the names of all that the operation launches; one that begins others' names, up to a "_",
-    stands for them too. They are compared with their references first, if they never were here.
+    stands for them too. They are compared with their references first, if they never were here. dtype:
+    the type that the kernels round to, where x, such as the sums of a product, is of another.
     """
     if x.dtype not in (mx.bfloat16, mx.float32) or x.size == 0:
         return False
-    asked = _asked.get()
+    asked, dtype = _asked.get(), dtype or x.dtype
     if asked is not None:
-        asked.update((kernel, x.dtype) for kernel in kernels)
+        asked.update((kernel, dtype) for kernel in kernels)
     settled, where = decided(), dialect.target()
     if settled is not None or where is None:
         return settled is True
-    return self_check.good(where, kernels, x.dtype)
+    return self_check.good(where, kernels, dtype)
 
 
 def most_tokens(elements: int) -> int:

@@ -51,12 +51,13 @@ def check(target: dialect.Target, asked: Iterable[Asked], *, hidden: bool | None
     """
     with _lock:
         asked, known = list(dict.fromkeys(asked)), _here()
-        missing = _missing(known, target, asked)
-        if missing:
+        if _unknown(known, asked):
             with known.alone():
-                _compare(known, _missing(known, target, asked), hidden)
+                unknown = _unknown(known, asked)
+                known.asked |= {label(*each): _kernels(target, *each) for each in unknown}
+                _compare(known, _missing(known, target, unknown), hidden)
         for name, dtype in asked:
-            _answers[target, name, dtype] = _answer(known, target, name, dtype)
+            _answers[target, name, dtype] = _answer(known, label(name, dtype))
 
 
 def forget() -> None:
@@ -85,11 +86,25 @@ def labels(comparison: Comparison) -> list[str]:
     return [label(kernel, comparison.case.dtype) for kernel in comparison.kernels]
 
 
+def _unknown(known: Verdicts, asked: Iterable[Asked]) -> list[Asked]:
+    """Those of which it is not known what they stand for, or how good that is."""
+    names = {each: known.asked.get(label(*each)) for each in asked}
+    return [each for each, of in names.items() if of is None or not set(of) <= known.known.keys()]
+
+
+def _kernels(target: dialect.Target, asked: str, dtype: mx.Dtype) -> list[str]:
+    """The verdicts that what is asked depends on."""
+    about = comparisons.of_kernel(target, asked, dtype)
+    pairs = ((kernel, c.case.dtype) for c in about for kernel in c.kernels)
+    return sorted(
+        {label(kernel, type) for kernel, type in pairs if comparisons.named(kernel, asked)}
+    )
+
+
 def _missing(known: Verdicts, target: dialect.Target, asked: Iterable[Asked]) -> list[Comparison]:
     """The comparisons of kernels on which there is no verdict yet."""
     each = [c for name, dtype in asked for c in comparisons.of_kernel(target, name, dtype)]
-    unknown = [c for c in each if not set(labels(c)) <= known.known.keys()]
-    return list(dict.fromkeys(unknown))
+    return list(dict.fromkeys(c for c in each if not set(labels(c)) <= known.known.keys()))
 
 
 def _compare(known: Verdicts, missing: list[Comparison], hidden: bool | None) -> None:
@@ -98,14 +113,16 @@ def _compare(known: Verdicts, missing: list[Comparison], hidden: bool | None) ->
 
     keep_float32()
     ordered = sorted(missing, key=lambda c: (len(c.kernels), labels(c)))
-    passed: list[set[str]] = []
+    passed = [{name} for name, verdict in known.known.items() if verdict.good]
     token = _comparing.set(True)
     try:
         with dialect.launching(None):  # on the device, whoever asks
             for comparison in tqdm(ordered, "comparing kernels", disable=hidden, leave=False):
                 _one(known, comparison, passed)
-        for name in set().union(*passed):
-            known.known.setdefault(name, Verdict(True))
+        good = set().union(*passed)
+        for name in dict.fromkeys(name for comparison in ordered for name in labels(comparison)):
+            alone = Verdict(name in good, "" if name in good else "it goes with a bad one")
+            known.known.setdefault(name, alone)
     finally:
         _comparing.reset(token)
         known.write()  # nothing is being tried any more
@@ -118,10 +135,7 @@ def _one(known: Verdicts, comparison: Comparison, passed: list[set[str]]) -> Non
     nothing can be computed any more.
     """
     names = labels(comparison)
-    bad = [name for name in names if not known.known.get(name, Verdict(True)).good]
-    if bad:
-        why = f"it goes with {bad[0]}, which is not used"
-        known.known |= {n: Verdict(False, why) for n in names if not any(n in p for p in passed)}
+    if not all(known.known.get(name, Verdict(True)).good for name in names):
         return
     if known.trying != names:
         known.write(names)
@@ -146,19 +160,13 @@ def _computes() -> bool:
         return False
 
 
-def _answer(known: Verdicts, target: dialect.Target, asked: str, dtype: mx.Dtype) -> bool:
-    """Whether all variants of a kernel are good; says so on stderr, once, if not."""
-    about = comparisons.of_kernel(target, asked, dtype)
-    names = {
-        label(kernel, comparison.case.dtype)
-        for comparison in about
-        for kernel in comparison.kernels
-        if comparisons.named(kernel, asked)
-    }
-    faults = {n: known.known[n].why for n in sorted(names) if not known.known[n].good}
-    if not about:
-        faults = {label(asked, dtype): "nothing compares it"}
-    for name in faults.keys() - _noted:
+def _answer(known: Verdicts, asked: str) -> bool:
+    """Whether all that is asked about is good; says so on stderr, once, if not."""
+    names = known.asked[asked]
+    faults = {name: known.known[name].why for name in names if not known.known[name].good}
+    if not names:
+        faults = {asked: "nothing compares it"}
+    for name in sorted(faults.keys() - _noted):
         verdicts.note(f"plain operations stand for the kernel {name} here: {faults[name]}")
     _noted.update(faults)
     return not faults

@@ -55,10 +55,14 @@ def texts() -> str:
 
 @dataclass
 class Verdicts:
-    """All that is known here, by kernel and type; and the kernels that are being tried."""
+    """All that is known here, by kernel and type; and the kernels that are being tried.
+
+    asked: of what operations asked about, the kernels that it stands for.
+    """
 
     path: Path
     known: dict[str, Verdict] = field(default_factory=dict)
+    asked: dict[str, list[str]] = field(default_factory=dict)
     trying: list[str] = field(default_factory=list)
     lasting: bool = True  # whether they can be written
 
@@ -71,10 +75,13 @@ class Verdicts:
             known = {
                 name: Verdict(bool(v["good"]), str(v["why"])) for name, v in kept["known"].items()
             }
+            asked = {str(name): [str(each) for each in of] for name, of in kept["asked"].items()}
             trying = [str(name) for name in kept["trying"]]
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return
-        self.known, self.trying = self.known | known, trying
+        self.known |= known
+        self.asked |= asked
+        self.trying = trying
 
     def write(self, trying: Sequence[str] = ()) -> None:
         """Write all down; `trying` are the kernels that are run next."""
@@ -82,7 +89,8 @@ class Verdicts:
         if not self.lasting:
             return
         known = {name: asdict(verdict) for name, verdict in sorted(self.known.items())}
-        text = json.dumps({"about": about(), "known": known, "trying": self.trying}, indent=1)
+        whole = {"about": about(), "known": known, "asked": self.asked, "trying": self.trying}
+        text = json.dumps(whole, indent=1)
         try:
             durable.write_whole(self.path, text.encode())
         except OSError as error:

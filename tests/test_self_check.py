@@ -19,6 +19,7 @@ pytestmark = executor_only
 GOOD, CHECK = self_check.good, self_check.check
 WRONG = ("hyper_post", "16 + 4 * j + k", "16 + 4 * k + j")
 BROKEN = ("hyper_post", "16 + 4 * j + k", "16 + 4 * j + nothing")
+ASKED = {"hyper_post float32": ["hyper_post float32"]}
 KERNELS = [("hyper_post", mx.float32), ("router_hashed", mx.float32)]
 
 
@@ -155,7 +156,7 @@ def test_a_device_that_stopped_is_told_of(monkeypatch):
 def test_a_verdict_of_another_version_is_none(key, first_use, monkeypatch):
     others = {**verdicts.about(), key: "another"}
     bad = {"hyper_post float32": {"good": False, "why": "of another"}}
-    kept = json.dumps({"about": others, "known": bad, "trying": []})
+    kept = json.dumps({"about": others, "known": bad, "asked": ASKED, "trying": []})
     first_use.mkdir(parents=True)
     verdicts.place().write_text(kept)
     with on_metal():
@@ -180,18 +181,18 @@ def test_without_a_place_to_write_all_goes_on(monkeypatch, tmp_path, capsys):
     assert len(lines) == 2 and "cannot be kept" in lines[0] and "hyper_post" in lines[1]
 
 
-def test_a_fault_is_that_of_the_kernel_that_is_off():
-    """The sums and the tiles that go with a bad kernel stay in use where they were good without it."""
+@pytest.mark.parametrize("early", [False, True])
+def test_a_fault_is_that_of_the_kernel_that_is_off(early):
+    """The sums and the tiles that go with a bad kernel stay in use where they are good without it."""
     asked = [("experts_down_sorted", mx.float32), ("expert_tiles", mx.float32)]
     with spoiled("experts_down_sorted_q2_k", "place = order[row0 + r]", "place = row0 + r"):
+        if early:
+            CHECK("metal", [("experts_down_sorted_mxfp4", mx.float32)])
+            CHECK("metal", [("experts_down_sorted_q2_k", mx.float32)])
         CHECK("metal", asked)
-        names = [
-            "experts_down_sorted_q2_k",
-            "experts_down_sorted_mxfp4",
-            "expert_tiles",
-            "experts_sum",
-        ]
-        assert [GOOD("metal", [name], mx.float32) for name in names] == [False, True, True, True]
+        names = ["experts_down_sorted_q2_k", "experts_down_sorted_mxfp4", "experts_sum"]
+        used = [GOOD("metal", [name], mx.float32) for name in (*names, "expert_tiles")]
+        assert used == [False, True, True, True]
 
 
 def test_a_model_answers_rightly_with_a_bad_kernel(small_model, launched, capsys):

@@ -266,7 +266,9 @@ def takes(
     coded, width = layout.kind == "index", layout.width
     sizes = width in (32, 64, 128, 256) and heads * width <= 16384 if coded else width % 8 == 0
     known = spread == coded and dtype in (mx.bfloat16, mx.float32)
-    return sizes and known and min(rows.full.size, rows.tail.size) >= 8 and dispatch.active(q)
+    enough = min(rows.full.size, rows.tail.size) >= 8
+    name = "index_scores_coded" if coded else "index_scores_plain"
+    return sizes and known and enough and dispatch.active(q, name, dtype=dtype)
 
 
 def by_kernel(

@@ -140,7 +140,9 @@ def index_select(scores: mx.array, place: mx.array, *, topk: int, ratio: int = 4
 
 def takes(scores: mx.array, topk: int) -> bool:
     """Whether the kernel selects among so many scores."""
-    return 2 * topk <= EACH * THREADS and scores.size >= 8 and dispatch.active(scores)
+    return (
+        2 * topk <= EACH * THREADS and scores.size >= 8 and dispatch.active(scores, "index_select")
+    )
 
 
 def by_kernel(
