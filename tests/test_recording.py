@@ -6,6 +6,9 @@ import pytest
 from ds4mlx.bench.synth import synth_model
 from ds4mlx.config import ModelConfig
 from ds4mlx.custom_kernels import dialect, dispatch, graph
+from ds4mlx.custom_kernels.layer import index_scores, index_select
+from ds4mlx.custom_kernels.layer.buffers import Grown
+from ds4mlx.custom_kernels.layer.row_layout import RowLayout
 from ds4mlx.custom_kernels.products import experts_up
 from ds4mlx.custom_kernels.random_weights import random_planes
 from ds4mlx.custom_kernels.recorder import Spec, zeros
@@ -135,3 +138,18 @@ def test_operations_around_launches_are_listed():
     assert {"router", "hyper_pre", "hyper_post"} <= set(names)
     assert graph.kinds(logits)["Matmul"] > 0
     assert graph.kinds(logits)["CustomKernel"] == 0
+
+
+def test_of_the_rows_only_the_visible_ones_are_read():
+    """Of 16 settled rows in a buffer of 64, and of the scores of 25 visible ones."""
+    form = RowLayout("index", 128, 17, mx.uint32)
+    rows = Grown(made(64, 17, dtype=mx.uint32), made(40, 17, dtype=mx.uint32))
+    place = mx.array([101, 0, 16, 0, 0, 0, 0, 0], mx.int32)
+    sides = {"heads": 4, "layout": form, "dtype": mx.bfloat16}
+    with recording() as launches:
+        scores = index_scores.by_kernel(made(512), made(4), rows, place, made(4, 2, 32), **sides)
+        index_select.by_kernel(scores, place, 8, 4)
+    scored, selected = launches
+    rest = sum(spec.nbytes for spec in scored.inputs) - rows.full.nbytes
+    assert scored.read == rest + 16 * 68
+    assert selected.read == 25 * 4 + place.nbytes

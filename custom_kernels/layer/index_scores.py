@@ -308,6 +308,7 @@ def by_kernel(
         groups=(min(most, -(-count // 32)), 1, 1),
         threads=32 * GROUPS,
         template=template,
+        reads=lambda: {"full": int(place[2]) / len(rows.full)},
     )
     return scores
 

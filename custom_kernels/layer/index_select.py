@@ -151,6 +151,7 @@ def by_kernel(
     """`index_select` in one launch, or in one more for every factor of each * 1024 / topk rows."""
     slices, among = -(-len(scores) // (each * THREADS)), [scores, place]
     template = [("THREADS", THREADS), ("EACH", each), ("TOPK", topk), ("RATIO", ratio)]
+    seen = lambda: {"scores": int(place[0] + 1) // ratio / len(scores)}
     first = True
     while True:
         among = kernel(first)(
@@ -159,6 +160,7 @@ def by_kernel(
             groups=(slices, 1, 1),
             threads=THREADS,
             template=template,
+            reads=seen if first else None,
         )
         if slices == 1:
             return among[0]
