@@ -1,0 +1,245 @@
+"""The text of the kernel that adds a token to a layer's state, put together for a layer's kind.
+
+A threadgroup has one job: to pool a compressor's row, to make the window row, to norm the query
+latent, or to copy a piece of a tail. In the first two a thread has a pair of channels.
+"""
+
+from functools import lru_cache
+
+from ds4mlx.custom_kernels.dialect import Kernel
+from ds4mlx.custom_kernels.layer.row_packing import INDEX, KV, PAIR, SPREAD
+
+WORDS = 4  # that a thread copies
+
+COMMON = """
+inline float total(float v, threadgroup float* parts, uint at, uint threads) {
+  v = simd_sum(v);
+  if (at % 32 == 0) parts[at / 32] = v;
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  return simd_sum(at % 32 < threads / 32 ? parts[at % 32] : 0.0f);
+}
+
+// All words but those of the row [begin, end).
+inline void copy(const device uint* from, device uint* to, uint words, uint begin, uint end,
+                 uint at, uint threads) {
+  uint w[4] = {0};
+  #pragma unroll
+  for (uint i = 0; i < 4; i++) if (at + i * threads < words) w[i] = from[at + i * threads];
+  #pragma unroll
+  for (uint i = 0; i < 4; i++) {
+    uint e = at + i * threads;
+    if (e < words && (e < begin || e >= end)) to[e] = w[i];
+  }
+}
+
+// The thread's pair of a row in threadgroup memory, normed and turned.
+template <typename T, typename W>
+inline void turned(const threadgroup float* row, const device W* weight, const device float* angles,
+                   int width, int rope, float eps, threadgroup float* parts, uint at, uint threads,
+                   thread float* v) {
+  bool has = 2 * at < uint(width);
+  v[0] = has ? row[2 * at] : 0.0f;
+  v[1] = has ? row[2 * at + 1] : 0.0f;
+  float sum = total(fma(v[0], v[0], v[1] * v[1]), parts, at, threads);
+  if (!has) return;
+  float r = 1.0f / sqrt(sum / float(width) + eps);
+  v[0] = as<T>(v[0] * r * float(weight[2 * at]));
+  v[1] = as<T>(v[1] * r * float(weight[2 * at + 1]));
+  int i = int(at) - (width - rope) / 2;
+  if (i < 0) return;
+  float c = angles[i], s = angles[rope / 2 + i], a = v[0];
+  v[0] = as<T>(a * c - v[1] * s);
+  v[1] = as<T>(a * s + v[1] * c);
+}
+"""
+
+POOL = """
+inline void load4(const device float* p, thread float* v) {
+  float4 q = *(const device float4*)p;
+  v[0] = q.x; v[1] = q.y; v[2] = q.z; v[3] = q.w;
+}
+// A token's projection to its place: values, and scores with the bias of its place in the group.
+template <typename A>
+inline void project(const device float* values, const device float* scores, const device A* bias,
+                    device float* out, uint channels, uint at, uint threads) {
+  for (uint c = at; c < channels; c += threads) {
+    out[c] = values[c];
+    out[channels + c] = scores[c] + float(bias[c]);
+  }
+}
+// The pooled row, in threadgroup memory: eight slices of the candidates in the lanes of a SIMD-group.
+template <typename T, int WIDTH, int COUNT, typename A>
+inline void pool(const device float* values, const device float* scores, const device A* bias,
+                 const device float* old, const device float* recent, int keep, int p, int settled,
+                 threadgroup float* row, uint at, uint threads) {
+  constexpr int CHANNELS = COUNT == 8 ? 2 * WIDTH : WIDTH, MANY = COUNT == 8 ? 1 : 4;
+  int slice = at % 32 / 4;
+  for (int c = at / 32 * 16 + at % 4 * 4; c < WIDTH; c += threads / 2) {
+    float most[4], sum[4] = {0}, pooled[4] = {0};
+    for (int j = 0; j < 4; j++) most[j] = -3e38f;
+    for (int k0 = 0; k0 < COUNT; k0 += 8 * MANY) {
+      float v[MANY][4], s[MANY][4];
+      #pragma unroll
+      for (int i = 0; i < MANY; i++) {
+        int k = k0 + 8 * i + slice, q = p + 1 - COUNT + k;
+        int e = COUNT == 8 && k >= 4 ? WIDTH + c : c;
+        const device float* from = q < settled ? old + (q - settled + keep) * (2 * CHANNELS)
+                                               : recent + (q - settled) * (2 * CHANNELS);
+        for (int j = 0; j < 4; j++) { v[i][j] = 0; s[i][j] = -INFINITY; }
+        if (q == p) {
+          load4(values + e, v[i]);
+          load4(scores + e, s[i]);
+          for (int j = 0; j < 4; j++) s[i][j] += float(bias[e + j]);
+        } else if (q >= 0) {
+          load4(from + e, v[i]);
+          load4(from + CHANNELS + e, s[i]);
+        }
+      }
+      #pragma unroll
+      for (int j = 0; j < 4; j++) {
+        float top = most[j];
+        for (int i = 0; i < MANY; i++) top = max(top, s[i][j]);
+        float f = exp(most[j] - top);
+        sum[j] *= f;
+        pooled[j] *= f;
+        most[j] = top;
+        for (int i = 0; i < MANY; i++) {
+          float w = exp(s[i][j] - top);
+          sum[j] += w;
+          pooled[j] = fma(w, v[i][j], pooled[j]);
+        }
+      }
+    }
+    #pragma unroll
+    for (int j = 0; j < 4; j++) {
+      float top = most[j];
+      for (ushort i = 4; i < 32; i *= 2) top = max(top, simd_shuffle_xor(top, i));
+      float f = exp(most[j] - top);
+      sum[j] *= f;
+      pooled[j] *= f;
+      for (ushort i = 4; i < 32; i *= 2) {
+        sum[j] += simd_shuffle_xor(sum[j], i);
+        pooled[j] += simd_shuffle_xor(pooled[j], i);
+      }
+      if (slice == 0) row[c + j] = as<T>(pooled[j] / sum[j]);
+    }
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+}
+"""
+
+BEGIN = """
+    threadgroup float row[MOST];
+    threadgroup float parts[32];
+    const uint threads = 32 * GROUPS;
+    uint at = thread_index_in_threadgroup, job = threadgroup_position_in_grid.x;
+    int p = place[0], settled = place[1], slot = p - settled;
+    float eps = as_type<float>(EPS), v[2];
+"""
+
+POOLING = """
+    bool full = (p + 1) % RATIO == 0;
+    uint next = p / RATIO - place[RATIO == 4 ? 2 : 3];
+    const device float* turn = angles + (RATIO == 4 ? 2 : 3) * ROPE;
+"""
+
+POOL_JOB = """
+    if (job == {i}) {{
+        constexpr int C = RATIO == 4 ? 2 * WIDTH{i} : WIDTH{i};
+        project(values{i}, scores{i}, ape{i} + p % RATIO * C, new_recent{i} + slot * 2 * C, C, at, threads);
+        if (!full) return;
+        pool<T, WIDTH{i}, RATIO == 4 ? 8 : RATIO>(
+            values{i}, scores{i}, ape{i} + p % RATIO * C, old{i}, recent{i}, KEEP{i}, p, settled,
+            row, at, threads);
+        turned<T>(row, norm{i}, turn, WIDTH{i}, ROPE, eps, parts, at, threads, v);
+        {spread}
+        {pack}
+        return;
+    }}
+"""
+
+WINDOW_JOB = """
+    if (job == {i}) {{
+        for (uint c = at; c < WIDTH; c += threads) row[c] = as<T>(kv[c]);
+        threadgroup_barrier(mem_flags::mem_threadgroup);
+        turned<T>(row, kv_norm, angles + ANGLES * ROPE, WIDTH, ROPE, eps, parts, at, threads, v);
+        {pack}
+        return;
+    }}
+    if (job == {i} + 1) {{
+        float sum = 0;
+        for (uint c = at; c < RANK; c += threads) {{
+            float a = as<T>(latent[c]);
+            sum = fma(a, a, sum);
+        }}
+        float r = 1.0f / sqrt(total(sum, parts, at, threads) / float(RANK) + eps);
+        for (uint c = at; c < RANK; c += threads)
+            new_latent[c] = static_cast<T>(as<T>(latent[c]) * r * float(q_norm[c]));
+        return;
+    }}
+    job -= {i} + 2;
+"""
+
+COPY_JOB = """
+    if (job < {pieces}) {{
+        uint words = {words}, begin = {begin};
+        copy((const device uint*){old}, (device uint*){new}, {count} * words, begin, begin + words,
+             job * 4 * threads + at, threads);
+        return;
+    }}
+    job -= {pieces};
+"""
+
+NO_ROW = "0xffffffffu"  # begins behind all words
+
+Kinds = tuple[tuple[str, bool], ...]
+
+
+@lru_cache
+def kernel(ratio: int, kind: str, poolings: Kinds) -> Kernel:
+    """The kernel of layers of a ratio, KV rows of a kind, and compressors (kind, whether spread)."""
+    inputs = ["kv", "latent", "kv_norm", "q_norm", "window", "place", "angles"]
+    outputs = ["new_latent", "new_window"]
+    for i in range(len(poolings)):
+        inputs += [f"{n}{i}" for n in ("values", "scores", "ape", "norm", "old", "recent", "rows")]
+        outputs += [f"new_recent{i}", f"new_rows{i}"]
+    header = PAIR + COMMON + (POOL if ratio else "")
+    kinds = {kind, *(each for each, _ in poolings)}
+    header += (KV if "kv" in kinds else "") + (INDEX if "index" in kinds else "")
+    header += SPREAD if any(spread for _, spread in poolings) else ""
+    name = "_".join(["rows", str(ratio), kind, *(k + "_spread" * s for k, s in poolings)])
+    return Kernel(name, inputs, outputs, _body(ratio, kind, poolings), header)
+
+
+def _body(ratio: int, kind: str, poolings: Kinds) -> str:
+    """The jobs in the order of their threadgroups: those that take longest come first."""
+    jobs = [BEGIN, POOLING if ratio else ""]
+    for i, (each, spread) in enumerate(poolings):
+        packed = _pack(each, f"new_rows{i}", "next", f"WIDTH{i}", f"ROW_WORDS{i}")
+        spreads = f"spread<T>(v, WIDTH{i}, row, at);" if spread else ""
+        jobs.append(POOL_JOB.format(i=i, spread=spreads, pack=packed))
+    packed = _pack(kind, "new_window", "slot", "WIDTH", "WINDOW_WORDS")
+    jobs.append(WINDOW_JOB.format(i=len(poolings), pack=packed))
+    jobs.append(_copy("window", "SPAN", "WINDOW_WORDS", "uint(slot) * words"))
+    for i in range(len(poolings)):
+        jobs.append(_copy(f"recent{i}", "SPAN", f"RECENT_WORDS{i}", "uint(slot) * words"))
+        begin = f"full ? next * words : {NO_ROW}"
+        jobs.append(_copy(f"rows{i}", f"TAIL{i}", f"ROW_WORDS{i}", begin))
+    return "".join(jobs)
+
+
+def _pack(kind: str, out: str, index: str, width: str, words: str) -> str:
+    """The statement that puts the thread's pair into row `index` of `out`."""
+    if kind == "plain":
+        return f"if (2 * at < {width}) put_pair({out} + {index} * {width} + 2 * at, v);"
+    sizes = f"{width}, CODED, HEAD" if kind == "kv" else width
+    function = "pack_kv<T>" if kind == "kv" else "pack_index"
+    return f"{function}(v, {out} + {index} * {words}, {sizes}, at);"
+
+
+def _copy(old: str, count: str, words: str, begin: str) -> str:
+    """The job that copies `count` rows of so many words, but for the one that begins at `begin`."""
+    pieces = f"({count} * {words} + 4 * threads - 1) / (4 * threads)"
+    return COPY_JOB.format(
+        pieces=pieces, words=words, begin=begin, old=old, new=f"new_{old}", count=count
+    )
