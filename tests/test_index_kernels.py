@@ -117,17 +117,22 @@ def chosen(visible, kinds=1000, each=16):
 
 BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
 FAULTS = [
-    ("index_scores_coded", scored("index"), "j < settled ?", "j <= settled ?"),
-    ("index_scores_coded", scored("index"), "(j - settled)", "j"),
+    ("index_scores_coded", scored("index"), "(j) < settled ?", "(j) <= settled ?"),
+    ("index_scores_coded", scored("index"), "((j) - settled)", "(j)"),
     ("index_scores_coded", scored("index"), "(masked >> 1)", "masked"),
     ("index_scores_coded", scored("index"), "(c >> 3) & (high | low", "(c >> 3) & (low"),
-    ("index_scores_coded", scored("index"), "product < 0 ? 0.0f : product", "product"),
+    ("index_scores_coded", scored("index"), "product[r] < 0 ? 0.0f : product[r]", "product[r]"),
     ("index_scores_coded", scored("index"), "(8 * (s % 4))", "(8 * (s % 2 ^ 1))"),
-    ("index_scores_coded", scored("index", dtype=mx.bfloat16), "b == 8 ||", "b == 4 ||"),
+    (
+        "index_scores_coded",
+        scored("index", dtype=mx.bfloat16),
+        "b * EACH == 8 ||",
+        "b * EACH == 4 ||",
+    ),
     ("index_scores_coded", scored("index"), "(c & 1 ? mate : -mate)", "mate"),
     ("index_scores_coded", scored("index"), f"{BARRIER}\n    uint many", "uint many"),
     ("index_scores_coded", scored("index"), "rint(", "floor("),
-    ("index_scores_plain", scored("plain"), "j < settled ?", "j <= settled ?"),
+    ("index_scores_plain", scored("plain"), "(j) < settled ?", "(j) <= settled ?"),
     ("index_scores_plain", scored("plain"), "angles[ROPE + k]", "angles[k]"),
     ("index_scores_plain", scored("plain", cases.TINY), "if (other > h)", "if (true)"),
     ("index_scores_plain", scored("plain", (34, 32, 8)), "if (other > h)", "if (false)"),

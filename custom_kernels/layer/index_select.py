@@ -63,11 +63,14 @@ BODY = """
         }
         return;
     }
-    uint key[EACH];
+    uint key[EACH] = {0};
     #pragma unroll
-    for (uint i = 0; i < EACH; i++)
-        key[i] = i * THREADS + id < count ? KEY(i * THREADS + id) : 0u;
+    for (uint i = 0; i < EACH; i++) {
+        if (i * THREADS >= count) break;
+        if (i * THREADS + id < count) key[i] = KEY(i * THREADS + id);
+    }
     uint prefix = 0, need = TOPK, shift = 32;
+    #pragma unroll 1
     for (uint digit = 0; digit < 3; digit++) {
         uint above = shift, width = digit < 2 ? 11 : 10;
         shift -= width;
@@ -75,9 +78,11 @@ BODY = """
         clear(bins + THREADS + id);
         threadgroup_barrier(mem_flags::mem_threadgroup);
         #pragma unroll
-        for (uint i = 0; i < EACH; i++)
+        for (uint i = 0; i < EACH; i++) {
+            if (i * THREADS >= count) break;
             if (key[i] != 0 && (digit == 0 || key[i] >> above == prefix))
                 count_one(bins + (key[i] >> shift & ((1u << width) - 1)));
+        }
         threadgroup_barrier(mem_flags::mem_threadgroup);
         uint high = 2 * THREADS - 1 - 2 * id;  // the highest digits first
         uint a = counted(bins + high), b = counted(bins + high - 1);
@@ -96,15 +101,16 @@ BODY = """
     }
     uint mine = 0;  // how many are above, and 65536 times how many stand at the edge
     #pragma unroll
-    for (uint i = 0; i < EACH; i++)
+    for (uint i = 0; i < EACH; i++) {
+        if (i * THREADS >= count) break;
         mine += key[i] >> shift > prefix ? 1u : key[i] >> shift == prefix ? 65536u : 0u;
+    }
     uint before = sum_before(mine, totals, lane, group);
     uint above = before & 65535u, edge = (before >> 16) + TOPK - need;
     #pragma unroll
     for (uint i = 0; i < EACH; i++) {
-        uint top = key[i] >> shift, to = TOPK;
-        if (top > prefix) to = above++;
-        if (top == prefix) to = min(edge++, uint(TOPK));
+        if (i * THREADS >= count) break;
+        uint top = key[i] >> shift, to = top > prefix ? above++ : top == prefix ? edge++ : TOPK;
         if (to < TOPK) {
             best[to] = key[i] != 0 ? NUMBER(i * THREADS + id) : -1;
             best_keys[to] = key[i];
