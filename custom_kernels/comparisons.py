@@ -8,13 +8,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
+from inspect import signature
 from pkgutil import iter_modules
 
 import mlx.core as mx
 
 from ds4mlx.custom_kernels import cases, dialect
-from ds4mlx.custom_kernels.cases.base import TOLERANCE, Case
+from ds4mlx.custom_kernels.cases.base import TOLERANCE, Case, Forms
 from ds4mlx.custom_kernels.recorder import Recorder
+
+_forms: list[Forms] = []  # one, once it is known
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,12 @@ def _one_line(text: str, most: int = 300) -> str:
     return words if len(words) <= most else words[:most] + " ..."
 
 
+def take_forms(forms: Forms) -> None:
+    """Have `forms` make the rows of those cases that are given forms; the room of states calls this."""
+    _forms[:] = [forms]
+    comparisons.cache_clear()
+
+
 @cache
 def comparisons(target: dialect.Target) -> tuple[Comparison, ...]:
     """The comparisons at small and at real widths, of all files.
@@ -57,11 +66,14 @@ def comparisons(target: dialect.Target) -> tuple[Comparison, ...]:
 
 
 def every_case() -> Iterator[tuple[str, Case]]:
-    """("small" or "wide", case) of all files."""
+    """("small" or "wide", case) of all files, those that want forms once there are any."""
     for info in iter_modules(cases.__path__):
         module = import_module(f"{cases.__name__}.{info.name}")
         for width in ("small", "wide"):
-            yield from ((width, case) for case in getattr(module, width, tuple)())
+            make = getattr(module, width, tuple)
+            wants = "forms" in signature(make).parameters if make is not tuple else False
+            if not wants or _forms:
+                yield from ((width, case) for case in make(*_forms[:wants]))
 
 
 def _launched(case: Case, target: dialect.Target) -> tuple[str, ...]:

@@ -6,6 +6,11 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
+from ds4mlx.custom_kernels.layer.row_layout import Form
+
+# (width of KV rows, of index rows, channels that turn, type of activations, whether rows are coded)
+# -> the forms of KV rows and of index rows.
+Forms = Callable[[int, int, int, mx.Dtype, bool], tuple[Form, Form]]
 TOLERANCE = {mx.float32: 1e-5, mx.bfloat16: 4e-3}
 Pairs = list[tuple[mx.array, mx.array]]
 

@@ -7,16 +7,13 @@ from typing import Any
 
 import mlx.core as mx
 
-from ds4mlx.custom_kernels.cases.base import Case, Pairs, normal
+from ds4mlx.custom_kernels.cases.base import Case, Forms, Pairs, normal
 from ds4mlx.custom_kernels.layer import rows
 from ds4mlx.custom_kernels.layer.buffers import Grown, Recent
 from ds4mlx.custom_kernels.layer.row_layout import Form
 
 EPS = 1e-6
 KEEP = {0: 255, 4: 135, 128: 255}  # settled projections; of the window as many as of ratio 128
-# (width of KV rows, of index rows, channels that turn, type of activations, whether rows are coded)
-# -> the forms of KV rows and of index rows.
-Forms = Callable[[int, int, int, mx.Dtype, bool], tuple[Form, Form]]
 
 
 @dataclass(frozen=True)

@@ -92,8 +92,8 @@ def takes(
     suits = ratio in RATIOS and pooled and all(_suits(each, threads, rope) for each in layouts)
     suits = suits and all(each == form.layout for each in layouts if each.kind == "kv")
     spreads = all(_power_of_two(each.form.layout.width) for each in poolings if each.spread)
-    typed = dtype in (mx.bfloat16, mx.float32)
-    return suits and spreads and typed and dispatch.active(kv)
+    typed, name = dtype in (mx.bfloat16, mx.float32), f"rows_{ratio}_{form.layout.kind}"
+    return suits and spreads and typed and dispatch.active(kv, name, dtype=dtype)
 
 
 def _suits(layout: RowLayout, threads: int, rope: int) -> bool:

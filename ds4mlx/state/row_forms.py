@@ -12,6 +12,7 @@ from typing import Protocol
 import mlx.core as mx
 
 from ds4mlx.config import ModelConfig
+from ds4mlx.custom_kernels.comparisons import take_forms
 from ds4mlx.custom_kernels.layer.row_layout import Form, RowLayout
 from ds4mlx.state.rounding import (
     FP4_GROUP,
@@ -172,11 +173,23 @@ class StateForm:
     def of(cls, config: ModelConfig, dtype: mx.Dtype, rounding: Rounding) -> "StateForm":
         """The form for activations of type `dtype`."""
         width, rope = config.head_dim, config.qk_rope_head_dim
-        if rounding == "none":
-            return cls(PlainRows(width, dtype), PlainRows(config.index_head_dim, dtype))
-        coded = width > rope
-        kv = PackedKVRows(width, rope, dtype) if coded else PlainRows(width, dtype)
-        return cls(kv, PackedIndexRows(config.index_head_dim))
+        return cls(*forms(width, config.index_head_dim, rope, dtype, rounding != "none"))
+
+
+def forms(
+    width: int, index: int, rope: int, dtype: mx.Dtype, coded: bool
+) -> tuple[RowForm, RowForm]:
+    """The forms of KV rows and of index rows of so many channels; `rope` of the former turn.
+
+    coded: whether rows are rounded to codes.
+    """
+    if not coded:
+        return PlainRows(width, dtype), PlainRows(index, dtype)
+    kv = PackedKVRows(width, rope, dtype) if width > rope else PlainRows(width, dtype)
+    return kv, PackedIndexRows(index)
+
+
+take_forms(forms)  # for comparisons of the kernels that read or write rows
 
 
 def row_bytes(form: RowForm) -> int:
