@@ -221,9 +221,10 @@ def test_every_kernel_that_a_model_launches_is_asked_about(small_model, launched
     assert all(comparisons.of_kernel("metal", name, mx.float32) for name in names)
 
 
-def test_all_kernels_are_compared_at_both_types():
+@pytest.mark.parametrize("target", ["metal", "cuda"])
+def test_all_kernels_are_compared_at_both_types(target):
     types = {}
-    for comparison in comparisons.comparisons("metal"):
+    for comparison in comparisons.comparisons(target):
         for kernel in comparison.kernels:
             types.setdefault(kernel, set()).add(comparison.case.dtype)
     assert len(types) > 30
