@@ -1,0 +1,169 @@
+"""Dense matrices times one to eight rows of activations: one launch reads every weight once.
+
+Several matrices that take the same activations share a launch, whatever their formats. A SIMD-group
+makes R values for all rows of activations: its lanes load 16 bytes of each of R rows at a time and
+multiply in float32, so that no weight is ever written out wider than it is stored.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import mlx.core as mx
+
+from ds4mlx.custom_kernels import dispatch
+from ds4mlx.custom_kernels.dialect import Kernel
+from ds4mlx.custom_kernels.products import dense_matvec_text as text
+from ds4mlx.formats import FORMATS, Planes
+
+MOST = 8  # rows of activations
+GROUPS = 4  # SIMD-groups of a threadgroup
+
+# A threadgroup finds its matrix by its number; those of a group of rows are its own.
+_PART = """
+if (at < PARTS{i}) {{
+  {struct} w;
+  {planes}
+  uint group = at / (PARTS{i} / STACKED), part = at % (PARTS{i} / STACKED);
+  uint row = (part * GROUPS + sub) * R + group * EACH{i}, end = (group + 1) * EACH{i};
+  if (row < end)
+    product<{struct}, R, N, U, M, A>(w, x + group * COLUMNS, STACKED * COLUMNS, out{i},
+                                     STACKED * EACH{i}, row, end, COLUMNS, lane);
+  return;
+}}
+at -= PARTS{i};
+"""
+
+Matrices = Sequence[tuple[str, Planes]]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How the work of a launch is cut: rows of every matrix, groups they fall into, tokens."""
+
+    rows: tuple[int, ...]
+    groups: int
+    tokens: int
+
+    @property
+    def height(self) -> int:
+        """Rows that a SIMD-group takes: few where few rows would leave a large GPU's memory idle."""
+        most, filled = (2, 2048) if self.tokens == 1 else (4, 1024)
+        return next((r for r in (4, 2) if r <= most and sum(self.rows) >= r * filled), 1)
+
+    @property
+    def steps(self) -> int:
+        """Pieces of each row that a lane loads at a time."""
+        return 1 if self.tokens > 4 else max(2, 4 // self.height)
+
+    @property
+    def sums(self) -> int:
+        """Sums of a SIMD-group, made up to a power of two."""
+        return 1 << (self.height * self.tokens - 1).bit_length()
+
+    def parts(self) -> list[int]:
+        """Threadgroups of each matrix."""
+        each = GROUPS * self.height
+        return [self.groups * -(-(rows // self.groups) // each) for rows in self.rows]
+
+    def template(self) -> list[tuple[str, int]]:
+        """The template's numbers."""
+        numbers = [("N", self.tokens), ("R", self.height), ("U", self.steps), ("M", self.sums)]
+        numbers += [("GROUPS", GROUPS), ("STACKED", self.groups)]
+        for i, (rows, parts) in enumerate(zip(self.rows, self.parts(), strict=True)):
+            numbers += [(f"PARTS{i}", parts), (f"EACH{i}", rows // self.groups)]
+        return numbers
+
+
+@lru_cache
+def kernel(formats: tuple[str, ...]) -> Kernel:
+    """The kernel of matrices in these formats."""
+    planes = [[f"w{i}_{p}" for p in FORMATS[name].layout] for i, name in enumerate(formats)]
+    body = """
+uint at = threadgroup_position_in_grid.x, lane = thread_index_in_simdgroup;
+uint sub = simdgroup_index_in_threadgroup;
+"""
+    for i, name in enumerate(formats):
+        taken = " ".join(f"w.{p} = w{i}_{p};" for p in FORMATS[name].layout)
+        body += _PART.format(i=i, struct=text.STRUCTS[name], planes=taken)
+    header = text.LOAD4 + "".join(text.FORMATS[name] for name in dict.fromkeys(formats))
+    inputs = ["x", *(plane for each in planes for plane in each)]
+    outputs = [f"out{i}" for i in range(len(formats))]
+    return Kernel(_name(*formats), inputs, outputs, body, header + text.PRODUCT)
+
+
+def _name(*formats: str) -> str:
+    return "_".join(("dense_matvec", *formats))
+
+
+def dense_matvec(
+    matrices: Matrices,
+    x: mx.array,
+    dtype: mx.Dtype = mx.float32,
+    *,
+    rounds: mx.Dtype | None = None,
+) -> list[mx.array]:
+    """x . W^T for every matrix, in one launch: a list of (N, rows) of type `dtype`.
+
+    matrices: (format, planes of (rows, columns)); x (N, columns), or (N, G, columns), where row i of
+    a matrix meets group i // (rows / G): a list of (N, G, rows / G). Sums are float32. rounds: the
+    type that x, such as the float32 sums of an earlier product, is rounded to first.
+    """
+    if takes(matrices, x, rounds=rounds):
+        return by_kernel(matrices, x, dtype, rounds=rounds)
+    return plain(matrices, x, dtype, rounds=rounds)
+
+
+def takes(matrices: Matrices, x: mx.array, *, rounds: mx.Dtype | None = None) -> bool:
+    """Whether the kernel multiplies x by the matrices."""
+    return fits([name for name, _ in matrices], x, rounds=rounds)
+
+
+def fits(formats: Iterable[str], x: mx.array, *, rounds: mx.Dtype | None = None) -> bool:
+    """Whether the kernel multiplies x (N, columns) or (N, G, columns) by matrices in these formats."""
+    kinds = list(dict.fromkeys(formats))
+    if len(x) > MOST or not all(kind in text.COLUMNS for kind in kinds):
+        return False
+    if any(x.shape[-1] % text.COLUMNS[kind] for kind in kinds):
+        return False
+    return dispatch.active(x, *map(_name, kinds), dtype=rounds)
+
+
+def plain(
+    matrices: Matrices,
+    x: mx.array,
+    dtype: mx.Dtype = mx.float32,
+    *,
+    rounds: mx.Dtype | None = None,
+) -> list[mx.array]:
+    """`dense_matvec` by MLX's own operations."""
+    x = x.astype(rounds or x.dtype).astype(mx.float32)
+    if x.ndim == 2:
+        return [FORMATS[name].matmul(planes, x).astype(dtype) for name, planes in matrices]
+    groups, rows = x.shape[1], x.swapaxes(0, 1)
+    results = []
+    for name, planes in matrices:
+        stacked = {p: a.reshape(groups, -1, a.shape[-1]) for p, a in planes.items()}
+        results.append(FORMATS[name].matmul(stacked, rows).astype(dtype).swapaxes(0, 1))
+    return results
+
+
+def by_kernel(
+    matrices: Matrices,
+    x: mx.array,
+    dtype: mx.Dtype = mx.float32,
+    *,
+    rounds: mx.Dtype | None = None,
+) -> list[mx.array]:
+    """`dense_matvec` in one launch; N is at most MOST, columns a multiple of a piece's."""
+    tokens, *grouped, columns = x.shape
+    groups = (grouped or [1])[0]
+    formats = tuple(name for name, _ in matrices)
+    cut = Cut(tuple(planes["weight"].shape[0] for _, planes in matrices), groups, tokens)
+    return kernel(formats)(
+        [x, *(planes[p] for name, planes in matrices for p in FORMATS[name].layout)],
+        [((tokens, *grouped, rows // groups), dtype) for rows in cut.rows],
+        groups=(sum(cut.parts()), 1, 1),
+        threads=32 * GROUPS,
+        template=[("A", rounds or x.dtype), ("COLUMNS", columns), *cut.template()],
+    )

@@ -1,0 +1,198 @@
+"""The text of dense_matvec: how a lane loads 16 bytes of a row, in each format, and multiplies.
+
+A piece is 16 bytes of a row of weights: its columns are those that share a lane's load.
+"""
+
+LOAD4 = """
+inline void halves(uint w, thread float* v) { v[0] = low(as_half2(w)); v[1] = high(as_half2(w)); }
+inline void brains(uint w, thread float* v) {
+  v[0] = as_type<float>(w << 16); v[1] = as_type<float>(w & 0xffff0000u);
+}
+// Activations as they are taken: those of more digits than A has are rounded to it.
+template <typename A> inline void load4(const device float* p, thread float* v) {
+  float4 q = *(const device float4*)p;
+  v[0] = q.x; v[1] = q.y; v[2] = q.z; v[3] = q.w;
+  if (sizeof(A) < sizeof(float)) {
+    #pragma unroll
+    for (int i = 0; i < 4; i++) v[i] = float(static_cast<A>(v[i]));
+  }
+}
+template <typename A> inline void load4(const device bfloat16_t* p, thread float* v) {
+  uint2 q = *(const device uint2*)p;
+  brains(q.x, v); brains(q.y, v + 2);
+}
+inline uint word(uint4 w, int i) { return i == 0 ? w.x : i == 1 ? w.y : i == 2 ? w.z : w.w; }
+// A scale of MXFP8: a power of two, or NaN.
+inline float power(uint e) {
+  return as_type<float>(e == 0 || e == 255u ? e << 23 | 0x00400000u : e << 23);
+}
+"""
+
+
+# A format: columns of a piece, how it is loaded, its scale, and the i-th four of its values.
+FORMATS = {
+    "mxfp8": """
+struct Mxfp8 {
+  enum { COLUMNS = 16 };
+  const device uint* weight; const device uchar* scales;
+  inline uint4 load(uint row, uint c, uint all) const {
+    return ((const device uint4*)weight)[row * (all / 16) + c];
+  }
+  // A code's bits put where a half has them give its value times 2 to the power -8.
+  inline float scale(uint row, uint c, uint all) const {
+    return 256.0f * power(scales[row * (all / 32) + c / 2]);
+  }
+  static inline void quad(uint4 p, int i, thread float* v) {
+    uint w = word(p, i);
+    half2 even = as_half2(((w << 8) & 0x80008000u) | ((w << 7) & 0x3f803f80u));
+    half2 odd = as_half2((w & 0x80008000u) | ((w >> 1) & 0x3f803f80u));
+    v[0] = low(even); v[1] = low(odd); v[2] = high(even); v[3] = high(odd);
+  }
+};
+""",
+    "q8_0": """
+struct Q80 {
+  enum { COLUMNS = 16 };
+  const device int8_t* weight; const device float16_t* d;
+  inline uint4 load(uint row, uint c, uint all) const {
+    return ((const device uint4*)weight)[row * (all / 16) + c];
+  }
+  inline float scale(uint row, uint c, uint all) const {
+    return float(d[row * (all / 32) + c / 2]);
+  }
+  // 1024 + 128 + code, exact in a half.
+  static inline half2 codes(uint w) {
+    return mad2(as_half2((w & 0x00ff00ffu) | 0x64006400u), fill2(1.0f), fill2(-1152.0f));
+  }
+  static inline void quad(uint4 p, int i, thread float* v) {
+    uint w = word(p, i) ^ 0x80808080u;
+    half2 even = codes(w), odd = codes(w >> 8);
+    v[0] = low(even); v[1] = low(odd); v[2] = high(even); v[3] = high(odd);
+  }
+};
+""",
+    "bf16": """
+struct Bf16 {
+  enum { COLUMNS = 8 };
+  const device bfloat16_t* weight;
+  inline uint4 load(uint row, uint c, uint all) const {
+    return ((const device uint4*)weight)[row * (all / 8) + c];
+  }
+  inline float scale(uint, uint, uint) const { return 1.0f; }
+  static inline void quad(uint4 p, int i, thread float* v) {
+    brains(word(p, 2 * i), v); brains(word(p, 2 * i + 1), v + 2);
+  }
+};
+""",
+    "f16": """
+struct F16 {
+  enum { COLUMNS = 8 };
+  const device float16_t* weight;
+  inline uint4 load(uint row, uint c, uint all) const {
+    return ((const device uint4*)weight)[row * (all / 8) + c];
+  }
+  inline float scale(uint, uint, uint) const { return 1.0f; }
+  static inline void quad(uint4 p, int i, thread float* v) {
+    halves(word(p, 2 * i), v); halves(word(p, 2 * i + 1), v + 2);
+  }
+};
+""",
+    "f32": """
+struct F32 {
+  enum { COLUMNS = 4 };
+  const device float* weight;
+  inline uint4 load(uint row, uint c, uint all) const {
+    return ((const device uint4*)weight)[row * (all / 4) + c];
+  }
+  inline float scale(uint, uint, uint) const { return 1.0f; }
+  static inline void quad(uint4 p, int, thread float* v) {
+    for (int i = 0; i < 4; i++) v[i] = as_type<float>(word(p, i));
+  }
+};
+""",
+}
+
+STRUCTS = {"mxfp8": "Mxfp8", "q8_0": "Q80", "bf16": "Bf16", "f16": "F16", "f32": "F32"}
+COLUMNS = {"mxfp8": 16, "q8_0": 16, "bf16": 8, "f16": 8, "f32": 4}  # of a piece
+
+# Rows row0 .. row0 + R - 1 of a matrix times N rows of x, `stride` elements apart.
+PRODUCT = """
+// The sums over all lanes of M values, a power of two: lane l < M gets that of value `which`.
+template <int M>
+inline float totals(thread float* v, uint lane, thread uint& which) {
+  // Bounds that do not change from step to step, so that `v` stays in registers.
+  #pragma unroll
+  for (int s = 0; s < 5; s++) {
+    int m = M >> (s + 1);
+    bool upper = ((lane >> s) & 1u) != 0;
+    which += upper ? uint(m) : 0u;
+    #pragma unroll
+    for (int i = 0; i < M / 2; i++) {
+      if (i < m) {
+        float mine = upper ? v[i + m] : v[i], other = upper ? v[i] : v[i + m];
+        v[i] = mine + simd_shuffle_xor(other, 1u << s);
+      }
+    }
+  }
+  float sum = v[0];
+  #pragma unroll
+  for (uint b = M; b < 32; b *= 2) sum += simd_shuffle_xor(sum, b);
+  return sum;
+}
+template <typename F, int R, int N, int U, int M, typename A, typename T, typename O>
+inline void product(F w, const device T* x, uint stride, device O* out, uint out_stride, uint row0,
+                    uint rows, uint all, uint lane) {
+  float y[M];
+  #pragma unroll
+  for (int i = 0; i < M; i++) y[i] = 0;
+  uint pieces = all / F::COLUMNS, last = pieces - 1;
+  for (uint c0 = lane; c0 < pieces; c0 += 32 * U) {
+    uint4 p[U][R];
+    float scale[U][R];
+    #pragma unroll
+    for (int u = 0; u < U; u++) {
+      #pragma unroll
+      for (int r = 0; r < R; r++) {
+        uint row = min(row0 + r, rows - 1), c = min(c0 + 32 * u, last);
+        p[u][r] = w.load(row, c, all);
+        scale[u][r] = c0 + 32 * u <= last ? w.scale(row, c, all) : 0.0f;
+      }
+    }
+    #pragma unroll
+    for (int u = 0; u < U; u++) {
+      const device T* at = x + min(c0 + 32 * u, last) * F::COLUMNS;
+      float sum[R][N];
+      #pragma unroll
+      for (int q = 0; q < F::COLUMNS / 4; q++) {
+        float v[R][4];
+        #pragma unroll
+        for (int r = 0; r < R; r++) F::quad(p[u][r], q, v[r]);
+        #pragma unroll
+        for (int t = 0; t < N; t++) {
+          float a[4];
+          load4<A>(at + t * stride + 4 * q, a);
+          #pragma unroll
+          for (int r = 0; r < R; r++) {
+            float s = q ? sum[r][t] : 0.0f;
+            #pragma unroll
+            for (int i = 0; i < 4; i++) s = fma(v[r][i], a[i], s);
+            sum[r][t] = s;
+          }
+        }
+      }
+      // A piece past the end counts nothing, also where its product is no number.
+      #pragma unroll
+      for (int r = 0; r < R; r++) {
+        #pragma unroll
+        for (int t = 0; t < N; t++)
+          y[r * N + t] += c0 + 32 * u <= last ? scale[u][r] * sum[r][t] : 0.0f;
+      }
+    }
+  }
+  uint which = 0;
+  float total = totals<M>(y, lane, which);
+  uint r = which / N, t = which % N;
+  if (lane < M && r < R && row0 + r < rows)
+    out[t * out_stride + row0 + r] = static_cast<O>(total);
+}
+"""

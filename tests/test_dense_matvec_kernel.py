@@ -1,0 +1,143 @@
+"""Products with a few rows of activations by the kernel, run on the CPU executor or on a Mac."""
+
+from functools import partial
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from metalsim import check, options_of, record
+from metalsim.kernel import REAL
+from spoiling import assert_caught, assert_two_each, executor_only, fault_ids, on_metal
+
+from ds4mlx.custom_kernels import dispatch
+from ds4mlx.custom_kernels.cases import dense_matvec as cases
+from ds4mlx.custom_kernels.cases.base import TOLERANCE, normal
+from ds4mlx.custom_kernels.products import dense_matvec
+from ds4mlx.custom_kernels.random_weights import random_planes
+
+F32, BF16 = mx.float32, mx.bfloat16
+
+
+@pytest.fixture(autouse=True)
+def metal():
+    with on_metal(), dispatch.kernels():
+        yield
+
+
+def named(cases):
+    return [pytest.param(c, id=f"{c.name}, {str(c.dtype).rpartition('.')[2]}") for c in cases]
+
+
+@pytest.mark.parametrize("case", named(cases.small()))
+def test_small(case):
+    """Checked for races, stray accesses, and bytes that are never written."""
+    with options_of(checked=True):
+        assert case.error() <= TOLERANCE[case.dtype]
+
+
+@pytest.mark.parametrize("case", named(cases.wide()))
+def test_wide(case):
+    assert case.error() <= TOLERANCE[case.dtype]
+
+
+@pytest.mark.parametrize("kind", cases.KINDS)
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_nan_stays_where_it_belongs(kind, dtype):
+    """In the results of one row of activations, or of one row of the matrix; in idle lanes nowhere."""
+    planes, x = random_planes(kind, (7, 96), 1), np.array(normal((3, 96), F32, 2))
+    x[1, 95] = np.nan
+    (got,) = dense_matvec.by_kernel([(kind, planes)], mx.array(x).astype(dtype))
+    assert np.isnan(np.array(got)).tolist() == [[row == 1] * 7 for row in range(3)]
+    plane = {"mxfp8": "scales", "q8_0": "d"}.get(kind, "weight")
+    spoilt = np.array(planes[plane].astype(F32))
+    spoilt[4, -1] = 255 if kind == "mxfp8" else np.nan
+    planes = {**planes, plane: mx.array(spoilt).astype(planes[plane].dtype)}
+    (got,) = dense_matvec.by_kernel([(kind, planes)], normal((3, 96), dtype, 2))
+    assert np.isnan(np.array(got)).tolist() == [[row == 4 for row in range(7)]] * 3
+
+
+def test_rounding_of_what_is_loaded():
+    """A value that bfloat16 has no room for."""
+    x, one = mx.array([[1 + 2**-9] + [0.0] * 31]), {"weight": mx.ones((1, 32))}
+    for rounds, want in ((None, 1 + 2**-9), (BF16, 1.0)):
+        for way in (dense_matvec.by_kernel, dense_matvec.plain):
+            assert way([("f32", one)], x, rounds=rounds)[0].item() == want
+
+
+@pytest.mark.parametrize(
+    "inside, outside",
+    [
+        ((["mxfp8"], (8, 96)), (["mxfp8"], (9, 96))),
+        ((["bf16"], (1, 8)), (["bf16"], (1, 12))),
+        ((["f32"], (1, 12)), (["f32", "bf16"], (1, 12))),
+        ((["q8_0", "f16"], (2, 3, 64)), (["q8_0", "q4_k"], (2, 3, 256))),
+    ],
+)
+def test_what_the_kernel_takes(inside, outside):
+    def fits(formats, shape):
+        return dense_matvec.fits(formats, mx.zeros(shape))
+
+    assert fits(*inside) and not fits(*outside)
+
+
+def test_both_ways_through_one_function():
+    matrices = [(kind, random_planes(kind, (6, 64), 1)) for kind in ("mxfp8", "f16")]
+    x = normal((3, 2, 64), BF16, 2)
+    kernel = dense_matvec.dense_matvec(matrices, x, BF16)
+    with dispatch.plain_operations():
+        plain = dense_matvec.dense_matvec(matrices, x, BF16)
+    for got, want in zip(kernel, plain, strict=True):
+        assert got.shape == want.shape == (3, 2, 3) and got.dtype == want.dtype == BF16
+        assert mx.allclose(got, want, rtol=1e-2, atol=1e-2)
+
+
+def of(kind, tokens=3, columns=352, dtype=F32, **options):
+    return partial(cases.products, dtype, [(kind, 37), ("f32", 5)], columns, tokens, **options)
+
+
+many = partial(cases.products, F32, [("f32", 2053)], 64, 4)  # of which a SIMD-group takes two
+FAULTS = [
+    ("dense_matvec_mxfp8", of("mxfp8"), "scales[row * (all / 32) + c / 2]", "scales[c / 2]"),
+    ("dense_matvec_mxfp8", of("mxfp8"), "(w >> 1) & 0x3f803f80u", "(w >> 1) & 0x3f003f80u"),
+    ("dense_matvec_q8_0", of("q8_0"), "0x80808080u", "0x80808000u"),
+    ("dense_matvec_q8_0", of("q8_0", dtype=BF16), "codes(w >> 8)", "codes(w >> 4)"),
+    ("dense_matvec_bf16", of("bf16"), "word(p, 2 * i + 1)", "word(p, 2 * i)"),
+    ("dense_matvec_bf16", of("bf16"), "at -= PARTS0", "at -= PARTS0 - 1"),
+    ("dense_matvec_f16", of("f16"), "at + t * stride", "at"),
+    ("dense_matvec_f16", of("f16"), "simd_shuffle_xor(other, 1u << s)", "other"),
+    ("dense_matvec_f32", many, "row0 + r < rows)", "true)"),
+    ("dense_matvec_f32", of("f32"), "c0 + 32 * u <= last ? scale[u][r] * sum[r][t]", "true ? 1.0f"),
+    ("dense_matvec_bf16", of("bf16", rounds=BF16), "static_cast<A>(v[i])", "as_type<A>(ushort(0))"),
+]
+
+
+@executor_only
+@pytest.mark.parametrize("name, compute, old, new", fault_ids(FAULTS))
+def test_fault_is_caught(name, compute, old, new):
+    assert_caught(name, compute, old, new)
+
+
+def test_every_kernel_has_two_faults():
+    assert_two_each(FAULTS)
+
+
+@executor_only
+def test_texts_keep_apples_rules(monkeypatch):
+    launches = []
+
+    def maker(name, inputs, outputs, source, header=""):
+        real = REAL(name, inputs, outputs, source, header=header)
+
+        def call(*, inputs, output_shapes, output_dtypes, **launch):
+            sides = {"output_shapes": output_shapes, "output_dtypes": output_dtypes}
+            launches.append(record(real, inputs, **sides, **launch))
+            return [mx.zeros(*side) for side in zip(output_shapes, output_dtypes, strict=True)]
+
+        return call
+
+    monkeypatch.setattr(mx.fast, "metal_kernel", maker)
+    every = [(kind, 9) for kind in cases.KINDS]
+    cases.products(F32, every, 64, 2, rounds=BF16)
+    cases.products(BF16, every, 64, 5)
+    assert len(launches) == 2
+    assert check(*launches) == []
