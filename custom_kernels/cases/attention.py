@@ -93,31 +93,31 @@ NEAR = (
 )
 FAR = {
     4: (
-        *(Token(2), Token(3, 0, 1), Token(151, 7, 38), Token(203, 0, 0), Token(214, 30, 17)),
-        *(Token(330, 9, 5, 60), Token(41, 3, 4, 20), Token(2, 2, 0, 4)),
+        *(Token(330, 9, 5, 60), Token(214, 30, 17), Token(41, 3, 4, 20), Token(2), Token(3, 0, 1)),
+        *(Token(151, 7, 38), Token(203), Token(2, 2, 0, 4), Token(4600, 5, 2), Token(4601, 5, 2)),
     ),
     128: (Token(126, 3), Token(127, 31, 1), Token(128, 0, 1), Token(5000, 8, 3)),
 }
 
 
 def small(forms: Forms) -> Iterator[Case]:
-    """Windows at every kind of place, and rows settled or not, all of them or those chosen."""
-    for number, token in enumerate(NEAR):
-        sizes, dtype = (TINY, mx.bfloat16) if number % 2 else (ODD, mx.float32)
-        token = Token(token.position, min(token.back, sizes.span - 1))
-        yield _case(0, sizes, token, number % 3 > 0, dtype, forms)
+    """Rows settled or not, all of them or those chosen, and windows at every kind of place."""
     for ratio, tokens in FAR.items():
         for number, token in enumerate(tokens):
             dtype = mx.float32 if number % 2 else mx.bfloat16
             yield _case(ratio, TINY, token, number % 3 < 2, dtype, forms)
+    for number, token in enumerate(NEAR):
+        sizes, dtype = (TINY, mx.bfloat16) if number % 2 else (ODD, mx.float32)
+        token = Token(token.position, min(token.back, sizes.span - 1))
+        yield _case(0, sizes, token, number % 3 > 0, dtype, forms)
 
 
 def wide(forms: Forms) -> Iterator[Case]:
-    """Flash's sizes: a window alone, with few rows and many, and with 512 chosen."""
+    """Flash's sizes: a window with 512 rows chosen, alone, and with few rows and many."""
     sizes = Sizes(9, 512, 64)
     for ratio, token in (
-        (0, Token(1000, 20)),
         (4, Token(2600, 3, 100, 512)),
+        (0, Token(1000, 20)),
         (128, Token(128 * 900 + 5, 31, 2)),
     ):
         for coded, dtype in ((True, mx.bfloat16), (True, mx.float32), (False, mx.bfloat16)):
