@@ -68,6 +68,8 @@ def asking() -> Iterator[set[self_check.Asked]]:
         yield asked
     finally:
         _asked.set(before)
+        if before is not None:
+            before |= asked
 
 
 def decided() -> bool | None:

@@ -9,6 +9,7 @@ import mlx.core as mx
 import pytest
 from spoiling import executor_only, on_metal, spoiled
 
+from ds4mlx import load
 from ds4mlx.custom_kernels import comparisons, dialect, dispatch, self_check, verdicts
 from ds4mlx.custom_kernels.cases.base import normal, relative
 from ds4mlx.custom_kernels.first_use import prepare
@@ -230,3 +231,15 @@ def test_all_kernels_are_compared_at_both_types(target):
     assert len(types) > 30
     assert types["router"] == types["rows_4_kv_kv_index_spread"] == {mx.float32, mx.bfloat16}
     assert router.kernel(True).name in types
+
+
+def test_loading_asks_about_what_answers_launch(small_dir, launched):
+    """So that nothing is compared while an answer is made."""
+    with on_metal(), dispatch.asking() as before:
+        model, _ = load(small_dir, dtype=mx.float32)
+    names = {name for name, _ in before}
+    state, compared = model.make_cache(), set(launched)
+    with dispatch.asking() as during, on_metal():
+        mx.eval(model.last_logits(mx.array([list(range(60))]), state))
+        mx.eval(model.step(mx.array([1]), [state]))
+    assert {name for name, _ in during} <= names and set(launched) == compared

@@ -13,6 +13,7 @@ from ds4mlx.engine.default_model import default_model
 from ds4mlx.errors import DataError
 from ds4mlx.model.linear import Matrix
 from ds4mlx.model.model import Model
+from ds4mlx.state.blank import fill_blank
 from ds4mlx.state.rounding import Rounding
 from ds4mlx.text.tokenizer import Tokenizer
 from ds4mlx.weights.directory import GGUF_RECIPE, MANIFEST, ModelDirectory
@@ -58,9 +59,13 @@ def load(
 
 
 def _build(model: Model) -> None:
-    """The graphs of a few tokens, more than are decoded at a time, and of one: what answers ask for."""
-    for count in (dispatch.FEW + 1, 1):
-        model.last_logits(mx.zeros((1, count), mx.int32), model.make_cache())
+    """The graphs of a few tokens, more than are decoded at a time, and of a step: what answers ask for.
+
+    The step comes after so many tokens that the indexer has to choose among the rows.
+    """
+    model.last_logits(mx.zeros((1, dispatch.FEW + 1), mx.int32), model.make_cache())
+    deep = fill_blank(model.make_cache(), 4 * (model.args.index_topk + 2))
+    model.step(mx.zeros((1,), mx.int32), [deep])
 
 
 def locate(path: str | Path) -> Path:
