@@ -32,6 +32,24 @@ inline void load4(const device bfloat16_t* p, thread float* v) {
 }
 """
 
+# The sums of several values over a SIMD-group, by fewer exchanges than one after another.
+FOLD = """
+// The sum of v[lane % N] of all lanes; N is a power of two.
+template <int N> inline float folded(thread float* v, uint lane) {
+  #pragma unroll
+  for (uint d = 1; d < 32; d *= 2) {
+    #pragma unroll
+    for (uint i = 0; i < max(N / int(2 * d), 1); i++) {
+      bool odd = lane & d;
+      uint first = d < N ? 2 * i : i, second = d < N ? 2 * i + 1 : i;
+      float given = odd ? v[first] : v[second];
+      v[i] = (odd ? v[second] : v[first]) + simd_shuffle_xor(given, d);
+    }
+  }
+  return v[0];
+}
+"""
+
 _BEGIN = """
     threadgroup float values[TOKENS * 128];
     uint lane = thread_index_in_simdgroup, group = simdgroup_index_in_threadgroup;
@@ -91,26 +109,24 @@ _END = """
         if (lane == 0) partial[(b * slices + slice) * (ROWS + 1) + ROWS] = square;
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    float sums[EACH] = {0};
+    float sums[EACH * FOLDED] = {0};
     #pragma unroll
     for (uint b = 0; b < TOKENS; b++) {
         float x[4];
         #pragma unroll
         for (uint t = 0; t < 4; t++) x[t] = values[b * 128 + 32 * t + lane];
         #pragma unroll
-        for (uint i = 0; i < EACH; i++) {
-            float v = 0;
+        for (uint i = 0; i < EACH; i++)
             #pragma unroll
-            for (uint t = 0; t < 4; t++) v = fma(w[4 * i + t], x[t], v);
-            v = simd_sum(v);
-            if (lane == b) sums[i] = v;
-        }
+            for (uint t = 0; t < 4; t++)
+                sums[i * FOLDED + b] = fma(w[4 * i + t], x[t], sums[i * FOLDED + b]);
     }
-    if (lane >= TOKENS) return;
     #pragma unroll
     for (uint i = 0; i < EACH; i++) {
         uint row = group * EACH + i;
-        if (row < ROWS) partial[(lane * slices + slice) * (ROWS + 1) + row] = sums[i];
+        float sum = folded<FOLDED>(sums + i * FOLDED, lane);
+        if (row < ROWS && lane < TOKENS)
+            partial[(lane * slices + slice) * (ROWS + 1) + row] = sum;
     }
 """
 
@@ -118,7 +134,7 @@ _END = """
 @lru_cache
 def kernel(outs: int) -> Kernel:
     """The kernel that merges what a sublayer gave in so many arrays; of none, it reads streams."""
-    header = hyper_text.STORES + HEADER
+    header = hyper_text.STORES + HEADER + FOLD
     if not outs:
         return Kernel("hyper_mix", ["streams", "fn"], ["partial"], _BEGIN + _READ + _END, header)
     shared = ["shared_out"] if outs == 2 else []
@@ -199,6 +215,7 @@ def _launch(outs: int, inputs: list[mx.array], fn: mx.array, more: list[Any]) ->
             ("T", inputs[0].dtype),
             ("WIDTH", width),
             ("TOKENS", count),
+            ("FOLDED", 1 << (count - 1).bit_length()),
             ("ROWS", rows),
             ("EACH", -(-rows // GROUPS)),
             ("GROUPS", GROUPS),
