@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from numbers import Real
 
 import mlx.core as mx
-import numpy as np
 
 from ds4mlx.engine.requests import check_count
+from ds4mlx.engine.shares import before_share, halvings, limit
 from ds4mlx.errors import DataError
 
 # Bounds of 1 / temperature, so that float32 neither loses a finite one nor divides by zero.
@@ -61,14 +61,21 @@ class Sampler:
             check_count("seed", self.seed, end=1 << 64)
 
     def __call__(self, logits: mx.array, key: mx.array) -> mx.array:
-        """Logits (B, vocab), each row with a finite maximum -> one token per row, int32 (B,)."""
+        """Logits (B, vocab), each row with a finite maximum -> one token per row, int32 (B,).
+
+        Nothing is computed before the result is evaluated, and all of it on the device. The
+        vocabulary is sorted only for top_k and top_p.
+        """
         if self.temperature == 0:
             return mx.argmax(logits, axis=-1).astype(mx.int32)
-        if not self.top_k and self.top_p == 1 and not self.min_p:
-            return mx.random.categorical(self._scaled(logits), key=key).astype(mx.int32)
-        tokens, kept = self.candidates(logits)
+        if self.top_p == 1 and not 0 < self.top_k < logits.shape[-1]:
+            kept = self._scaled(logits)
+            if self.min_p:
+                kept = mx.where(self._probable(logits), kept, -mx.inf)
+            return mx.random.categorical(kept, key=key).astype(mx.int32)
+        tokens, kept = self._ordered(logits)
         drawn = mx.random.categorical(kept, key=key)
-        return mx.take_along_axis(tokens, drawn[:, None], axis=-1)[:, 0]
+        return mx.take_along_axis(tokens, drawn[:, None], axis=-1)[:, 0].astype(mx.int32)
 
     def candidates(self, logits: mx.array) -> tuple[mx.array, mx.array]:
         """What a draw chooses from, at a temperature above 0.
@@ -76,27 +83,33 @@ class Sampler:
         Logits (B, vocab) -> tokens (B, vocab) int32, most probable first, and their
         log-probabilities (B, vocab) float32, -inf for those filtered out.
         """
-        tokens = mx.argsort(-logits, axis=-1)
-        ordered = mx.take_along_axis(logits, tokens, axis=-1).astype(mx.float32)
-        stay = mx.arange(logits.shape[-1]) < mx.array(self._counts(ordered))[:, None]
-        kept = mx.where(stay, self._scaled(ordered), -mx.inf)
+        tokens, kept = self._ordered(logits)
+        beyond = tokens.shape[-1] - kept.shape[-1]
+        kept = mx.pad(kept, [(0, 0), (0, beyond)], constant_values=mx.array(-mx.inf))
         return tokens.astype(mx.int32), log_probs(kept)
 
-    def _counts(self, ordered: mx.array) -> list[int]:
-        """How many of logits (B, vocab), in falling order, the filters leave of each row."""
-        rows, size = ordered.shape
-        most = min(self.top_k or size, size)
-        if self.top_p == 1 and not self.min_p:
-            return [most] * rows
-        # In float64 and so on the host: a float32 sum over a vocabulary is off in the sixth digit.
-        values = np.array(ordered[:, :most]).astype(np.float64)
-        with np.errstate(invalid="ignore"):  # whoever draws from what is not finite finds out
-            weights = np.exp((values - values[:, :1]) * self._coldness())
-        stay = weights >= self.min_p
+    def _ordered(self, logits: mx.array) -> tuple[mx.array, mx.array]:
+        """Tokens (B, vocab), most probable first, and the scaled logits of the first `top_k`.
+
+        Those are float32 (B, n), -inf where the other filters rule them out.
+        """
+        tokens = mx.argsort(-logits, axis=-1)
+        most = min(self.top_k or logits.shape[-1], logits.shape[-1])
+        ordered = mx.take_along_axis(logits, tokens[:, :most], axis=-1)
+        kept = self._scaled(ordered)
+        if self.top_p < 1 or self.min_p:
+            kept = mx.where(self._probable(ordered), kept, -mx.inf)
+        return tokens, kept
+
+    def _probable(self, logits: mx.array) -> mx.array:
+        """Which of logits (B, n), in falling order if `top_p` asks, that and `min_p` leave."""
+        logits = logits.astype(mx.float32)
+        distances = halvings(logits, mx.max(logits, axis=-1, keepdims=True), self._coldness())
+        stay = distances <= limit(self.min_p)
         if self.top_p < 1:
-            sums = np.cumsum(weights, axis=-1)
-            stay[:, 1:] &= sums[:, :-1] < self.top_p * sums[:, -1:]
-        return np.maximum(stay.sum(axis=-1), 1).tolist()
+            first = mx.arange(logits.shape[-1]) == 0
+            stay &= before_share(distances, self.top_p) | first
+        return stay
 
     def _coldness(self) -> float:
         return min(max(1 / self.temperature, _HOTTEST), _COLDEST)
