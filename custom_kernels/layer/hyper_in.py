@@ -6,7 +6,7 @@ weights as they began and goes through factors of rows and columns, so that none
 """
 
 from functools import lru_cache
-from typing import Any
+from typing import Any, Unpack
 
 import mlx.core as mx
 
@@ -14,7 +14,7 @@ from ds4mlx.custom_kernels import dispatch
 from ds4mlx.custom_kernels.codes.tables import bits
 from ds4mlx.custom_kernels.dialect import LOAD8, Kernel
 from ds4mlx.custom_kernels.layer import hyper_text
-from ds4mlx.custom_kernels.layer.hyper_pre import MIXES, STREAMS, collapse, sinkhorn
+from ds4mlx.custom_kernels.layer.hyper_pre import MIXES, STREAMS, Sizes, collapse, sinkhorn
 from ds4mlx.custom_kernels.layer.plain import rms_norm
 
 # The inverse of a number near 1, to a unit in its last place; what is left of the error vanishes in
@@ -83,17 +83,13 @@ def hyper_in(
     base: mx.array,
     scale: mx.array,
     norm: mx.array,
-    *,
-    iterations: int,
-    eps: float,
-    norm_eps: float,
+    **sizes: Unpack[Sizes],
 ) -> tuple[mx.array, mx.array, mx.array]:
     """A sublayer's input (B, D), normed, and float32 post (B, n) and comb (B, n, n) for what it gives.
 
     streams (B, n, D); partial float32 (B, P, (2 + n) n + 1), of the streams: see `hyper_out`; base
     ((2 + n) n,) and scale (3,) float32; norm (D,), the weight of the norm.
     """
-    sizes: Any = {"iterations": iterations, "eps": eps, "norm_eps": norm_eps}
     way = by_kernel if takes(streams) else plain
     return way(streams, partial, base, scale, norm, **sizes)
 
@@ -116,20 +112,17 @@ def plain(
     base: mx.array,
     scale: mx.array,
     norm: mx.array,
-    *,
-    iterations: int,
-    eps: float,
-    norm_eps: float,
+    **sizes: Unpack[Sizes],
 ) -> tuple[mx.array, mx.array, mx.array]:
     """`hyper_in` by MLX's own operations."""
-    n = streams.shape[1]
+    n, eps, norm_eps = streams.shape[1], sizes["eps"], sizes["norm_eps"]
     to_pre, to_post, to_comb = mx.split(mixes(streams, partial, norm_eps), [n, 2 * n], axis=-1)
     base_pre, base_post, base_comb = mx.split(base, [n, 2 * n])
     pre = mx.sigmoid(to_pre * scale[0] + base_pre) + eps
     post = 2 * mx.sigmoid(to_post * scale[1] + base_post)
     logits = (to_comb * scale[2] + base_comb).reshape(-1, n, n)
     x = rms_norm(collapse(streams, pre), norm, norm_eps)
-    return x, post, sinkhorn(logits, iterations, eps)
+    return x, post, sinkhorn(logits, sizes["iterations"], eps)
 
 
 def mixes(streams: mx.array, partial: mx.array, eps: float) -> mx.array:
@@ -144,10 +137,7 @@ def by_kernel(
     base: mx.array,
     scale: mx.array,
     norm: mx.array,
-    *,
-    iterations: int,
-    eps: float,
-    norm_eps: float,
+    **sizes: Unpack[Sizes],
 ) -> tuple[mx.array, mx.array, mx.array]:
     """`hyper_in` in one launch; see `suits`."""
     count, _, width = streams.shape
@@ -161,8 +151,8 @@ def by_kernel(
         groups=(2, count, 1),
         threads=32 * hyper_text.GROUPS,
         template=[
-            *collapsing(streams, partial, MIXES, eps, norm_eps),
-            ("ITERATIONS", iterations),
+            *collapsing(streams, partial, MIXES, sizes["eps"], sizes["norm_eps"]),
+            ("ITERATIONS", sizes["iterations"]),
         ],
     )
     return out, post, comb

@@ -6,7 +6,7 @@ iterations by one SIMD-group, a lane for each of the 16 weights, and the collaps
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from typing import TypedDict, Unpack
 
 import mlx.core as mx
 
@@ -88,6 +88,14 @@ inline float sum_of_column(float v) {
 """
 
 
+class Sizes(TypedDict):
+    """What is added to the weights and under the norm's root, and Sinkhorn's iterations."""
+
+    iterations: int
+    eps: float
+    norm_eps: float
+
+
 @lru_cache
 def kernel() -> Kernel:
     """The kernel; the streams' type is a template argument."""
@@ -101,20 +109,17 @@ def before_sublayer(
     base: mx.array,
     scale: mx.array,
     *,
-    iterations: int,
-    eps: float,
-    norm_eps: float,
     seen: Callable[[str, mx.array], mx.array] | None = None,
+    **sizes: Unpack[Sizes],
 ) -> tuple[mx.array, mx.array, mx.array]:
     """streams (N, n, D) -> their collapse (N, D) in their type, post (N, n), comb (N, n, n) float32.
 
     fn ((2 + n) n, n D), base ((2 + n) n,), scale (3,), float32: a hyper-connection's weights.
     `seen` asks for the plain operations, and is given the weights `pre` (N, n) to go on from.
     """
-    sizes: Any = {"iterations": iterations, "eps": eps, "norm_eps": norm_eps}
     if seen is None and takes(streams):
         return by_kernel(streams, fn, base, scale, **sizes)
-    return plain(streams, fn, base, scale, **sizes, seen=seen)
+    return plain(streams, fn, base, scale, seen=seen, **sizes)
 
 
 def takes(streams: mx.array) -> bool:
@@ -130,14 +135,12 @@ def plain(
     base: mx.array,
     scale: mx.array,
     *,
-    iterations: int,
-    eps: float,
-    norm_eps: float,
     seen: Callable[[str, mx.array], mx.array] | None = None,
+    **sizes: Unpack[Sizes],
 ) -> tuple[mx.array, mx.array, mx.array]:
     """`before_sublayer` by MLX's own operations."""
-    n = streams.shape[-2]
-    mix = project(streams, fn, norm_eps)
+    n, eps = streams.shape[-2], sizes["eps"]
+    mix = project(streams, fn, sizes["norm_eps"])
     to_pre, to_post, to_comb = mx.split(mix, [n, 2 * n], axis=-1)
     base_pre, base_post, base_comb = mx.split(base, [n, 2 * n])
     pre = mx.sigmoid(to_pre * scale[0] + base_pre) + eps
@@ -145,7 +148,7 @@ def plain(
         pre = seen("pre", pre)
     post = 2 * mx.sigmoid(to_post * scale[1] + base_post)
     logits = to_comb * scale[2] + base_comb
-    comb = sinkhorn(logits.reshape(*logits.shape[:-1], n, n), iterations, eps)
+    comb = sinkhorn(logits.reshape(*logits.shape[:-1], n, n), sizes["iterations"], eps)
     return collapse(streams, pre), post, comb
 
 
@@ -178,10 +181,7 @@ def by_kernel(
     fn: mx.array,
     base: mx.array,
     scale: mx.array,
-    *,
-    iterations: int,
-    eps: float,
-    norm_eps: float,
+    **sizes: Unpack[Sizes],
 ) -> tuple[mx.array, mx.array, mx.array]:
     """`before_sublayer` in one launch, of four streams whose width is a multiple of 8."""
     count, _, width = streams.shape
@@ -197,9 +197,9 @@ def by_kernel(
         template=[
             ("T", streams.dtype),
             ("WIDTH", width),
-            ("ITERATIONS", iterations),
-            ("EPS", bits(eps)),
-            ("NORM_EPS", bits(norm_eps)),
+            ("ITERATIONS", sizes["iterations"]),
+            ("EPS", bits(sizes["eps"])),
+            ("NORM_EPS", bits(sizes["norm_eps"])),
             ("GROUPS", GROUPS),
         ],
     )
