@@ -1,8 +1,10 @@
 """A token's rows by the kernel, run on the CPU executor, or on a Mac on Metal itself."""
 
+import math
 from functools import partial
 
 import mlx.core as mx
+import numpy as np
 import pytest
 from metalsim import check, options_of, record
 from metalsim.kernel import REAL
@@ -10,6 +12,7 @@ from spoiling import assert_caught, assert_two_each, executor_only, fault_ids, o
 
 from ds4mlx.custom_kernels.cases import rows as cases
 from ds4mlx.custom_kernels.cases.base import TOLERANCE
+from ds4mlx.custom_kernels.layer import rows
 from ds4mlx.state.row_forms import PackedIndexRows, PackedKVRows, PlainRows
 
 
@@ -97,3 +100,85 @@ def test_texts_keep_apples_rules(monkeypatch):
     of(4, 300, coded=False, dtype=mx.float32)()
     assert len(launches) == 4
     assert check(*launches) == []
+
+
+# Ties of E4M3 and E2M1, sizes just above a power of two or a largest code, zeros; no subnormal
+# numbers, which GPUs may take for zeros.
+HOSTILE = [448, 448.00003, 449, 17, 18, 19, 1.0625, 1.1875, 2**-9, 2**-10, 1.5 * 2**-9, 0, -0.0]
+HOSTILE += [6, 6.0000005, 2.5, 3.5, 5, 0.25, 0.75, 1.25, 1.75, 1e-4, 1e-30, 3e38]
+
+
+def hostile(width, group, seed):
+    """Weights of a row: every group of channels has another largest size."""
+    rng = np.random.default_rng(seed)
+    values = rng.choice(HOSTILE, width) * rng.choice([-1, 1], width)
+    sizes = 2.0 ** rng.integers(-12, 12, width // group).repeat(group)
+    small = rng.random(width // group).repeat(group) < 0.7  # without the largest of all
+    values = np.where(small & (abs(values) > 500), 1.0, values)
+    return np.clip(values * sizes, -3e38, 3e38).astype(np.float32)
+
+
+def signs(width, seed):
+    return mx.array(np.random.default_rng(seed).choice([-1.0, 1.0], width).astype(np.float32))
+
+
+def exact(ratio, position, coded, dtype, seed, spread=False, weights=hostile):
+    """Operands whose rows are exactly their norms' weights: nothing but the packing rounds."""
+    sizes, forms_of_rows = cases.TINY, forms(128, 128, 64, dtype, coded)
+    arrays, options = cases.operands(
+        ratio, sizes, cases.at(position, ratio, sizes, back=5), forms_of_rows, dtype
+    )
+    arrays[0], arrays[7] = signs(128, seed), mx.stack([mx.ones((4, 32)), mx.zeros((4, 32))], 1)
+    arrays[2] = mx.array(weights(128, 64, seed + 1)).astype(dtype)
+    for i, each in enumerate(arrays[5]):
+        arrays[5][i] = each._replace(
+            values=mx.concatenate([signs(128, seed + i)] * (len(each.values) // 128)),
+            scores=mx.full(each.scores.shape, 1e30),  # so that the others have no weight at all
+            norm=mx.array(weights(128, 32, seed + 2 + i)).astype(dtype),
+            spread=spread,
+        )
+    return arrays, options | {"eps": 0.0}
+
+
+def assert_same_bits(arrays, options):
+    got, want = (side(*arrays, **options) for side in (rows.by_kernel, rows.plain))
+    assert mx.array_equal(got.window, want.window)
+    for (_, own), (_, expected) in zip(got.poolings, want.poolings, strict=True):
+        assert mx.array_equal(own, expected)
+
+
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float32], ids=["bfloat16", "float32"])
+@pytest.mark.parametrize("coded", [True, False], ids=["coded", "plain"])
+@pytest.mark.parametrize("ratio, position", [(0, 9), (4, 3), (4, 1_000_003), (128, 255)])
+def test_exact_rows_are_packed_to_the_bit(ratio, position, coded, dtype):
+    for seed in range(5):
+        assert_same_bits(*exact(ratio, position, coded, dtype, 10 * seed))
+
+
+def test_transformed_index_rows_are_packed_to_the_bit():
+    def whole(width, group, seed):
+        return np.random.default_rng(seed).integers(-99, 99, width).astype(np.float32)
+
+    for seed in range(5):
+        assert_same_bits(*exact(4, 1003, True, mx.float32, 10 * seed, True, whole))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("ratio", [0, 4, 128])
+def test_a_nan_stays_in_the_rows_it_is_in(ratio, value):
+    token = cases.at(1023, ratio, cases.TINY, back=9, behind=1)
+    kinds = forms(128, 128, 64, mx.bfloat16, True)
+    arrays, options = cases.operands(ratio, cases.TINY, token, kinds, mx.bfloat16)
+    arrays[0][5] = arrays[1][5] = value
+    for each in arrays[5]:
+        each.values[len(each.values) - 5] = value
+    got = rows.by_kernel(*arrays, **options)
+    # An infinity leaves a NaN where it was, and zeros elsewhere.
+    assert bool(mx.isnan(got.latent).any()) and (value == math.inf or mx.isnan(got.latent).all())
+    tails = [(got.window, arrays[4].tail, token.position - token.settled)]
+    if ratio:
+        tails.append((got.poolings[0][1], arrays[5][0].rows.tail, 1023 // ratio - token.rows))
+    for tail, old, place in tails:
+        others = mx.arange(len(tail)) != place
+        assert bool(((tail == old).all(axis=1) == others).all())
+        assert bool(mx.isnan(kinds[0].unpack(tail)[place]).any())

@@ -17,7 +17,7 @@ from ds4mlx.custom_kernels.layer.row_layout import Form, RowLayout
 from ds4mlx.custom_kernels.layer.rows_text import WORDS, kernel
 
 RATIOS = (0, 4, 128)
-GROUPS, GROUPS_OF_MANY = 16, 32  # SIMD-groups of a threadgroup; where 128 tokens are pooled
+GROUPS = 16  # SIMD-groups of a threadgroup; of 32, a GPU's registers would just suffice to pool
 KV_GROUP, INDEX_GROUP = 64, 32  # channels that share an exponent
 
 
@@ -86,7 +86,7 @@ def takes(
     dtype: mx.Dtype,
 ) -> bool:
     """Whether the kernel takes a token's products, for rows of these forms."""
-    threads, rope = 32 * _groups(ratio), 2 * angles.shape[-1]
+    threads, rope = 32 * GROUPS, 2 * angles.shape[-1]
     layouts = [form.layout, *(each.form.layout for each in poolings)]
     pooled = all(each.form.layout.width % 16 == 0 for each in poolings)
     suits = ratio in RATIOS and pooled and all(_suits(each, threads, rope) for each in layouts)
@@ -107,10 +107,6 @@ def _suits(layout: RowLayout, threads: int, rope: int) -> bool:
 
 def _power_of_two(width: int) -> bool:
     return width & (width - 1) == 0
-
-
-def _groups(ratio: int) -> int:
-    return GROUPS_OF_MANY if ratio == RATIOS[-1] else GROUPS
 
 
 def plain(
@@ -196,12 +192,12 @@ def by_kernel(
     dtype: mx.Dtype,
 ) -> NewRows:
     """`new_rows` in one launch; see `takes`."""
-    layout, span, groups = form.layout, len(window.tail), _groups(ratio)
+    layout = form.layout
     inputs = [kv, latent, kv_norm, q_norm, window.tail, place, angles]
     outputs = [((1, len(latent)), dtype), (window.tail.shape, window.tail.dtype)]
     numbers: dict[str, Any] = {
         "T": dtype,
-        "GROUPS": groups,
+        "GROUPS": GROUPS,
         "EPS": bits(eps),
         "RATIO": ratio,
         "ANGLES": 1 if ratio else 0,
@@ -210,7 +206,7 @@ def by_kernel(
         "RANK": len(latent),
         "CODED": layout.coded,
         "HEAD": layout.head,
-        "SPAN": span,
+        "SPAN": len(window.tail),
         "WINDOW_WORDS": _words(window.tail),
         "MOST": max([layout.width, *(len(each.norm) for each in poolings)]),
     }
@@ -222,14 +218,14 @@ def by_kernel(
         names = ("WIDTH", "KEEP", "TAIL", "RECENT_WORDS", "ROW_WORDS")
         numbers |= {f"{name}{i}": number for name, number in zip(names, own, strict=True)}
     tails = [window.tail, *(t for each in poolings for t in (each.recent.tail, each.rows.tail))]
-    piece = WORDS * 32 * groups
+    piece = WORDS * 32 * GROUPS
     pieces = sum(-(-len(tail) * _words(tail) // piece) for tail in tails)
     kinds = tuple((each.form.layout.kind, each.spread) for each in poolings)
     latent_out, window_out, *rest = kernel(ratio, layout.kind, kinds)(
         inputs,
         outputs,
         groups=(len(poolings) + 2 + pieces, 1, 1),
-        threads=32 * groups,
+        threads=32 * GROUPS,
         template=list(numbers.items()),
     )
     return NewRows(latent_out, window_out, list(zip(rest[::2], rest[1::2], strict=True)))

@@ -77,6 +77,7 @@ inline void pool(const device float* values, const device float* scores, const d
   for (int c = at / 32 * 16 + at % 4 * 4; c < WIDTH; c += threads / 2) {
     float most[4], sum[4] = {0}, pooled[4] = {0};
     for (int j = 0; j < 4; j++) most[j] = -3e38f;
+    #pragma unroll 1
     for (int k0 = 0; k0 < COUNT; k0 += 8 * MANY) {
       float v[MANY][4], s[MANY][4];
       #pragma unroll
