@@ -3,16 +3,17 @@
 import time
 from collections import abc
 from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import mlx.core as mx
 
 from ds4mlx.chat.segments import Prompt
+from ds4mlx.engine.decoding import Decoding
 from ds4mlx.engine.prefill import PREFILL_STEP, prefill
 from ds4mlx.engine.requests import check_count, check_prompt
 from ds4mlx.engine.sampling import Sampler, log_probs
 from ds4mlx.engine.sequence import Sequence
-from ds4mlx.engine.step import draw, refuse_not_finite, step
 from ds4mlx.errors import DataError
 from ds4mlx.model.model import Model
 from ds4mlx.state.decode_state import DecodeState
@@ -27,7 +28,7 @@ class Response:
 
     text: str  # whole characters, and nothing that may yet become a stop string
     token: int
-    logprobs: mx.array  # float32 (vocab,), of the model's logits: no temperature, no filters
+    logits: mx.array = field(repr=False)  # float32 (1, vocab), those that the token is drawn from
     prompt_tokens: int
     prompt_tps: float  # prompt tokens per second
     generation_tokens: int
@@ -35,6 +36,14 @@ class Response:
     peak_memory: float  # GB
     finish_reason: str | None  # "stop" or "length" with the last response
     cached_tokens: int = 0  # tokens before the prompt's that were not prefilled
+
+    @cached_property
+    def logprobs(self) -> mx.array:
+        """float32 (vocab,), of the model's logits: no temperature, no filters.
+
+        Computed when it is first read, at any time.
+        """
+        return log_probs(self.logits)[0]
 
 
 def generate(
@@ -93,8 +102,10 @@ def stream_generate(
     store: where the longest stored prefix of the prompt is taken up, and saves are made as `policy`
     says; not together with a cache, whose tokens are not known here.
 
-    The cache moves on by the prompt and by every token given out but the last: a token is fed
-    when the next one is asked for. Ctrl-C comes between two steps and leaves the cache whole.
+    The cache moves on by the prompt and by every token given out but the last: it takes a token
+    when the next one is asked for. That is computed ahead, while the last one is being used, and
+    left out again if it is not asked for, or if the cache or the model has been changed meanwhile.
+    Ctrl-C comes between two steps and leaves the cache whole.
     Raises DataError, at once, for an empty prompt, ids outside the vocabulary, or too little
     context; and later where logits are not finite, with the cache as before the step that failed.
     """
@@ -137,17 +148,19 @@ def answer(
     if not sequence.max_tokens:
         return
     clock, cached = _Clock(len(sequence.pending)), sequence.state.offset
+    decoding = Decoding(model)
     logits = prefill(model, sequence.pending, sequence.state, prefill_step, told)
-    (token,), before = draw([sequence], logits), cached
-    while True:
-        refuse_not_finite(model, token, sequence, before)
-        text = sequence.take(token)
+    decoding.add(sequence, logits, cached)
+    while not sequence.reason:
+        (taken,) = decoding.step()
+        if taken.error is not None:
+            raise taken.error
         if keeper is not None:
             keeper.advanced()
         yield Response(
-            text,
-            token,
-            log_probs(logits)[0],
+            taken.text,
+            taken.token,
+            taken.logits,
             clock.prompt_tokens,
             clock.prompt_tps(),
             sequence.drawn,
@@ -156,10 +169,6 @@ def answer(
             sequence.reason,
             cached,
         )
-        if sequence.reason:
-            return
-        before = sequence.state.offset
-        (token,), logits = step(model, [sequence])
 
 
 class _Clock:

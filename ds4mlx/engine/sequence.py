@@ -3,7 +3,8 @@
 It owns the tokens, the decode state that follows them, the way the next token is drawn, and the text
 given out so far. It runs no model: whoever drives it, alone or with others in one step, feeds
 `pending` to the state, has it draw from the logits, and has it take what was drawn. Between two of
-these it may be left at any time, and its state is then exactly that of the tokens in `fed`.
+these it may be left at any time, and its state is then exactly that of the tokens in `fed`. See
+`decoding` for how the next token is computed while the last one is being read.
 """
 
 import secrets
@@ -67,12 +68,14 @@ class Sequence:
         """How many tokens were drawn."""
         return len(self.tokens) - self._prompt_end
 
-    def draw(self, logits: mx.array) -> mx.array:
-        """Logits (1, vocab) after the last token -> the next token, int (1,), or NOT_FINITE.
+    def draw(self, logits: mx.array, unread: int = 0) -> mx.array:
+        """Logits (1, vocab) after the last token -> the next token, int32 (1,), or NOT_FINITE.
 
-        Not evaluated, so that several sequences' draws can be read at once.
+        unread: how many tokens were drawn before it that the sequence has not taken yet.
+        Nothing is evaluated: the token can be fed to the model before it is read.
         """
-        token = self.sampler(logits, draw_key(self.seed, self.first + len(self.tokens)))
+        position = self.first + len(self.tokens) + unread
+        token = self.sampler(logits, draw_key(self.seed, position))
         return mx.where(mx.all(mx.isfinite(logits)), token.astype(mx.int32), NOT_FINITE)
 
     def take(self, token: int) -> str:

@@ -6,7 +6,7 @@ import mlx.core as mx
 
 from ds4mlx.engine.interrupts import undivided
 from ds4mlx.engine.not_finite import blame
-from ds4mlx.engine.sequence import NOT_FINITE, Sequence
+from ds4mlx.engine.sequence import Sequence
 from ds4mlx.engine.undone import undone_on_failure
 from ds4mlx.errors import DataError
 from ds4mlx.model.model import Model
@@ -16,8 +16,8 @@ from ds4mlx.state.decode_state import DecodeState, RewindError
 def step(model: Model, sequences: abc.Sequence[Sequence]) -> tuple[list[int], mx.array]:
     """Feed each sequence the token it took last: their next tokens, and logits (B, vocab).
 
-    Each sequence must lack exactly one token. The tokens are not taken yet; see `draw`.
-    A step that fails leaves every state as it was.
+    Each sequence must lack exactly one token. The tokens are not taken yet; see `draw`. This waits
+    for the device, which `Decoding` does not. A step that fails leaves every state as it was.
     """
     with undivided(), undone_on_failure([s.state for s in sequences]):
         logits = model.last_logits([s.pending for s in sequences], [s.state for s in sequences])
@@ -29,29 +29,36 @@ def draw(sequences: abc.Sequence[Sequence], logits: mx.array) -> list[int]:
 
     Everything is evaluated in one go.
     """
-    tokens = mx.concatenate([s.draw(logits[i : i + 1]) for i, s in enumerate(sequences)])
+    tokens = mx.concatenate([token for token, _ in draws(sequences, logits)])
     mx.eval(tokens, logits)
     return tokens.tolist()  # type: ignore[return-value]
 
 
-def refuse_not_finite(model: Model, token: int, sequence: Sequence, before: int) -> None:
-    """Raises DataError if a draw gave NOT_FINITE, with the state back at `before` tokens.
+def draws(
+    sequences: abc.Sequence[Sequence], logits: mx.array, unread: int = 0
+) -> list[tuple[mx.array, mx.array]]:
+    """Each sequence's next token int32 (1,), and its row (1, vocab) of logits (B, vocab).
 
-    Where those cannot be reached any more the state goes back further, as far as it must. The error
-    says which layer is at fault, by a second pass over the tokens, unless some are not known here.
+    Nothing is evaluated. unread: see `Sequence.draw`.
     """
-    if token != NOT_FINITE:
-        return
-    state, after = sequence.state, sequence.state.offset
-    _go_back(state, before)
+    rows = mx.split(logits, len(sequences)) if len(sequences) > 1 else [logits]
+    return [(s.draw(row, unread), row) for s, row in zip(sequences, rows, strict=True)]
+
+
+def not_finite(model: Model, sequence: Sequence, after: int) -> DataError:
+    """Why a draw after `after` tokens gave NOT_FINITE; the state is one before those tokens.
+
+    Says which layer is at fault, by a second pass over the tokens, unless some are not known here.
+    """
+    state, before = sequence.state, sequence.state.offset
     cause = "no token can be drawn"
-    if state.offset >= sequence.first:
+    if before >= sequence.first:
         cause += ": " + blame(model, sequence.pending, state)
-    _go_back(state, before)
-    raise DataError(f"the model's logits after {after} tokens are not finite numbers, so {cause}")
+    go_back(state, before)
+    return DataError(f"the model's logits after {after} tokens are not finite numbers, so {cause}")
 
 
-def _go_back(state: DecodeState, tokens: int) -> None:
+def go_back(state: DecodeState, tokens: int) -> None:
     """Rewind, if need be to less than `tokens`."""
     try:
         state.rewind(min(tokens, state.offset))

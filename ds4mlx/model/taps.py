@@ -100,6 +100,11 @@ def inside(site: str, *names: str) -> Inside | None:
     return lambda name, value: tap(site, name, value)
 
 
+def listened() -> bool:
+    """Whether anybody listens."""
+    return bool(_listeners.get())
+
+
 def site_of(config: ModelConfig, block: int) -> str:
     """How the names of a block's quantities begin."""
     drafts = block - config.num_hidden_layers

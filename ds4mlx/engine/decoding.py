@@ -1,0 +1,206 @@
+"""Sequences that go on together, a token each at a time, with one step always submitted ahead.
+
+A drawn token is fed to the next step before it is read, so the device computes that step while the
+host reads the token, shows it and builds the step after. A state does not show the step ahead until
+its token is asked for: between two calls each state is exactly that of its sequence's tokens but the
+last, whatever is done with it then. A step ahead that is not wanted, because the sequence has ended,
+was removed, or its state or the model was changed, is dropped. While anybody listens to the model's
+quantities, who wants to hear the tokens one by one, nothing is submitted ahead.
+
+Every sequence has a state and a draw of its own, so joining and leaving copies nothing, and the
+tokens of a sequence are those that it has alone.
+"""
+
+from dataclasses import dataclass, replace
+
+import mlx.core as mx
+import numpy as np
+
+from ds4mlx.engine.ahead import Ahead, Seen
+from ds4mlx.engine.interrupts import undivided
+from ds4mlx.engine.sequence import NOT_FINITE, Sequence
+from ds4mlx.engine.step import draws, go_back, not_finite
+from ds4mlx.engine.undone import Place, undone_on_failure
+from ds4mlx.errors import DataError
+from ds4mlx.model.model import MOST_STEPPED, Model
+from ds4mlx.model.taps import listened
+
+
+@dataclass(frozen=True)
+class Taken:
+    """The token that a sequence took in a step, and the text that it brought.
+
+    logits: float32 (1, vocab), those that it was drawn from. error: why there is no token, if there
+    is none; its sequence has left, with its state as before the step that failed.
+    """
+
+    sequence: Sequence
+    token: int
+    text: str
+    logits: mx.array
+    error: DataError | None = None
+
+
+@dataclass
+class _Draw:
+    """A token int32 (1,), on its way, and the logits (1, vocab) that it is drawn from.
+
+    before: the length of the state that the logits were computed from.
+    """
+
+    token: mx.array
+    logits: mx.array
+    before: int
+
+
+class _Member:
+    """A sequence, and what is on its way for it: the next token, or the step ahead with its own."""
+
+    def __init__(self, sequence: Sequence, draw: _Draw | None):
+        self.sequence, self.draw = sequence, draw
+        self.ahead: tuple[Ahead, _Draw] | None = None
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether a token may follow the one that is about to be read."""
+        return self.sequence.drawn + 1 < self.sequence.max_tokens
+
+
+class Decoding:
+    """Up to 8 sequences of one model; they join and leave between steps, and leave when they end."""
+
+    def __init__(self, model: Model):
+        self.model = model
+        self._members: list[_Member] = []
+        self._seen = Seen(model)
+        self._failed: tuple[list[_Member], Exception] | None = None
+
+    @property
+    def sequences(self) -> list[Sequence]:
+        """Those that go on, in the order in which they joined."""
+        return [member.sequence for member in self._members]
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    def add(self, sequence: Sequence, logits: mx.array | None = None, before: int = 0) -> None:
+        """Have a sequence join, whose state has taken all its tokens or all but the last.
+
+        logits: float32 (1, vocab) after all of them, or None if the last is yet to be fed. before:
+        the length from which the logits were computed, to which the state goes back if they are
+        not finite. Raises DataError if there is no room, or the sequence has ended or is in already.
+        """
+        if len(self) == MOST_STEPPED:
+            raise DataError(f"{MOST_STEPPED} sequences go on already: no more fit in a step")
+        if sequence in self.sequences:
+            raise DataError("the sequence goes on already")
+        if sequence.reason or sequence.drawn >= sequence.max_tokens:
+            raise DataError("the sequence has ended")
+        draw = None
+        if logits is not None:
+            draw = _Draw(sequence.draw(logits), logits, before)
+            mx.async_eval(draw.token, logits)
+        self._members.append(_Member(sequence, draw))
+
+    def remove(self, sequence: Sequence) -> None:
+        """Have a sequence leave before its end; its state is that of its tokens but the last."""
+        self._members = [m for m in self._members if m.sequence is not sequence]
+
+    def step(self) -> list[Taken]:
+        """The next token of each sequence, which has taken it; the step after is submitted.
+
+        Where the model or a sampler fails every state is as before the step. If that happens to a
+        step ahead, it is told when its token is asked for. Ctrl-C comes when all is done.
+        """
+        with undivided():
+            self._catch_up()
+            self._run_ahead()
+            tokens, members = self._read(), self._members
+            ends = [member.sequence.state.offset for member in members]
+            taken = [self._taken(m, token) for m, token in zip(members, tokens, strict=True)]
+        return [
+            replace(each, error=not_finite(self.model, each.sequence, end))
+            if each.token == NOT_FINITE
+            else each
+            for each, end in zip(taken, ends, strict=True)
+        ]
+
+    def _catch_up(self) -> None:
+        """Every member has a draw: that of the step ahead, or else one of a step that is made now."""
+        failed, self._failed = self._failed, None
+        behind, same = [], self._seen.same()
+        if not same:
+            self._seen = Seen(self.model)
+        for member in self._members:
+            if member.draw is not None:
+                continue
+            if same and member.ahead is not None and member.ahead[0].take():
+                member.draw = member.ahead[1]
+            else:
+                behind.append(member)
+            member.ahead = None
+        if same and failed and behind == failed[0]:
+            raise failed[1]
+        if behind:
+            made = self._fed(behind, [member.sequence.pending for member in behind])
+            for member, draw in zip(behind, made, strict=True):
+                member.draw = draw
+
+    def _run_ahead(self) -> None:
+        """Submit the step that feeds the tokens which are about to be read, where any may follow."""
+        going = [m for m in self._members if m.goes_on]
+        if not going or listened():
+            return
+        places = [Place.of(member.sequence.state) for member in going]
+        try:
+            with undone_on_failure(place.state for place in places):
+                # What is no token, and not finite either, is not looked up anywhere.
+                tokens = mx.concatenate([member.draw.token for member in going if member.draw])
+                tokens = mx.clip(tokens, 0, self.model.args.vocab_size - 1)
+                made = self._fed(going, tokens[:, None], unread=1)
+                aheads = [Ahead(place) for place in places]
+        except Exception as error:  # noqa: BLE001 - it is raised later
+            self._failed = going, error
+            return
+        for member, ahead, draw in zip(going, aheads, made, strict=True):
+            member.ahead = ahead, draw
+
+    def _fed(
+        self, members: list[_Member], tokens: mx.array | list[list[int]], unread: int = 0
+    ) -> list[_Draw]:
+        """Submit a step that feeds these tokens; what it draws. A failure changes no state."""
+        sequences = [member.sequence for member in members]
+        states = [sequence.state for sequence in sequences]
+        before = [state.offset for state in states]
+        with undone_on_failure(states):
+            drawn = draws(sequences, self.model.last_logits(tokens, states), unread)
+            mx.async_eval(drawn)
+        return [_Draw(*each, length) for each, length in zip(drawn, before, strict=True)]
+
+    def _read(self) -> list[int]:
+        """The members' tokens; if they cannot be computed, the states are back before them."""
+        draws = [member.draw for member in self._members if member.draw]
+        try:
+            return [int(token) for draw in draws for token in np.array(draw.token)]
+        except BaseException:
+            for member, draw in zip(self._members, draws, strict=True):
+                state = member.sequence.state
+                go_back(state, max(draw.before, state.offset - 1))
+                member.draw = member.ahead = None
+            raise
+
+    def _taken(self, member: _Member, token: int) -> Taken:
+        """What a member's token brings; the member leaves if that ends it."""
+        sequence, draw = member.sequence, member.draw
+        assert draw is not None
+        member.draw = None
+        if not 0 <= token < self.model.args.vocab_size:
+            member.ahead = None  # another token was fed
+        if token == NOT_FINITE:
+            go_back(sequence.state, draw.before)
+            self.remove(sequence)
+            return Taken(sequence, token, "", draw.logits)
+        text = sequence.take(token)
+        if sequence.reason:
+            self.remove(sequence)
+        return Taken(sequence, token, text, draw.logits)
