@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 
+import ahead
 import make_checkpoint
 import mlx.core as mx
 import pytest
@@ -15,8 +16,11 @@ from ds4mlx import Model, ModelConfig, load
 from ds4mlx.bench.synthetic_state import SMALL as SMALL_STATE
 from ds4mlx.convert import convert
 from ds4mlx.custom_kernels import self_check
+from ds4mlx.engine.decoding import Decoding
 from ds4mlx.engine.default_model import EMBEDDED
+from ds4mlx.engine.sequence import Sequence
 from ds4mlx.evaluation.weights import decode_weights
+from ds4mlx.text.tokenizer import Tokenizer
 
 # Started in the background of a script the tests would have Ctrl-C ignored, and so would all commands
 # that they start.
@@ -192,3 +196,28 @@ def bare_model():
 def stored():
     """The reference arrays of the tiny checkpoint."""
     return reference.arrays()
+
+
+@pytest.fixture(scope="session")
+def small_tokenizer(small_dir):
+    """The tokenizer of the smallest model."""
+    return Tokenizer.from_dir(small_dir)
+
+
+@pytest.fixture
+def begin(small_model, small_tokenizer):
+    """A sequence that continues some of `ahead.IDS`, with boundaries close together."""
+
+    def made(length=40, sampler=ahead.SEEDED, max_tokens=30, **options):
+        state = small_model.make_cache()
+        state.boundaries.spacing = ahead.NEAR
+        options |= {"sampler": sampler, "max_tokens": max_tokens}
+        return Sequence(ahead.IDS[:length], state, small_tokenizer, **options)
+
+    return made
+
+
+@pytest.fixture
+def decoding(small_model):
+    """Sequences of the smallest model that go on together; none yet."""
+    return Decoding(small_model)

@@ -1,96 +1,26 @@
 """Tokens that are computed ahead: no state shows them before they are asked for, whatever happens."""
 
-import signal
 from dataclasses import FrozenInstanceError
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from steering import Dictation, Failing, InterruptAt, tokens_of
-from test_sequences import bits
+from ahead import IDS, NEAR, join, one_by_one, shown
+from steering import Dictation, tokens_of
 
-from ds4mlx import DataError, stream_generate
-from ds4mlx.engine.decoding import Decoding
+from ds4mlx import DataError, KVStore, stream_generate
 from ds4mlx.engine.prefill import prefill, prefill_chunks
 from ds4mlx.engine.sampling import Sampler
-from ds4mlx.engine.sequence import Sequence
-from ds4mlx.engine.step import draw, step
 from ds4mlx.model.taps import Listener, listening
 from ds4mlx.state.boundaries import Spacing
-from ds4mlx.text.tokenizer import Tokenizer
-
-IDS = np.random.default_rng(4).integers(2, 288, 400).tolist()
-NEAR = Spacing(16, 64, 32)
-SEEDED = Sampler(seed=5)
-POISON = 287  # a token whose embedding is made NaN in some tests
-
-
-@pytest.fixture(scope="module")
-def tokenizer(small_dir):
-    return Tokenizer.from_dir(small_dir)
-
-
-@pytest.fixture
-def begin(small_model, tokenizer):
-    """A sequence that continues some of IDS, with boundaries close together."""
-
-    def made(length=40, sampler=SEEDED, max_tokens=30, **options):
-        state = small_model.make_cache()
-        state.boundaries.spacing = NEAR
-        return Sequence(
-            IDS[:length], state, tokenizer, sampler=sampler, max_tokens=max_tokens, **options
-        )
-
-    return made
-
-
-@pytest.fixture
-def decoding(small_model):
-    return Decoding(small_model)
-
-
-@pytest.fixture
-def poisoned(small_model):
-    """The model, with an embedding that makes everything NaN."""
-    sound = small_model.embed.weight
-    weight = mx.array(sound)
-    weight[POISON] = mx.nan
-    small_model.embed.weight = weight
-    yield small_model
-    small_model.embed.weight = sound
-
-
-def shown(state):
-    """All that a state shows, to the bit."""
-    lengths = [layer.offset for layer in (*state, *state.drafts)]
-    records, asked = sorted(state.records), state.boundaries.asked
-    return lengths, records, asked, state.stored, state.drafts.records, bits(state)
-
-
-def join(decoding, sequence):
-    logits = prefill(decoding.model, sequence.pending, sequence.state)
-    decoding.add(sequence, logits)
-
-
-def one_by_one(model, sequence, count, between=lambda: None):
-    """What a sequence shows after each of its tokens where nothing is submitted ahead."""
-    tokens = draw([sequence], prefill(model, sequence.pending, sequence.state))
-    seen = []
-    while True:
-        sequence.take(tokens[0])
-        between()
-        seen.append((sequence.tokens[-1], shown(sequence.state)))
-        if len(seen) == count or sequence.reason:
-            return seen
-        tokens, _ = step(model, [sequence])
 
 
 @pytest.mark.parametrize("length", [100, 255, 375])
 def test_every_state_between_two_tokens_is_the_one_without_running_ahead(
-    small_model, tokenizer, begin, decoding, length
+    small_model, small_tokenizer, begin, decoding, length
 ):
     """Over regular boundaries, thinned ones, boundaries asked for, new rows, and new buffers."""
-    tokens = [token for token in reversed(IDS) if token != tokenizer.eos_token_id]
+    tokens = [token for token in reversed(IDS) if token != small_tokenizer.eos_token_id]
     sequences = [begin(length, Dictation(tokens), 50) for _ in range(2)]
     for sequence in sequences:
         for position in (1, 9, 12, 33):
@@ -121,13 +51,13 @@ def test_the_next_step_is_submitted_before_a_token_is_read(begin, decoding):
 # Ends
 
 
-def ended(model, tokenizer, tokens, taken=None, **options):
+def ended(model, small_tokenizer, tokens, taken=None, **options):
     """The cache after an answer of these tokens, and what was given out."""
     cache = model.make_cache()
     cache.boundaries.spacing = NEAR
     cache.add_boundary(40 + len(tokens))
     run = stream_generate(
-        model, tokenizer, IDS[:40], 100, sampler=Dictation(tokens), cache=cache, **options
+        model, small_tokenizer, IDS[:40], 100, sampler=Dictation(tokens), cache=cache, **options
     )
     seen = [next(run) for _ in range(taken)] if taken else list(run)
     run.close()
@@ -136,13 +66,15 @@ def ended(model, tokenizer, tokens, taken=None, **options):
 
 @pytest.mark.parametrize("how", ["stop", "end", "close"])
 @pytest.mark.parametrize("count", [1, 8, 9, 24])
-def test_an_end_leaves_the_state_at_what_was_given_out(small_model, begin, tokenizer, how, count):
+def test_an_end_leaves_the_state_at_what_was_given_out(
+    small_model, begin, small_tokenizer, how, count
+):
     """The step ahead has passed a regular boundary, or the one that was asked for, or none."""
-    end = tokenizer.eos_token_id
+    end = small_tokenizer.eos_token_id
     tokens = [t for t in IDS[100:200] if t != end][: count - 1]
     options = {}
     if how == "stop":
-        letter = next(t for t in range(300) if tokenizer.token_bytes(t) == b"~")
+        letter = next(t for t in range(300) if small_tokenizer.token_bytes(t) == b"~")
         tokens, options = [t for t in tokens if t != letter] + [letter, 5], {"stop": "~"}
     elif how == "end":
         tokens += [end, 5]
@@ -150,7 +82,7 @@ def test_an_end_leaves_the_state_at_what_was_given_out(small_model, begin, token
         tokens += [6, 5]
     count = len(tokens) - 1
     cache, seen = ended(
-        small_model, tokenizer, tokens, count if how == "close" else None, **options
+        small_model, small_tokenizer, tokens, count if how == "close" else None, **options
     )
     assert seen == tokens[:count]
     plain = begin(40, sampler=Dictation(tokens))
@@ -159,114 +91,17 @@ def test_an_end_leaves_the_state_at_what_was_given_out(small_model, begin, token
     assert shown(cache) == want
 
 
-def test_an_iterator_that_is_only_left_shows_nothing_ahead(small_model, tokenizer):
+def test_an_iterator_that_is_only_left_shows_nothing_ahead(small_model, small_tokenizer):
     """Nor does it disturb who goes on with the cache meanwhile; then it goes on from there."""
     cache, again = small_model.make_cache(), small_model.make_cache()
-    run = stream_generate(small_model, tokenizer, IDS[:40], 9, cache=cache)
+    run = stream_generate(small_model, small_tokenizer, IDS[:40], 9, cache=cache)
     first = [next(run).token for _ in range(3)]
     assert cache.offset == 42
-    whole = tokens_of(stream_generate(small_model, tokenizer, IDS[:40], 9, cache=again))
-    rest = stream_generate(small_model, tokenizer, first[-1:], 3, cache=cache)
+    whole = tokens_of(stream_generate(small_model, small_tokenizer, IDS[:40], 9, cache=again))
+    rest = stream_generate(small_model, small_tokenizer, first[-1:], 3, cache=cache)
     assert first + tokens_of(rest) == whole[:6]
     run.close()
     assert cache.offset == 45 and first == whole[:3]
-
-
-@pytest.mark.parametrize("point", ["_run_ahead", "_read", "_taken"])
-@pytest.mark.parametrize("when", ["before", "after"])
-def test_ctrl_c_around_a_read_leaves_the_state_whole(
-    small_model, begin, tokenizer, monkeypatch, point, when
-):
-    """A signal between submitting, reading and taking waits for the step's end."""
-    usual, calls = getattr(Decoding, point), []
-
-    def interrupted(*arguments):
-        calls.append(point)
-        if len(calls) == 4 and when == "before":
-            signal.raise_signal(signal.SIGINT)
-        result = usual(*arguments)
-        if len(calls) == 4 and when == "after":
-            signal.raise_signal(signal.SIGINT)
-        return result
-
-    cache = small_model.make_cache()
-    cache.boundaries.spacing = NEAR
-    run = stream_generate(small_model, tokenizer, IDS[:40], 30, cache=cache, sampler=SEEDED)
-    with monkeypatch.context() as patch:
-        patch.setattr(Decoding, point, interrupted)
-        given = []
-        with pytest.raises(KeyboardInterrupt):
-            given += [next(run).token for _ in range(9)]
-    want = one_by_one(small_model, begin(), 9)
-    assert len(calls) == 4 and shown(cache) == want[3][1]
-    rest = stream_generate(small_model, tokenizer, [want[3][0]], 5, cache=cache, sampler=SEEDED)
-    assert tokens_of(rest) == [token for token, _ in want[4:]]
-
-
-def test_ctrl_c_anywhere_shows_no_step_ahead(small_model, begin, tokenizer):
-    want = one_by_one(small_model, begin(), 9)
-
-    def run(cache):
-        cache.boundaries.spacing = NEAR
-        list(stream_generate(small_model, tokenizer, IDS[:40], 9, cache=cache, sampler=SEEDED))
-
-    with InterruptAt(0) as whole:
-        run(small_model.make_cache())
-    for point in np.random.default_rng(1).integers(whole.count // 9, whole.count, 12).tolist():
-        cache = small_model.make_cache()
-        with pytest.raises(KeyboardInterrupt), InterruptAt(point):
-            run(cache)
-        if cache.offset >= 40:
-            assert shown(cache) == want[cache.offset - 40][1]
-
-
-# Failures
-
-
-@pytest.mark.parametrize("last", [1, 2, 5])
-def test_a_step_ahead_that_fails_is_told_when_it_is_asked_for(small_model, begin, tokenizer, last):
-    cache = small_model.make_cache()
-    cache.boundaries.spacing = NEAR
-    options = {"sampler": Failing(last), "cache": cache}
-    run, given = stream_generate(small_model, tokenizer, IDS[:40], 30, **options), []
-    with pytest.raises(RuntimeError, match="out of memory"):
-        given += [next(run).token for _ in range(last - 1)]
-        next(run)
-    greedy = begin(sampler=Sampler(temperature=0))
-    if last > 1:
-        assert shown(cache) == one_by_one(small_model, greedy, last - 1)[-1][1]
-
-
-@pytest.mark.parametrize("count", [1, 4])
-def test_a_step_ahead_that_is_not_finite_costs_no_token(
-    poisoned, small_model, begin, tokenizer, count
-):
-    """The token that it is fed is given out; the error comes where its successor is asked for."""
-    tokens = [*IDS[100 : 99 + count], POISON, 5, 5, 5]
-    cache = small_model.make_cache()
-    cache.boundaries.spacing = NEAR
-    options = {"sampler": Dictation(tokens), "cache": cache}
-    run = stream_generate(small_model, tokenizer, IDS[:40], 30, **options)
-    assert [next(run).token for _ in range(count)] == tokens[:count]
-    with pytest.raises(DataError, match=f"after {40 + count} tokens .*the embedding is the first"):
-        next(run)
-    plain = begin(sampler=Dictation(tokens))
-    assert shown(cache) == one_by_one(small_model, plain, count)[-1][1]
-
-
-def test_one_that_is_not_finite_leaves_and_the_others_go_on(poisoned, small_model, begin, decoding):
-    others = [begin(30, Sampler(seed=1)), begin(50, Sampler(seed=2))]
-    want = [[token for token, _ in one_by_one(small_model, other, 8)] for other in others]
-    alone = [begin(30, Sampler(seed=1)), begin(50, Sampler(seed=2))]
-    bad = begin(45, Dictation([7, POISON, 8, 8, 8]))
-    for sequence in (alone[0], bad, alone[1]):
-        join(decoding, sequence)
-    steps = [decoding.step() for _ in range(8)]
-    assert [len(taken) for taken in steps] == [3, 3, 3, 2, 2, 2, 2, 2]
-    failed = steps[2][1]
-    assert failed.sequence is bad and "not finite" in str(failed.error)
-    assert bad.state.offset == 46 and bad.fed == bad.tokens[:-1]
-    assert [s.tokens[-8:] for s in alone] == want
 
 
 # What is changed between two tokens
@@ -401,8 +236,8 @@ def test_who_cannot_join_is_told(small_model, begin, decoding):
 # Log-probabilities, and memory
 
 
-def test_log_probabilities_may_be_read_when_all_is_done(small_model, tokenizer):
-    seen = list(stream_generate(small_model, tokenizer, IDS[:40], 6))
+def test_log_probabilities_may_be_read_when_all_is_done(small_model, small_tokenizer):
+    seen = list(stream_generate(small_model, small_tokenizer, IDS[:40], 6))
     ids = IDS[:40] + tokens_of(seen)
     logits = small_model(mx.array([ids]))[0, 39:-1]
     want = np.array(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
@@ -425,3 +260,20 @@ def test_no_step_is_held_longer_than_the_next(small_model, begin, decoding):
         mx.synchronize()
         used.append(mx.get_active_memory())
     assert max(used[40:]) - max(used[10:40]) < 10_000
+
+
+@pytest.mark.parametrize("length", [64, 131, 255])
+def test_a_state_from_a_store_goes_back_as_well(small_model, begin, decoding, tmp_path, length):
+    """It holds no more rows than its own length needs."""
+    with KVStore(tmp_path, model=small_model) as store:
+        saved = begin(length).state
+        prefill(small_model, IDS[:length], saved)
+        store.save(IDS[:length], saved)
+        states = [store.restore(IDS[:length])[0] for _ in range(2)]
+    first, second = begin(length + 1), begin(length + 1)
+    first.state, second.state = states
+    want = one_by_one(small_model, first, 6)
+    join(decoding, second)
+    for token, state in want:
+        assert decoding.step()[0].token == token
+        assert shown(second.state) == state

@@ -3,6 +3,7 @@
 import mlx.core as mx
 import numpy as np
 import pytest
+from ahead import bits
 from reference import run
 
 from ds4mlx import DecodeState, ModelConfig
@@ -24,15 +25,6 @@ def state_after(model, count) -> DecodeState:
     if count:
         mx.eval(model.streams(mx.array(IDS[None, :count]), state))
     return state
-
-
-def bits(state: DecodeState) -> list[bytes]:
-    """Everything that continuing or going back reads."""
-    arrays = [np.array(state.record(state.offset))] if state.offset else []
-    arrays += [np.array(record) for _, record in sorted(state.records.items())]
-    parts = [part for layer in state for part in layer.compressors if part.rows.count]
-    arrays += [np.array(part.rows.buffer[: part.rows.count]) for part in parts]
-    return [array.tobytes() for array in arrays]
 
 
 def test_sequences_of_one_call_get_the_logits_of_each_alone(small_model):

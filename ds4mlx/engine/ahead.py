@@ -70,7 +70,7 @@ def _items(holder: Any) -> Iterator[tuple[Any, Any, Any]]:
     pairs = holder.items() if isinstance(holder, dict) else enumerate(holder)
     for key, value in pairs:
         yield holder, key, value
-        if isinstance(value, dict | list | tuple):
+        if isinstance(value, dict | list):
             yield from _items(value)
 
 
