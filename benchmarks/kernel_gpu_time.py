@@ -5,7 +5,7 @@
 
 Needs `ncu` on the PATH (or in $NCU). `--rows` and `--groups` try other values of the constants ROWS and
 GROUPS at the top of each kernel's file; without them the set ones are used. `--formats` names gate's and
-up's formats of the experts to take, and leaves the dense matrices out. `--details FILE` writes what Nsight
+up's formats of the experts to take, and leaves the dense matrices out, which have no such constants. `--details FILE` writes what Nsight
 Compute says of each launch.
 """
 
@@ -23,9 +23,9 @@ from types import ModuleType
 
 import mlx.core as mx
 
-from ds4mlx.bench.kernels import DENSE, PAIRS, Experts
-from ds4mlx.custom_kernels.products import experts_down, experts_up, q8_matvec
-from ds4mlx.custom_kernels.random_weights import random_planes
+from ds4mlx.bench.kernels import PAIRS, Experts
+from ds4mlx.custom_kernels.cases import dense_matvec
+from ds4mlx.custom_kernels.products import experts_down, experts_up
 
 LAUNCHES = 3
 METRICS = ("gpu__time_duration.sum", "dram__bytes_read.sum")
@@ -80,7 +80,7 @@ def profile(wanted: list[str], options: list[str]) -> str:
     """What Nsight Compute prints of the launches, caches flushed before each."""
     ncu = os.environ.get("NCU", "ncu")
     options_of_ncu = ["--cache-control", "all", "--clock-control", "none"]
-    options_of_ncu += ["--target-processes", "all", "-k", "regex:custom_kernel_(experts|q8)"]
+    options_of_ncu += ["--target-processes", "all", "-k", "regex:custom_kernel_(experts|dense)"]
     command = [ncu, *wanted, *options_of_ncu, sys.executable, __file__, "--launch", *options]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -118,6 +118,10 @@ def summary(text: str) -> list[dict]:
 
 def launch(formats: str, combinations: list[tuple[int, int]]) -> None:
     """Each decode kernel a few times, one launch at a time."""
+    if not formats:
+        for _, call, x, _ in dense_matvec.timed():
+            for i in range(LAUNCHES):
+                mx.eval(call(i, x))
     for module, call in launches(formats.split(",") if formats else []):
         kept = module.ROWS, module.GROUPS
         for rows, groups in combinations:
@@ -130,18 +134,13 @@ def launch(formats: str, combinations: list[tuple[int, int]]) -> None:
 
 
 def launches(formats: list[str]) -> Iterator[tuple[ModuleType, Callable[[int], mx.array]]]:
-    """(module, call) of every decode kernel at Flash's shapes, or of experts in some formats."""
+    """(module, call) of every kernel of experts at Flash's shapes, or of those in some formats."""
     for pair in (pair for pair in PAIRS if not formats or pair[0] in formats):
         layer = Experts(pair, 1)
         mx.eval(layer.hidden)
         for eight in (False, True) if pair[0] != "mxfp4" else (False,):
             yield experts_up, lambda i, one=layer, e=eight: one.up(i, one.x, e)
             yield experts_down, lambda i, one=layer, e=eight: one.down(i, one.hidden, e)
-    for shape in () if formats else DENSE.values():
-        planes = random_planes("q8_0", shape, 1)
-        x = mx.random.normal((1, shape[1])).astype(mx.bfloat16)
-        mx.eval(planes, x)
-        yield q8_matvec, lambda i, planes=planes, x=x: q8_matvec.q8_matvec(planes, x)
 
 
 if __name__ == "__main__":

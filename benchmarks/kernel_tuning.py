@@ -1,4 +1,4 @@
-"""Rows a SIMD-group takes and SIMD-groups of a threadgroup, for the decode kernels: which is fastest here.
+"""Rows a SIMD-group takes and SIMD-groups of a threadgroup, for the experts' kernels: which is fastest here.
 
     python benchmarks/kernel_tuning.py [--rows 1,2,4] [--groups 4,8,16] [--results FILE]
 
@@ -10,16 +10,11 @@ import json
 import sys
 from pathlib import Path
 
-import mlx.core as mx
 from device import device
 
 from ds4mlx.bench.kernels import Experts, measure, read_bandwidth
 from ds4mlx.custom_kernels import dialect
-from ds4mlx.custom_kernels.products import experts_down, experts_up, q8_matvec
-from ds4mlx.custom_kernels.random_weights import random_planes
-from ds4mlx.formats import FORMATS
-
-DENSE = (4096, 8192)
+from ds4mlx.custom_kernels.products import experts_down, experts_up
 
 
 def main() -> None:
@@ -41,7 +36,6 @@ def main() -> None:
     found = [
         row for kind in ("iq2_xxs", "q4_k", "mxfp4") for row in experts(kind, combinations, read)
     ]
-    found += dense(combinations, read)
     if arguments.results:
         result = {"device": device(), "read_gb_per_s": read / 1e9, "rows": found}
         arguments.results.write_text(json.dumps(result, indent=1) + "\n")
@@ -56,19 +50,6 @@ def experts(kind: str, combinations: list[tuple[int, int]], read: float) -> list
     rows = each(f"experts_up {kind}", experts_up, layer.up, layer.x, up, combinations, read)
     name = f"experts_down {format[1]}"
     return rows + each(name, experts_down, layer.down, layer.hidden, down, combinations, read)
-
-
-def dense(combinations: list[tuple[int, int]], read: float) -> list[dict]:
-    """A Q8_0 matrix of the attention."""
-    copies = [random_planes("q8_0", DENSE, i) for i in range(12)]
-    x = mx.random.normal((1, DENSE[1])).astype(mx.bfloat16)
-    mx.eval(copies, x)
-    size = FORMATS["q8_0"].bits / 8 * DENSE[0] * DENSE[1]
-
-    def call(i: int, x: mx.array) -> mx.array:
-        return q8_matvec.q8_matvec(copies[i % len(copies)], x)
-
-    return each("q8_matvec 4096x8192", q8_matvec, call, x, size, combinations, read)
 
 
 def each(name, module, call, x, nbytes: float, combinations, read: float) -> list[dict]:

@@ -102,7 +102,7 @@ FAULTS = [
     ("dense_matvec_q8_0", of("q8_0"), "0x80808080u", "0x80808000u"),
     ("dense_matvec_q8_0", of("q8_0", dtype=BF16), "codes(w >> 8)", "codes(w >> 4)"),
     ("dense_matvec_bf16", of("bf16"), "word(p, 2 * i + 1)", "word(p, 2 * i)"),
-    ("dense_matvec_bf16", of("bf16"), "at -= PARTS0", "at -= PARTS0 - 1"),
+    ("dense_matvec_bf16", of("bf16"), "at -= parts * groups", "at -= parts - 1"),
     ("dense_matvec_f16", of("f16"), "at + t * stride", "at"),
     ("dense_matvec_f16", of("f16"), "simd_shuffle_xor(other, 1u << s)", "other"),
     ("dense_matvec_f32", many, "row0 + r < rows)", "true)"),

@@ -72,10 +72,15 @@ def test_other_numbers_of_streams():
 
 
 @pytest.mark.parametrize(
-    "stored, width, takes", [("q8_0", 192, 1), ("q8_0", 160, 0), ("f32", 64, 0)]
+    "stored, rows, width, takes",
+    [
+        *(("q8_0", 9, 192, 1), ("q8_0", 9, 160, 0), ("f32", 9, 64, 0), ("mxfp8", 9, 64, 0)),
+        *(("q8_0", 8, 160, 1), ("f32", 8, 64, 1), ("f32", 8, 62, 0), ("q4_k", 8, 256, 0)),
+    ],
 )
-def test_dense(stored, width, takes):
-    assert dense.takes(stored, mx.zeros((1, width))) == takes
+def test_dense(stored, rows, width, takes):
+    assert dense.takes(stored, mx.zeros((rows, width))) == takes
+    assert dense.takes(stored, mx.zeros((3, rows, width))) == takes
 
 
 def test_elements_are_numbered_in_32_bits_and_grids_end():
@@ -113,10 +118,10 @@ def test_dense_products_are_made_in_pieces(monkeypatch):
     launched = Launches()
     monkeypatch.setattr(dense.q8_matmul, "q8_matmul", lambda planes, x: launched(x))
     x = mx.zeros((8, 131073, 4096))
-    assert dense.by_kernel({}, x).shape == x.shape
+    assert dense.by_kernel("q8_0", {}, x).shape == x.shape
     assert launched == [65535, 65535, 3] and sum(launched) == 131073
     launched.clear()
-    dense.by_kernel({}, mx.zeros((16, 20, 1 << 25)))
+    dense.by_kernel("q8_0", {}, mx.zeros((16, 20, 1 << 25)))
     assert launched == [8, 8, 4]
 
 

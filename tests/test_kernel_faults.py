@@ -15,7 +15,6 @@ from ds4mlx.custom_kernels import dialect
 from ds4mlx.custom_kernels.cases import index
 from ds4mlx.custom_kernels.cases import modules as cases
 from ds4mlx.custom_kernels.cases.modules import MANY_DOWN, MANY_UP, ODD_DOWN, ODD_UP
-from ds4mlx.custom_kernels.products import q8_matmul, q8_matvec
 
 pytestmark = executor_only
 
@@ -47,8 +46,7 @@ def down_sorted(format, dtype=F32):
     return partial(cases.down_sorted, format, dtype, MANY_DOWN)
 
 
-matvec = partial(cases.q8, q8_matvec.q8_matvec, F32, (37, 320), 3)
-matmul = partial(cases.q8, q8_matmul.q8_matmul, F32, (2, 70, 192), 67)
+matmul = partial(cases.q8, F32, (2, 70, 192), 67)
 tiles = partial(cases.runs, [3, 0, 64, 65, 0], 64)
 router = partial(cases.route, F32, 37, 264, 2, False)
 hashed = partial(cases.route, F32, 16, 264, 3, True)
@@ -88,9 +86,6 @@ FAULTS = [
     ("experts_down_q2_k_bytes", down8("q2_k"), "& 255u) << (8 * j)", ") << (8 * j)"),
     ("experts_down_q4_k_bytes", down8("q4_k"), "most / 127.0f", "most / 128.0f"),
     ("experts_down_q4_k_bytes", down8("q4_k"), "(4 * (i % 2))", "(4 - 4 * (i % 2))"),
-    ("q8_matvec", matvec, "w ^ 0x80808080u", "w ^ 0x80808000u"),
-    ("q8_matvec", matvec, "group * count + min(token0 + t, count - 1)", "group * count"),
-    ("q8_matvec", matvec, "h ? high(as_half2(p.d))", "h ? low(as_half2(p.d))"),
     (
         "experts_up_sorted_iq2_xxs",
         up_sorted("iq2_xxs"),
@@ -193,7 +188,7 @@ COMPUTED = [
 COMPUTED += [up8("iq2_xxs"), down8("q2_k"), down8("q4_k")]
 COMPUTED += [up_sorted("iq2_xxs", BF16), down_sorted("q2_k", BF16), down_sorted("q4_k")]
 COMPUTED += [up_sorted("mxfp4", BF16), up_sorted("q4_k", BF16)]
-COMPUTED += [partial(cases.q8, q8_matvec.q8_matvec, BF16, (37, 320), 3), matmul]
+COMPUTED += [partial(cases.q8, BF16, (2, 70, 192), 67), matmul]
 COMPUTED += [router, hashed, partial(cases.pre, BF16, 96, 2), partial(cases.post, BF16, 288, 2)]
 COMPUTED += [
     partial(index.scores, BF16, kind, index.TALKER, (96, 8), 284, 67) for kind in ("index", "plain")

@@ -17,21 +17,27 @@ from ds4mlx.custom_kernels.products import dense_matvec_text as text
 from ds4mlx.formats import FORMATS, Planes
 
 MOST = 8  # rows of activations
-GROUPS = 4  # SIMD-groups of a threadgroup
+SUBS = 4  # SIMD-groups of a threadgroup
 
-# A threadgroup finds its matrix by its number; those of a group of rows are its own.
+# A threadgroup finds its matrix by its number; those of a group of rows are its own. Sizes are data, so
+# that one kernel serves all matrices in the same formats.
+_START = """
+uint at = threadgroup_position_in_grid.x, lane = thread_index_in_simdgroup;
+uint sub = simdgroup_index_in_threadgroup;
+uint columns = uint(x_shape[1 + GROUPED]), groups = GROUPED ? uint(x_shape[1]) : 1u, each, parts;
+"""
 _PART = """
-if (at < PARTS{i}) {{
+each = uint(w{i}_weight_shape[0]) / groups, parts = (each - 1) / (SUBS * R) + 1;
+if (at < parts * groups) {{
   {struct} w;
   {planes}
-  uint group = at / (PARTS{i} / STACKED), part = at % (PARTS{i} / STACKED);
-  uint row = (part * GROUPS + sub) * R + group * EACH{i}, end = (group + 1) * EACH{i};
-  if (row < end)
-    product<{struct}, R, N, U, M, A>(w, x + group * COLUMNS, STACKED * COLUMNS, out{i},
-                                     STACKED * EACH{i}, row, end, COLUMNS, lane);
+  uint group = at / parts, row = (at % parts * SUBS + sub) * R + group * each;
+  if (row < (group + 1) * each)
+    product<{struct}, R, N, U, M, A>(w, x + group * columns, groups * columns, out{i}, groups * each,
+                                     row, (group + 1) * each, columns, lane);
   return;
 }}
-at -= PARTS{i};
+at -= parts * groups;
 """
 
 Matrices = Sequence[tuple[str, Planes]]
@@ -63,26 +69,19 @@ class Cut:
 
     def parts(self) -> list[int]:
         """Threadgroups of each matrix."""
-        each = GROUPS * self.height
+        each = SUBS * self.height
         return [self.groups * -(-(rows // self.groups) // each) for rows in self.rows]
 
     def template(self) -> list[tuple[str, int]]:
         """The template's numbers."""
-        numbers = [("N", self.tokens), ("R", self.height), ("U", self.steps), ("M", self.sums)]
-        numbers += [("GROUPS", GROUPS), ("STACKED", self.groups)]
-        for i, (rows, parts) in enumerate(zip(self.rows, self.parts(), strict=True)):
-            numbers += [(f"PARTS{i}", parts), (f"EACH{i}", rows // self.groups)]
-        return numbers
+        return [("N", self.tokens), ("R", self.height), ("U", self.steps), ("M", self.sums)]
 
 
 @lru_cache
 def kernel(formats: tuple[str, ...]) -> Kernel:
     """The kernel of matrices in these formats."""
     planes = [[f"w{i}_{p}" for p in FORMATS[name].layout] for i, name in enumerate(formats)]
-    body = """
-uint at = threadgroup_position_in_grid.x, lane = thread_index_in_simdgroup;
-uint sub = simdgroup_index_in_threadgroup;
-"""
+    body = _START
     for i, name in enumerate(formats):
         taken = " ".join(f"w.{p} = w{i}_{p};" for p in FORMATS[name].layout)
         body += _PART.format(i=i, struct=text.STRUCTS[name], planes=taken)
@@ -156,7 +155,7 @@ def by_kernel(
     rounds: mx.Dtype | None = None,
 ) -> list[mx.array]:
     """`dense_matvec` in one launch; N is at most MOST, columns a multiple of a piece's."""
-    tokens, *grouped, columns = x.shape
+    tokens, *grouped, _ = x.shape
     groups = (grouped or [1])[0]
     formats = tuple(name for name, _ in matrices)
     cut = Cut(tuple(planes["weight"].shape[0] for _, planes in matrices), groups, tokens)
@@ -164,6 +163,11 @@ def by_kernel(
         [x, *(planes[p] for name, planes in matrices for p in FORMATS[name].layout)],
         [((tokens, *grouped, rows // groups), dtype) for rows in cut.rows],
         groups=(sum(cut.parts()), 1, 1),
-        threads=32 * GROUPS,
-        template=[("A", rounds or x.dtype), ("COLUMNS", columns), *cut.template()],
+        threads=32 * SUBS,
+        template=[
+            ("A", rounds or x.dtype),
+            ("GROUPED", len(grouped)),
+            ("SUBS", SUBS),
+            *cut.template(),
+        ],
     )

@@ -8,7 +8,7 @@ from ds4mlx.custom_kernels.codes.packs import PACKINGS
 from ds4mlx.custom_kernels.codes.tables import lut
 from ds4mlx.custom_kernels.dialect import Kernel
 from ds4mlx.custom_kernels.products import matmul, tiles
-from ds4mlx.formats.base import Planes
+from ds4mlx.formats import FORMATS, Planes
 
 BODY = (
     matmul.START
@@ -69,3 +69,8 @@ def q8_matmul(planes: Planes, x: mx.array) -> mx.array:
             ("STACKED", len(stack)),
         ],
     )[0]
+
+
+def reference(planes: Planes, x: mx.array) -> mx.array:
+    """The same by MLX's own operations; float32."""
+    return x.astype(mx.float32) @ mx.swapaxes(FORMATS["q8_0"].decode(planes), -1, -2)

@@ -7,9 +7,9 @@ import mlx.core as mx
 
 from ds4mlx.config import ModelConfig
 from ds4mlx.custom_kernels import dispatch
+from ds4mlx.custom_kernels.cases import dense_matvec
 from ds4mlx.custom_kernels.cases import modules as cases
 from ds4mlx.custom_kernels.cases.base import Case, Pairs, normal
-from ds4mlx.custom_kernels.products import q8_matmul, q8_matvec
 from ds4mlx.custom_kernels.random_weights import random_planes
 from ds4mlx.model.moe import RoutedExperts
 
@@ -38,9 +38,12 @@ def large_cases() -> Iterator[Case]:
             for format in zip(cases.UP, cases.DOWN, strict=True):
                 name = f"{'/'.join(format)} experts of Flash, {tokens} tokens"
                 yield Case(name, dtype, partial(layer, dtype, format, tokens))
-        for product, tokens in ((q8_matvec.q8_matvec, 1), (q8_matmul.q8_matmul, 130)):
-            call = partial(cases.q8, product, dtype, (4096, 8192), tokens)
-            yield Case(f"q8_0 4096x8192, {tokens} tokens", dtype, call)
+        for kind in dense_matvec.KINDS:
+            for tokens in (1, 4, 8):
+                call = partial(dense_matvec.products, dtype, [(kind, 4096)], 8192, tokens)
+                yield Case(f"{kind} 4096x8192, {tokens} tokens", dtype, call)
+        call = partial(cases.q8, dtype, (4096, 8192), 130)
+        yield Case("q8_0 4096x8192, 130 tokens", dtype, call)
         yield Case("router 256x4096", dtype, partial(cases.route, dtype, 256, 4096, 8, False))
         yield Case("hyper_pre 4096, 8 tokens", dtype, partial(cases.pre, dtype, 4096, 8))
         yield Case("hyper_post 4096, 8 tokens", dtype, partial(cases.post, dtype, 4096, 8))
