@@ -14,6 +14,7 @@ from ds4mlx.custom_kernels.cases import dense_matvec as cases
 from ds4mlx.custom_kernels.cases.base import TOLERANCE, normal
 from ds4mlx.custom_kernels.products import dense_matvec
 from ds4mlx.custom_kernels.random_weights import random_planes
+from ds4mlx.custom_kernels.recording import recording
 
 F32, BF16 = mx.float32, mx.bfloat16
 
@@ -40,6 +41,18 @@ def test_wide(case):
     assert case.error() <= TOLERANCE[case.dtype]
 
 
+@pytest.fixture
+def tiled(monkeypatch):
+    """Matrix units are used on Metal too, for any number of rows of bfloat16."""
+    monkeypatch.setitem(dense_matvec.TILED_FROM, "metal", 1)
+
+
+@pytest.mark.parametrize("case", named(cases.tiles()))
+def test_tiles(case, tiled):
+    with options_of(checked=True):
+        assert case.error() <= TOLERANCE[case.dtype]
+
+
 @pytest.mark.parametrize("kind", cases.KINDS)
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_nan_stays_where_it_belongs(kind, dtype):
@@ -54,6 +67,35 @@ def test_nan_stays_where_it_belongs(kind, dtype):
     planes = {**planes, plane: mx.array(spoilt).astype(planes[plane].dtype)}
     (got,) = dense_matvec.by_kernel([(kind, planes)], normal((3, 96), dtype, 2))
     assert np.isnan(np.array(got)).tolist() == [[row == 4 for row in range(7)]] * 3
+
+
+@pytest.mark.parametrize("kind", ["mxfp8", "q8_0", "bf16"])
+def test_nan_stays_where_it_belongs_in_tiles(kind, tiled):
+    planes, x = random_planes(kind, (19, 128), 1), np.array(normal((3, 128), F32, 2))
+    x[1, 95] = np.nan
+    (got,) = dense_matvec.by_kernel([(kind, planes)], mx.array(x).astype(BF16))
+    assert np.isnan(np.array(got)).tolist() == [[row == 1] * 19 for row in range(3)]
+
+
+@pytest.mark.parametrize(
+    "kinds, dtype, shape, rounds, name",
+    [
+        (["mxfp8", "bf16"], BF16, (5, 128), None, "dense_tiles_mxfp8"),
+        (["mxfp8", "bf16"], BF16, (4, 128), None, "dense_matvec_mxfp8"),
+        (["mxfp8", "bf16"], BF16, (5, 96), None, "dense_matvec_mxfp8"),
+        (["mxfp8", "f16"], BF16, (5, 128), None, "dense_matvec_mxfp8"),
+        (["mxfp8", "bf16"], F32, (5, 128), None, "dense_matvec_mxfp8"),
+        (["mxfp8", "bf16"], F32, (5, 128), BF16, "dense_tiles_mxfp8"),
+    ],
+)
+def test_which_kernel_multiplies(kinds, dtype, shape, rounds, name):
+    """The one that was asked about, too."""
+    matrices = [(kind, random_planes(kind, (3, shape[1]), 1)) for kind in kinds]
+    with recording("cuda") as launches, dispatch.asking() as asked:
+        dense_matvec.dense_matvec(matrices, mx.zeros(shape, dtype), rounds=rounds)
+    (launch,) = launches
+    assert launch.name == f"{name}_{kinds[1]}"
+    assert {kernel for kernel, _ in asked} == {name, name.replace("mxfp8", kinds[1])}
 
 
 def test_rounding_of_what_is_loaded():
@@ -117,12 +159,31 @@ def test_fault_is_caught(name, compute, old, new):
     assert_caught(name, compute, old, new)
 
 
-def test_every_kernel_has_two_faults():
-    assert_two_each(FAULTS)
+BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
+mx8, q8 = (partial(cases.products, BF16, [(kind, 37)], 1280, 5) for kind in ("mxfp8", "q8_0"))
+TILE_FAULTS = [
+    ("dense_tiles_mxfp8", mx8, "(v >> (8 * u))", "(v >> 8)"),
+    ("dense_tiles_mxfp8", mx8, "upper, lower, c + SUBS", "upper, upper, c + SUBS"),
+    ("dense_tiles_mxfp8", mx8, BARRIER, ""),
+    ("dense_tiles_q8_0", q8, "halves(v.y, s + 2)", "halves(v.x, s + 2)"),
+    ("dense_tiles_q8_0", q8, "row >= rows || ", ""),
+    ("dense_tiles_q8_0", q8, "from / 4 + at % 4 / 2 * 8", "from / 4 + at % 4 * 8"),
+]
 
 
 @executor_only
-def test_texts_keep_apples_rules(monkeypatch):
+@pytest.mark.parametrize("name, compute, old, new", fault_ids(TILE_FAULTS))
+def test_fault_in_tiles_is_caught(name, compute, old, new, tiled):
+    assert_caught(name, compute, old, new)
+
+
+def test_every_kernel_has_two_faults():
+    assert_two_each(FAULTS)
+    assert_two_each(TILE_FAULTS)
+
+
+@executor_only
+def test_texts_keep_apples_rules(monkeypatch, tiled):
     launches = []
 
     def maker(name, inputs, outputs, source, header=""):
@@ -139,5 +200,7 @@ def test_texts_keep_apples_rules(monkeypatch):
     every = [(kind, 9) for kind in cases.KINDS]
     cases.products(F32, every, 64, 2, rounds=BF16)
     cases.products(BF16, every, 64, 5)
-    assert len(launches) == 2
+    every = [(kind, 9) for kind in ("mxfp8", "q8_0", "bf16")]
+    cases.products(BF16, every, 128, 5)
+    assert len(launches) == 3
     assert check(*launches) == []

@@ -53,6 +53,17 @@ def small() -> Iterator[Case]:
         mixed = [("mxfp8", 19), ("q8_0", 5), ("bf16", 34), ("f16", 1), ("f32", 3), ("bf16", 2)]
         yield _case(dtype, mixed, 544, 3)
     yield _case(F32, [("mxfp8", 21), ("bf16", 9)], 288, 2, rounds=BF16)
+    yield from tiles()
+
+
+def tiles() -> Iterator[Case]:
+    """What matrix units can do: rows of whole tiles and not, SIMD-groups with several chunks and none."""
+    for kind, tokens, columns in (("mxfp8", 8, 384), ("q8_0", 5, 1280), ("bf16", 7, 1152)):
+        yield _case(BF16, [(kind, 37)], columns, tokens)
+        yield _case(BF16, [(kind, 2 * 25)], 256, 13 - tokens, groups=2, out=BF16)
+    yield _case(F32, [("q8_0", 16), ("mxfp8", 3), ("bf16", 33)], 128, 6, rounds=BF16)
+    for kind, scale in (("mxfp8", 1e25), ("q8_0", 1e-25), ("bf16", 1e30)):
+        yield _case(BF16, [(kind, 20)], 256, 6, scale=scale)
 
 
 def wide() -> Iterator[Case]:

@@ -2,7 +2,8 @@
 
 Several matrices that take the same activations share a launch, whatever their formats. A SIMD-group
 makes R values for all rows of activations: its lanes load 16 bytes of each of R rows at a time and
-multiply in float32, so that no weight is ever written out wider than it is stored.
+multiply in float32, so that no weight is ever written out wider than it is stored. More rows of
+bfloat16 activations go through matrix units instead.
 """
 
 from collections.abc import Iterable, Sequence
@@ -12,12 +13,17 @@ from functools import lru_cache
 import mlx.core as mx
 
 from ds4mlx.custom_kernels import dispatch
-from ds4mlx.custom_kernels.dialect import Kernel
+from ds4mlx.custom_kernels.dialect import Kernel, target
 from ds4mlx.custom_kernels.products import dense_matvec_text as text
+from ds4mlx.custom_kernels.products import dense_tiles_text as tiles
 from ds4mlx.formats import FORMATS, Planes
 
 MOST = 8  # rows of activations
-SUBS = 4  # SIMD-groups of a threadgroup
+SUBS, TILE_SUBS = 4, 8  # SIMD-groups of a threadgroup
+TILE = 16  # rows of a matrix that a threadgroup takes on matrix units
+CHUNK = 128  # columns that matrix units take at a time
+# Rows of activations from which on matrix units are used: on Metal, where none was measured, never.
+TILED_FROM = {"cuda": 5, "metal": MOST + 1}
 
 # A threadgroup finds its matrix by its number; those of a group of rows are its own. Sizes are data, so
 # that one kernel serves all matrices in the same formats.
@@ -39,6 +45,18 @@ if (at < parts * groups) {{
 }}
 at -= parts * groups;
 """
+_TILE = """
+each = uint(w{i}_weight_shape[0]) / groups, parts = (each - 1) / 16 + 1;
+if (at < parts * groups) {{
+  {struct} w;
+  {planes}
+  uint group = at / parts, row = at % parts * 16 + group * each;
+  tile<{struct}, SUBS, A>(w, x + group * columns, groups * columns, uint(x_shape[0]), out{i},
+                          groups * each, row, (group + 1) * each, columns, sums, sub, lane);
+  return;
+}}
+at -= parts * groups;
+"""
 
 Matrices = Sequence[tuple[str, Planes]]
 
@@ -50,6 +68,7 @@ class Cut:
     rows: tuple[int, ...]
     groups: int
     tokens: int
+    tiled: bool = False
 
     @property
     def height(self) -> int:
@@ -69,30 +88,51 @@ class Cut:
 
     def parts(self) -> list[int]:
         """Threadgroups of each matrix."""
-        each = SUBS * self.height
+        each = TILE if self.tiled else SUBS * self.height
         return [self.groups * -(-(rows // self.groups) // each) for rows in self.rows]
 
     def template(self) -> list[tuple[str, int]]:
         """The template's numbers."""
-        return [("N", self.tokens), ("R", self.height), ("U", self.steps), ("M", self.sums)]
+        if self.tiled:
+            return [("SUBS", TILE_SUBS)]
+        return [
+            ("SUBS", SUBS),
+            ("N", self.tokens),
+            ("R", self.height),
+            ("U", self.steps),
+            ("M", self.sums),
+        ]
 
 
 @lru_cache
-def kernel(formats: tuple[str, ...]) -> Kernel:
-    """The kernel of matrices in these formats."""
-    planes = [[f"w{i}_{p}" for p in FORMATS[name].layout] for i, name in enumerate(formats)]
-    body = _START
+def kernel(formats: tuple[str, ...], tiled: bool) -> Kernel:
+    """The kernel of matrices in these formats, on matrix units or not."""
+    inputs, body = ["x"], _START
+    if tiled:
+        body += "threadgroup float sums[SUBS * 128];\n"
     for i, name in enumerate(formats):
-        taken = " ".join(f"w.{p} = w{i}_{p};" for p in FORMATS[name].layout)
-        body += _PART.format(i=i, struct=text.STRUCTS[name], planes=taken)
-    header = text.LOAD4 + "".join(text.FORMATS[name] for name in dict.fromkeys(formats))
-    inputs = ["x", *(plane for each in planes for plane in each)]
-    outputs = [f"out{i}" for i in range(len(formats))]
-    return Kernel(_name(*formats), inputs, outputs, body, header + text.PRODUCT)
+        planes = tuple(FORMATS[name].layout)
+        inputs += [f"w{i}_{p}" for p in planes]
+        taken = " ".join(f"w.{p} = w{i}_{p};" for p in planes)
+        body += (_TILE if tiled else _PART).format(i=i, struct=text.STRUCTS[name], planes=taken)
+    kinds, outputs = dict.fromkeys(formats), [f"out{i}" for i in range(len(formats))]
+    header = text.LOAD4 + "".join(text.FORMATS[name] for name in kinds)
+    if not tiled:
+        return Kernel(_name(formats), inputs, outputs, body, header + text.PRODUCT)
+    header += "".join(tiles.FORMATS[name] for name in kinds) + tiles.PRODUCT
+    options = {"metal": tiles.METAL, "cuda": tiles.CUDA}
+    return Kernel(_name(formats, tiled), inputs, outputs, body, header, **options)
 
 
-def _name(*formats: str) -> str:
-    return "_".join(("dense_matvec", *formats))
+def _name(formats: Iterable[str], tiled: bool = False) -> str:
+    return "_".join(("dense_tiles" if tiled else "dense_matvec", *formats))
+
+
+def _tiled(formats: Iterable[str], x: mx.array, rounds: mx.Dtype | None) -> bool:
+    """Whether matrix units multiply x: where they are faster, and bfloat16 has room for all numbers."""
+    exact = (rounds or x.dtype) == mx.bfloat16 and all(name in tiles.FORMATS for name in formats)
+    fewest = TILED_FROM[target() or "metal"]
+    return exact and len(x) >= fewest and x.shape[-1] % CHUNK == 0
 
 
 def dense_matvec(
@@ -125,7 +165,8 @@ def fits(formats: Iterable[str], x: mx.array, *, rounds: mx.Dtype | None = None)
         return False
     if any(x.shape[-1] % text.COLUMNS[kind] for kind in kinds):
         return False
-    return dispatch.active(x, *map(_name, kinds), dtype=rounds)
+    tiled = _tiled(kinds, x, rounds)
+    return dispatch.active(x, *(_name([kind], tiled) for kind in kinds), dtype=rounds)
 
 
 def plain(
@@ -158,16 +199,16 @@ def by_kernel(
     tokens, *grouped, _ = x.shape
     groups = (grouped or [1])[0]
     formats = tuple(name for name, _ in matrices)
-    cut = Cut(tuple(planes["weight"].shape[0] for _, planes in matrices), groups, tokens)
-    return kernel(formats)(
+    tiled = _tiled(formats, x, rounds)
+    cut = Cut(tuple(planes["weight"].shape[0] for _, planes in matrices), groups, tokens, tiled)
+    return kernel(formats, tiled)(
         [x, *(planes[p] for name, planes in matrices for p in FORMATS[name].layout)],
         [((tokens, *grouped, rows // groups), dtype) for rows in cut.rows],
         groups=(sum(cut.parts()), 1, 1),
-        threads=32 * SUBS,
+        threads=32 * (TILE_SUBS if tiled else SUBS),
         template=[
             ("A", rounds or x.dtype),
             ("GROUPED", len(grouped)),
-            ("SUBS", SUBS),
             *cut.template(),
         ],
     )
