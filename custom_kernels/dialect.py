@@ -19,7 +19,10 @@ Output = tuple[tuple[int, ...], mx.Dtype]
 # The shares of inputs, by name, that a launch reads where it does not read the whole of them.
 Shares = Callable[[], Mapping[str, float]]
 
+# BANKS: so many copies of a table of 16-byte words, side by side and each read by the lanes of one number
+# modulo BANKS, spare lanes that read different words the wait for each other.
 METAL = """
+#define BANKS 1
 inline half2 as_half2(uint w) { return as_type<half2>(w); }
 inline uint as_uint(half2 v) { return as_type<uint>(v); }
 inline half2 fill2(float v) { return half2(half(v)); }
@@ -34,6 +37,7 @@ inline int dot4(uint a, uint b, int c) {
 """
 
 CUDA = """
+#define BANKS 8
 #define device
 #define constant
 #define thread
@@ -69,6 +73,10 @@ template <typename T> inline T simd_min(T v) {
   for (int i = 1; i < 32; i *= 2) v = min(v, __shfl_xor_sync(~0u, v, i));
   return v;
 }
+#if __CUDA_ARCH__ >= 800
+inline uint simd_max(uint v) { return __reduce_max_sync(~0u, v); }
+inline uint simd_min(uint v) { return __reduce_min_sync(~0u, v); }
+#endif
 template <typename T> inline T simd_shuffle(T v, ushort i) { return __shfl_sync(~0u, v, i); }
 template <typename T> inline T simd_shuffle_xor(T v, ushort i) {
   return __shfl_xor_sync(~0u, v, i);
@@ -130,6 +138,12 @@ def parts(names: Sequence[str], read: int, of: int) -> Shares:
     return lambda: dict.fromkeys(names, min(1.0, read / of))
 
 
+# Spaces beside what is no part of a word, on one side.
+_SPACES = re.compile(r"(?<=\w) +(?=\W)|(?<=\W) +(?=\w)")
+_BEGINNING = re.compile(r"\n(?=[#a-z])")
+# What a definition defines: a macro, a type, a function.
+_NAMES = re.compile(r"#define (\w+)|(?:typedef|struct) .*?(\w+)\s*(?:;|$)|(\w+)\(")
+_WORD = re.compile(r"\w+")
 _SHARED = re.compile(r"^(\s*)threadgroup (?=[^*&]*\[[^;]*;)", re.MULTILINE)
 
 
@@ -165,20 +179,55 @@ def launching(launcher: Launcher | None) -> Iterator[None]:
         _launcher.reset(before)
 
 
+def launcher() -> Launcher | None:
+    """What launches kernels in MLX's place here, if anything does."""
+    return _launcher.get()
+
+
 def target() -> Target | None:
     """What kernels are made for here: "metal", "cuda", or None for a CPU."""
-    launcher = _launcher.get()
-    if launcher is not None:
-        return launcher.target
+    other = _launcher.get()
+    if other is not None:
+        return other.target
     if mx.default_device() != mx.gpu:
         return None
     return "metal" if mx.metal.is_available() else "cuda"
 
 
 def compact(text: str) -> str:
-    """A text without comments, indentation and empty lines: MLX goes through it at every call."""
+    """A text without comments, empty lines and spaces that say nothing: MLX goes through it at every call."""
     lines = (line.partition("//")[0].strip() for line in text.splitlines())
-    return "\n".join(line for line in lines if line) + "\n"
+    return "\n".join(_squeezed(line) for line in lines if line) + "\n"
+
+
+def _squeezed(line: str) -> str:
+    return line if line.startswith("#") or '"' in line else _SPACES.sub("", line)
+
+
+def without_unused(library: str, text: str) -> str:
+    """Those definitions of a library that a text, or a definition that stays, names.
+
+    A definition begins where a line does that is not indented; what defines no name stays.
+    """
+    parts: list[str] = []
+    for part in _BEGINNING.split(library.strip()):
+        if parts and parts[-1].startswith("template") and not _defined(parts[-1]):
+            parts[-1] += "\n" + part
+        else:
+            parts.append(part)
+    names = [_defined(part) for part in parts]
+    kept = [not own for own in names]
+    words = set(_WORD.findall(text))
+    while new := [i for i, own in enumerate(names) if not kept[i] and own & words]:
+        for i in new:
+            kept[i] = True
+            words |= set(_WORD.findall(parts[i]))
+    return "\n".join(part for part, stays in zip(parts, kept, strict=True) if stays) + "\n"
+
+
+def _defined(part: str) -> set[str]:
+    found = _NAMES.findall(part.partition("{")[0])
+    return {name for names in found for name in names if name}
 
 
 def cuda_text(text: str) -> str:
@@ -223,7 +272,7 @@ class Kernel:
         if made is None:
             header, body = self.text(where)
             maker: Any = mx.fast.metal_kernel if where == "metal" else mx.fast.cuda_kernel
-            body, header = compact(body), compact(header)
+            body, header = compact(body), compact(without_unused(header, body))
             made = maker(self.name, self.inputs, self.outputs, body, header=header)
             self._made[where] = made
         return made

@@ -186,8 +186,8 @@ def test_a_half_without_kernels_meets_a_half_with_them(monkeypatch):
         ways.append(experts.Pairs(chosen, mx.argsort(chosen.flatten()), None))
         outs = []
         for pairs in ways:
-            hidden = experts._plain_up(module.w1, module.w3, x, pairs, weights, 7.0)
-            outs.append(np.array(experts._plain_down(module.w2, hidden, pairs)))
+            hidden = experts.plain_up(module.w1, module.w3, x, pairs, weights, 7.0)
+            outs.append(np.array(experts.plain_down(module.w2, hidden, pairs)))
         np.testing.assert_allclose(*outs, rtol=1e-4, atol=1e-5)
 
 

@@ -54,11 +54,11 @@ pre, post = partial(cases.pre, F32, 96, 2), partial(cases.post, F32, 288, 2)
 
 # kernel, what is computed, the text, what stands in its place
 FAULTS = [
-    ("experts_up_iq2_xxs", up("iq2_xxs"), "t ^= t >> 2;", ""),
-    ("experts_up_iq2_xxs", up("iq2_xxs"), "(b & 0x3f80u) << 1", "(b & 0x3f80u) << 2"),
+    ("experts_up_iq2_xxs", up("iq2_xxs"), "(t << 3) ^ (b << 6)", "(t << 3)"),
+    ("experts_up_iq2_xxs", up("iq2_xxs"), "t >> 1, b >> 2", "t >> 1, b >> 1"),
     ("experts_up_iq2_xxs", up("iq2_xxs"), ">> 28)) * 0.25f", ">> 27)) * 0.25f"),
-    ("experts_up_iq2_xxs", up("iq2_xxs", BF16), "0x02002000u", "0x02001000u"),
-    ("experts_up_iq2_xxs", up("iq2_xxs"), f"GROUPS * 32);\n        {BARRIER}", "GROUPS * 32);"),
+    ("experts_up_iq2_xxs", up("iq2_xxs", BF16), "- 7 * p - i", "- 7 * p"),
+    ("experts_up_iq2_xxs", up("iq2_xxs"), f"FREE);\n    }}\n    {BARRIER}", "FREE);\n    }"),
     ("experts_up_q4_k", up("q4_k"), "((s & 0xc0c0u) >> 2)", "((s & 0xc0c0u) >> 4)"),
     ("experts_up_q4_k", up("q4_k", BF16), "fill2(-64.0f)", "fill2(-60.0f)"),
     ("experts_up_q4_k", up("q4_k"), "job / TOPK", "job % TOPK"),
@@ -72,7 +72,7 @@ FAULTS = [
     ("experts_down_q4_k", down("q4_k"), "(c & 2u) != 0", "(c & 1u) != 0"),
     ("experts_down_q4_k", down("q4_k"), "(p.mins >> (8 * h))", "(p.mins >> (8 - 8 * h))"),
     ("experts_down_mxfp4", down("mxfp4"), "(w >> 3)", "(w >> 2)"),
-    ("experts_down_mxfp4", down("mxfp4"), "row0 + r < WIDTH) out", "true) out"),
+    ("experts_down_mxfp4", down("mxfp4"), "row0 + r < WIDTH) routed", "true) routed"),
     (
         "experts_up_iq2_xxs_bytes",
         up8("iq2_xxs"),
@@ -95,8 +95,8 @@ FAULTS = [
     (
         "experts_up_sorted_iq2_xxs",
         up_sorted("iq2_xxs"),
-        "sign_bytes(group.w.y)",
-        "sign_bytes(group.w.x)",
+        "sign_pairs(group.w.y, ",
+        "sign_pairs(group.w.x, ",
     ),
     ("experts_up_sorted_q4_k", up_sorted("q4_k"), ">= SPAN / 2)", ">= SPAN / 4)"),
     ("experts_up_sorted_q4_k", up_sorted("q4_k", BF16), f"k++) {{\n        {BARRIER}", "k++) {"),

@@ -54,46 +54,52 @@ inline void pairs(uint4 v, thread pair* p) {
 }
 """
 
-# What both ways of staging begin with.
-_GROUP = """
-// 32 columns, and the largest magnitude among them; NaN if one of them is.
-template <typename T>
-inline float load_group(const device T* x, thread float* v) {
-  for (int i = 0; i < 4; i++) load8(x + 8 * i, v + 8 * i);
-  float most = 0;
-  for (int i = 0; i < 32; i++) {
-    float a = fabs(v[i]);
-    most = a > most || a != a ? a : most;
-  }
-  return most;
-}
+# What both ways of staging share: two neighbouring lanes stage a group, 16 columns each.
+_SUM = """
 inline float sum16(const thread float* v) {
   float sum = 0;
   for (int i = 0; i < 16; i++) sum += v[i];
   return sum;
 }
 """
+_GROUP = """
+// 16 columns, and the bits of the largest magnitude in the group: those of a NaN are above all others.
+template <typename T>
+inline uint load_half(const device T* x, thread float* v) {
+  load8(x, v);
+  load8(x + 8, v + 8);
+  uint most = 0;
+  for (int i = 0; i < 16; i++) most = max(most, as_type<uint>(v[i]) & 0x7fffffffu);
+  return max(most, simd_shuffle_xor(most, 1));
+}
+template <typename T>
+inline void stage(const device T* x, uint columns, threadgroup uint4* xs, threadgroup float* scales,
+                  threadgroup float* sums, uint chunks, uint at, uint threads) {
+  // SIMD-groups go round as a whole, because lanes ask each other for the largest.
+  for (uint i0 = at & ~31u; i0 < columns / 16; i0 += threads) {
+    uint i = i0 + (at & 31u);
+    float v[16];
+    uint most = load_half(x + 16 * min(i, columns / 16 - 1), v);
+    uint c = i / 4, h = i / 2 % 2, s = i % 2;
+    if (i < columns / 16) stage_half(v, most, xs, scales, sums, chunks, c, h, s);
+  }
+}
+"""
 
 # FIRST and SECOND (i) give the columns of pair i; LARGEST is what a group is scaled to.
 _STAGE = """
 #define QUADS (16 / WORDS)
-template <typename T>
-inline void stage(const device T* x, uint columns, threadgroup uint4* xs, threadgroup float* scales,
-                  threadgroup float* sums, uint chunks, uint at, uint threads) {
-  for (uint g = at; g < columns / 32; g += threads) {
-    float v[32];
-    float most = load_group(x + 32 * g, v);
-    uint e = min(max(as_type<uint>(most) >> 23, 30u), 250u);
-    float down = as_type<float>((254u - e) << 23) * (0.5f * LARGEST);
-    uint c = g / 2, h = g % 2;
-    scales[h * chunks + c] = as_type<float>(e << 23) * (2.0f / LARGEST);
-    for (int s = 0; s < 2; s++) sums[(2 * h + s) * chunks + c] = sum16(v + 16 * s);
-    for (int q = 0; q < WORDS; q++) {
-      pair p[QUADS];
-      for (int i = 0; i < QUADS; i++)
-        p[i] = make_pair(v[FIRST(QUADS * q + i)] * down, v[SECOND(QUADS * q + i)] * down);
-      xs[(WORDS * h + q) * chunks + c] = words(p);
-    }
+inline void stage_half(thread float* v, uint most, threadgroup uint4* xs, threadgroup float* scales,
+                       threadgroup float* sums, uint chunks, uint c, uint h, uint s) {
+  uint e = min(max(most >> 23, 30u), 250u);
+  float down = as_type<float>((254u - e) << 23) * (0.5f * LARGEST);
+  if (s == 0) scales[h * chunks + c] = as_type<float>(e << 23) * (2.0f / LARGEST);
+  sums[(2 * h + s) * chunks + c] = sum16(v);
+  for (int q = 0; q < WORDS / 2; q++) {
+    pair p[QUADS];
+    for (int i = 0; i < QUADS; i++)
+      p[i] = make_pair(v[FIRST(QUADS * q + i)] * down, v[SECOND(QUADS * q + i)] * down);
+    xs[(WORDS * h + WORDS / 2 * s + q) * chunks + c] = words(p);
   }
 }
 inline void fetch(const threadgroup uint4* xs, uint chunks, uint c, uint h, thread pair* x) {
@@ -110,30 +116,21 @@ inline uint quad(const thread float* v) {
   for (int j = 0; j < 4; j++) w |= (uint(int(v[j * APART])) & 255u) << (8 * j);
   return w;
 }
-template <typename T>
-inline void stage(const device T* x, uint columns, threadgroup uint4* xs, threadgroup float* scales,
-                  threadgroup float* sums, uint chunks, uint at, uint threads) {
-  for (uint g = at; g < columns / 32; g += threads) {
-    float v[32];
-    float most = load_group(x + 32 * g, v);
-    float down = most > 1e-30f ? 127.0f / most : 0.0f, scale = most / 127.0f;
-    // Of a group with a NaN or an infinity all steps are 0, and its scale makes the products NaN.
-    for (int i = 0; i < 32; i++) v[i] = down > 0 ? rint(v[i] * down) : 0.0f;
-    uint c = g / 2, h = g % 2;
-    scales[h * chunks + c] = scale;
-    for (int s = 0; s < 2; s++) {
-      float sum = sum16(v + 16 * s);
-      sums[(2 * h + s) * chunks + c] = sum * scale;
-    }
-    for (int q = 0; q < 2; q++) {
-      uint4 w;
-      w.x = quad(v + AT(4 * q));
-      w.y = quad(v + AT(4 * q + 1));
-      w.z = quad(v + AT(4 * q + 2));
-      w.w = quad(v + AT(4 * q + 3));
-      xs[(2 * h + q) * chunks + c] = w;
-    }
-  }
+inline void stage_half(thread float* v, uint bits, threadgroup uint4* xs, threadgroup float* scales,
+                       threadgroup float* sums, uint chunks, uint c, uint h, uint s) {
+  float most = as_type<float>(bits);
+  float down = most > 1e-30f ? 127.0f / most : 0.0f, scale = most / 127.0f;
+  // Of a group with a NaN or an infinity all steps are 0, and its scale makes the products NaN.
+  for (int i = 0; i < 16; i++) v[i] = down > 0 ? rint(v[i] * down) : 0.0f;
+  if (s == 0) scales[h * chunks + c] = scale;
+  float sum = sum16(v);
+  sums[(2 * h + s) * chunks + c] = sum * scale;
+  uint4 w;
+  w.x = quad(v + AT(0));
+  w.y = quad(v + AT(1));
+  w.z = quad(v + AT(2));
+  w.w = quad(v + AT(3));
+  xs[(2 * h + s) * chunks + c] = w;
 }
 inline void fetch(const threadgroup uint4* xs, uint chunks, uint c, uint h, thread pair* x) {
   for (int q = 0; q < 2; q++) {
@@ -154,7 +151,7 @@ def products(packing: Packing, dtype: mx.Dtype, eight: bool = False) -> str:
 def _byte_staging(apart: int) -> str:
     """Text that stages activations as bytes, four columns `apart` of each other to a word."""
     at = f"((i) / {apart} * {4 * apart} + (i) % {apart})"
-    return f"#define APART {apart}\n#define AT(i) {at}\n" + LOAD8 + _GROUP + _BYTES
+    return f"#define APART {apart}\n#define AT(i) {at}\n" + LOAD8 + _SUM + _BYTES + _GROUP
 
 
 def as_bytes(x: mx.array) -> mx.array:
@@ -175,7 +172,7 @@ def _staging(dtype: mx.Dtype, pairing: str, largest: int) -> str:
         f"#define FIRST(i) ((i) / {half} * {2 * half} + (i) % {half})\n"
         f"#define SECOND(i) (FIRST(i) + {half})\n#define LARGEST {largest}.0f\n"
     )
-    return (_FLOAT if dtype == mx.float32 else _HALF) + definitions + LOAD8 + _GROUP + _STAGE
+    return (_FLOAT if dtype == mx.float32 else _HALF) + definitions + LOAD8 + _SUM + _STAGE + _GROUP
 
 
 def arithmetic(dtype: mx.Dtype, eight: bool = False) -> str:

@@ -19,11 +19,12 @@ def bits(value: float) -> int:
 def lut(format: str, eight: bool = False) -> mx.array:
     """uint32: a grid's 256 points as four words of two halves, columns (i, i + 4); else unused.
 
-    For products of bytes two words of four bytes.
+    For products of bytes two words of four bytes, and two of nothing.
     """
     if not PACKINGS[format].lut:
         return mx.zeros((8,), mx.uint32)
     if eight:
-        return mx.array(np.array(iq2_grid()).astype(np.uint8).view(np.uint32).reshape(-1))
+        words = np.array(iq2_grid()).astype(np.uint8).view(np.uint32)
+        return mx.array(np.pad(words, ((0, 0), (0, 2))).reshape(-1))
     points = np.array(iq2_grid()).astype(np.float16).view(np.uint16).astype(np.uint32)
     return mx.array((points[:, :4] | points[:, 4:] << 16).reshape(-1))

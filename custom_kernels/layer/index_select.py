@@ -15,12 +15,17 @@ from ds4mlx.custom_kernels.dialect import CUDA_COUNTERS, METAL_COUNTERS, Kernel
 THREADS = 1024
 EACH = 16  # scores of a thread
 
-HEADER = """
+KEY_OF = """
 // An integer of the same order, above 0; a NaN comes last.
 inline uint key_of(float v) {
   uint u = as_type<uint>(v);
   return v != v ? 1u : u ^ (u >> 31 ? ~0u : 0x80000000u);
 }
+"""
+
+HEADER = (
+    KEY_OF
+    + """
 // The sum of what the threads before this one have; `totals` is of 32, and free afterwards.
 inline uint sum_before(uint v, threadgroup uint* totals, uint lane, uint group) {
   uint sum = v;
@@ -35,6 +40,7 @@ inline uint sum_before(uint v, threadgroup uint* totals, uint lane, uint group) 
   return sum - v;
 }
 """
+)
 
 # What a launch selects among: all visible rows, or those that slices chose (-1, of key 0: none).
 _FIRST = """

@@ -161,33 +161,47 @@ def plain(
     seen: Callable[[str, mx.array], mx.array] | None = None,
 ) -> tuple[mx.array, mx.array]:
     """`route` by MLX's own operations."""
-    each = scores(x, weight)
+    each = scores_of(x.astype(mx.float32) @ weight.astype(mx.float32).T)
     if seen is not None:
         each = seen("router.scores", each)
+    return weighed(each, scale, topk, bias, table, ids)
+
+
+def weighed(
+    scores: mx.array,
+    scale: float,
+    topk: int,
+    bias: mx.array | None,
+    table: mx.array | None,
+    ids: mx.array | None,
+    ordered: bool = False,
+) -> tuple[mx.array, mx.array]:
+    """What `route` gives, of the scores (N, E); `ordered`: with the best expert first."""
     if table is not None:
         assert ids is not None
         experts = table[ids]
     else:
         assert bias is not None
-        experts = choose(each, bias, topk)
-    weights = mx.take_along_axis(each, experts, axis=-1)
+        experts = choose(scores, bias, topk, ordered)
+    weights = mx.take_along_axis(scores, experts, axis=-1)
     weights = weights / weights.sum(-1, keepdims=True) * scale
     if bias is not None:
-        unordered = mx.isnan(each + bias).any(-1, keepdims=True)
+        unordered = mx.isnan(scores + bias).any(-1, keepdims=True)
         weights = mx.where(unordered, mx.nan, weights)
     return experts, weights
 
 
-def scores(x: mx.array, weight: mx.array) -> mx.array:
-    """sqrt(softplus(logit)) of every expert, float32 (N, E)."""
-    logits = x.astype(mx.float32) @ weight.astype(mx.float32).T
+def scores_of(logits: mx.array) -> mx.array:
+    """sqrt(softplus(logit)), float32."""
     return mx.sqrt(mx.logaddexp(logits, 0))
 
 
-def choose(scores: mx.array, bias: mx.array, topk: int) -> mx.array:
+def choose(scores: mx.array, bias: mx.array, topk: int, ordered: bool = False) -> mx.array:
     """The k experts with the highest score + bias; the bias moves the choice only."""
-    biased = scores + bias
-    return mx.argpartition(-biased, topk - 1, axis=-1)[..., :topk]
+    falling = -(scores + bias)
+    if ordered:
+        return mx.argsort(falling, axis=-1)[..., :topk]
+    return mx.argpartition(falling, topk - 1, axis=-1)[..., :topk]
 
 
 def by_kernel(

@@ -23,7 +23,7 @@ template <typename A> inline void load4(const device bfloat16_t* p, thread float
 }
 inline uint word(uint4 w, int i) { return i == 0 ? w.x : i == 1 ? w.y : i == 2 ? w.z : w.w; }
 // A scale of MXFP8: a power of two, or NaN.
-inline float power(uint e) {
+inline float power_or_nan(uint e) {
   return as_type<float>(e == 0 || e == 255u ? e << 23 | 0x00400000u : e << 23);
 }
 """
@@ -40,7 +40,7 @@ struct Mxfp8 {
   }
   // A code's bits put where a half has them give its value times 2 to the power -8.
   inline float scale(uint row, uint c, uint all) const {
-    return 256.0f * power(scales[row * (all / 32) + c / 2]);
+    return 256.0f * power_or_nan(scales[row * (all / 32) + c / 2]);
   }
   static inline void quad(uint4 p, int i, thread float* v) {
     uint w = word(p, i);

@@ -79,8 +79,8 @@ def routed_experts(
     """
     if seen is not None:
         pairs = paired(experts, x, None)
-        hidden = _plain_up(gate, up, x, pairs, weights, limit)
-        return _plain_down(down, _seen(seen, hidden, pairs), pairs)
+        hidden = plain_up(gate, up, x, pairs, weights, limit)
+        return plain_down(down, _seen(seen, hidden, pairs), pairs)
     rising, falling = operands(UP, x, experts, gate, up), operands(DOWN, x, experts, down)
     one = next((each for each in (*rising, *falling)), None)
 
@@ -144,7 +144,7 @@ def _up(
 ) -> mx.array:
     """weight * swiglu(gate . x, up . x) of every pair in its order, (N * k, H) in x's type."""
     if not rising:
-        return _plain_up(gate, up, x, pairs, weights, limit)
+        return plain_up(gate, up, x, pairs, weights, limit)
     (stored, gates, _), (_, ups, _) = rising
     if pairs.order is not None:
         assert pairs.jobs is not None
@@ -154,7 +154,7 @@ def _up(
     return experts_up.experts_up(stored, gates, ups, *sides)
 
 
-def _plain_up(
+def plain_up(
     gate: Stack, up: Stack, x: mx.array, pairs: Pairs, weights: mx.array, limit: float
 ) -> mx.array:
     """`_up` by calls of the stacks."""
@@ -180,7 +180,7 @@ def _seen(seen: Callable[[str, mx.array], mx.array], hidden: mx.array, pairs: Pa
 def _down(down: Stack, falling: list[Operand], hidden: mx.array, pairs: Pairs) -> mx.array:
     """Sum of down . hidden over each token's experts, float32 (N, D)."""
     if not falling:
-        return _plain_down(down, hidden, pairs)
+        return plain_down(down, hidden, pairs)
     stored, planes, _ = falling[0]
     experts, topk = pairs.experts, pairs.experts.shape[1]
     if pairs.order is not None:
@@ -190,7 +190,7 @@ def _down(down: Stack, falling: list[Operand], hidden: mx.array, pairs: Pairs) -
     return experts_down.experts_down(stored, planes, hidden, experts, eight(stored))
 
 
-def _plain_down(down: Stack, hidden: mx.array, pairs: Pairs) -> mx.array:
+def plain_down(down: Stack, hidden: mx.array, pairs: Pairs) -> mx.array:
     """`_down` by a call of the stack."""
     experts, order = pairs.experts, pairs.order
     if order is None:

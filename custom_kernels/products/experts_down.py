@@ -5,12 +5,12 @@ product whose weights change with the expert; a SIMD-group makes ROWS rows, with
 """
 
 from functools import lru_cache
+from typing import Any
 
 import mlx.core as mx
 
 from ds4mlx.custom_kernels.codes import staging
 from ds4mlx.custom_kernels.codes.packs import PACKINGS
-from ds4mlx.custom_kernels.codes.tables import lut
 from ds4mlx.custom_kernels.dialect import Kernel, parts
 from ds4mlx.formats.base import Format, Planes
 
@@ -18,14 +18,16 @@ ROWS = 2  # values of the result that a SIMD-group makes
 GROUPS = 16  # SIMD-groups of a threadgroup
 STAGED = 24576  # bytes of staged hidden values at a time
 
-BODY = """
-    threadgroup uint4 xs[STAGED / 64 * 2 * WORDS];
+DECLARED = """
+    threadgroup uint4 xs[XS];
     threadgroup float scales[STAGED / 32];
     threadgroup float sums[STAGED / 16];
-    threadgroup uint4 lut[LUT];
     uint lane = thread_index_in_simdgroup, at = thread_index_in_threadgroup;
-    uint token = threadgroup_position_in_grid.y;
-    uint row0 = (threadgroup_position_in_grid.x * GROUPS + simdgroup_index_in_threadgroup) * ROWS;
+"""
+
+# Part `part` of the rows, for token `token`.
+PRODUCTS = """
+    uint row0 = (part * GROUPS + simdgroup_index_in_threadgroup) * ROWS;
     int mine = int(experts[token * TOPK + min(lane, uint(TOPK - 1))]);
     const uint per = COLUMNS / 64, end = TOPK * per;
 
@@ -38,9 +40,6 @@ BODY = """
         uint row = first + min(row0 + r, uint(WIDTH - 1));
         down[r] = load_pack(DOWN, row, min(lane, end - 1) - slot * per, COLUMNS);
         ys[r] = 0;
-    }
-    if (LUT > 1) {
-        for (uint i = at; i < TABLE; i += GROUPS * 32) lut[i] = ((const device uint4*)table)[i];
     }
     for (uint base = 0; base < TOPK * COLUMNS; base += STAGED) {
         uint columns = min(uint(STAGED), TOPK * COLUMNS - base);
@@ -69,7 +68,7 @@ BODY = """
                 float sum1 = sums[(2 * h + 1) * (STAGED / 64) + k];
                 #pragma unroll
                 for (uint r = 0; r < ROWS; r++)
-                    ys[r] += dot_group(down[r], h, v, scale, sum0, sum1, lut);
+                    ys[r] += dot_group(down[r], h, v, scale, sum0, sum1, xs);
             }
             #pragma unroll
             for (uint r = 0; r < ROWS; r++) down[r] = down1[r];
@@ -78,20 +77,33 @@ BODY = """
     #pragma unroll
     for (uint r = 0; r < ROWS; r++) {
         float y = simd_sum(ys[r]);
-        if (lane == 0 && row0 + r < WIDTH) out[token * WIDTH + row0 + r] = y;
+        if (lane == 0 && row0 + r < WIDTH) routed[token * WIDTH + row0 + r] = y;
     }
 """
+
+BODY = (
+    DECLARED
+    + "uint part = threadgroup_position_in_grid.x, token = threadgroup_position_in_grid.y;"
+    + PRODUCTS
+)
 
 
 @lru_cache
 def kernel(format: str, dtype: mx.Dtype, eight: bool) -> Kernel:
     """The kernel for experts in a format and hidden values of a type."""
-    packing = PACKINGS[format]
-    names = f"#define DOWN {', '.join(packing.names('down'))}\n"
-    text = staging.products(packing, dtype, eight)
+    inputs = ["hidden", "experts", *PACKINGS[format].names("down")]
     name = f"experts_down_{format}_{staging.arithmetic(dtype, eight)}"
-    inputs = ["hidden", "experts", "table", *packing.names("down")]
-    return Kernel(name, inputs, ["out"], BODY, names + text)
+    return Kernel(
+        name, inputs, ["routed"], BODY, header(format, dtype, eight, "(STAGED / 32 * WORDS)")
+    )
+
+
+def header(format: str, dtype: mx.Dtype, eight: bool, words: str) -> str:
+    """What the body stands on; `words`: the 16-byte words of what is staged."""
+    packing = PACKINGS[format]
+    assert not packing.lut, "no table of points is staged"
+    names = f"#define DOWN {', '.join(packing.names('down'))}\n#define XS {words}\n"
+    return names + staging.products(packing, dtype, eight)
 
 
 def experts_down(
@@ -103,23 +115,28 @@ def experts_down(
     eight: round the hidden values to bytes, as in experts_up.
     """
     packing, (count, topk) = PACKINGS[format], experts.shape
-    width, columns = down["weight"].shape[-2], hidden.shape[-1]
+    width = down["weight"].shape[-2]
     return kernel(format, hidden.dtype, eight)(
-        [hidden, experts, lut(format, eight), *(down[p] for p in packing.planes)],
+        [hidden, experts, *(down[p] for p in packing.planes)],
         [((count, width), mx.float32)],
         groups=(-(-width // (ROWS * GROUPS)), count, 1),
         threads=32 * GROUPS,
-        template=[
-            ("WIDTH", width),
-            ("COLUMNS", columns),
-            ("TOPK", topk),
-            ("ROWS", ROWS),
-            ("GROUPS", GROUPS),
-            ("TABLE", lut(format, eight).size // 4),
-            ("STAGED", staging.staged_columns(hidden.dtype, topk * columns, STAGED)),
-        ],
+        template=template(hidden, width, topk),
         reads=parts(packing.names("down"), experts.size, len(down["weight"])),
     )[0]
+
+
+def template(hidden: mx.array, width: int, topk: int) -> list[tuple[str, Any]]:
+    """The template of a launch that makes rows of `width` values of hidden (N * k, H)."""
+    columns = hidden.shape[-1]
+    return [
+        ("WIDTH", width),
+        ("COLUMNS", columns),
+        ("TOPK", topk),
+        ("ROWS", ROWS),
+        ("GROUPS", GROUPS),
+        ("STAGED", staging.staged_columns(hidden.dtype, topk * columns, STAGED)),
+    ]
 
 
 def reference(found: Format, down: Planes, hidden: mx.array, experts: mx.array) -> mx.array:

@@ -1,0 +1,89 @@
+"""The routed experts with the router's choice inside, and with the shared expert beside them."""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from ds4mlx.custom_kernels.cases.base import Case, Pairs, normal
+from ds4mlx.custom_kernels.products import routed_down, routed_up
+from ds4mlx.custom_kernels.products.experts import DOWN, UP
+from ds4mlx.custom_kernels.random_weights import random_planes
+
+F32, BF16 = mx.float32, mx.bfloat16
+LIMIT = 0.7  # low, so that many values are clamped
+
+
+def up(
+    format: str,
+    dtype: mx.Dtype,
+    experts: int,
+    hidden: int,
+    width: int,
+    tokens: int,
+    topk: int,
+    hashed: bool = False,
+) -> Pairs:
+    """Hidden values, and the experts that they are of."""
+    planes = [random_planes(format, (experts, hidden, width), seed) for seed in (1, 2)]
+    x, logits = normal((tokens, width), dtype, 3), normal((tokens, experts), F32, 4, 2.0)
+    options: dict[str, Any] = {"bias": normal((experts,), F32, 5)}
+    if hashed:
+        rng = np.random.default_rng(0)
+        table = np.stack([rng.permutation(experts)[:topk] for _ in range(50)]).astype(np.int32)
+        options = {"table": mx.array(table), "ids": mx.arange(7, 7 + tokens)}
+    options |= {"scale": 1.5, "topk": topk, "limit": LIMIT}
+    got = routed_up.by_kernel(format, *planes, x, logits, **options)
+    want = routed_up.plain(format, *planes, x.astype(F32), logits, **options)
+    return [(a.astype(F32), b.astype(F32)) for a, b in zip(got, want, strict=True)]
+
+
+def down(
+    format: str,
+    dtype: mx.Dtype,
+    shared: str,
+    sizes: tuple[int, int, int, int],
+    tokens: int,
+    topk: int,
+) -> Pairs:
+    """sizes: experts, routed and shared hidden values, width."""
+    experts, hidden, inner, width = sizes
+    planes = random_planes(format, (experts, width, hidden), 1)
+    matrix = random_planes(shared, (width, inner), 2)
+    rng = np.random.default_rng(3)
+    chosen = mx.array(rng.integers(0, experts - 1, (tokens, topk)).astype(np.int32))
+    values = normal((tokens * topk, hidden), dtype, 4)
+    gates, ups = normal((tokens, inner), F32, 5), normal((tokens, inner), F32, 6)
+    sides = chosen, shared, matrix, gates, ups, LIMIT
+    got = routed_down.by_kernel(format, planes, values, *sides, dtype=dtype)
+    routed, _ = routed_down.plain(format, planes, values.astype(F32), *sides, dtype=F32)
+    gates, ups = (each.astype(dtype).astype(F32) for each in (gates, ups))
+    sides = chosen, shared, matrix, gates, ups, LIMIT
+    _, common = routed_down.plain(format, planes, values.astype(F32), *sides, dtype=F32)
+    return list(zip(got, (routed, common), strict=True))
+
+
+def small() -> Iterator[Case]:
+    """Every format, experts chosen and listed, odd numbers of rows."""
+    for dtype in (F32, BF16):
+        for number, format in enumerate(UP.formats):
+            for hashed in (False, True):
+                sizes = (37, 21, 256, 1 + number, 6, hashed)
+                call = partial(up, format, dtype, *sizes)
+                yield Case(f"routed_up {format} {sizes}", dtype, call)
+        for format, shared, tokens in zip(
+            DOWN.formats, ("mxfp8", "q8_0", "bf16"), (1, 3, 8), strict=True
+        ):
+            sizes = (5, 256, 320, 37)
+            call = partial(down, format, dtype, shared, sizes, tokens, 3)
+            yield Case(f"routed_down {format} with {shared} {sizes}, {tokens} tokens", dtype, call)
+
+
+def wide() -> Iterator[Case]:
+    """Flash's widths, few rows."""
+    call = partial(up, "iq2_xxs", BF16, 256, 3, 4096, 1, 6)
+    yield Case("routed_up iq2_xxs of 256 experts by 4096", BF16, call)
+    call = partial(down, "q2_k", BF16, "mxfp8", (8, 2048, 2048, 21), 1, 6)
+    yield Case("routed_down q2_k by 2048", BF16, call)

@@ -1,0 +1,249 @@
+"""Down of the routed experts and of the shared one: two jobs in one launch, told apart by threadgroup.
+
+The first threadgroups sum over a token's experts, as `experts_down` does. The others go through the rows
+of the shared expert's matrix once for all tokens, whose hidden values each of them makes for itself.
+"""
+
+from functools import lru_cache
+
+import mlx.core as mx
+
+from ds4mlx.custom_kernels import dispatch
+from ds4mlx.custom_kernels.codes import staging
+from ds4mlx.custom_kernels.codes.packs import PACKINGS
+from ds4mlx.custom_kernels.codes.tables import bits
+from ds4mlx.custom_kernels.dialect import Kernel, parts
+from ds4mlx.custom_kernels.products import dense_matvec_text as dense
+from ds4mlx.custom_kernels.products import experts, experts_down, swiglu
+from ds4mlx.formats import FORMATS, Planes
+
+ROWS = 2  # of the shared matrix, that a SIMD-group takes
+# Hidden values of the shared expert that are staged at a time, in whole steps of a SIMD-group.
+STAGED, STEP = 6144, 512
+
+_HEADER = """
+#define MOST(a, b) ((a) > (b) ? (a) : (b))
+// A value as it is stored in type T.
+template <typename T> inline float stored(float v) { return float(static_cast<T>(v)); }
+template <typename T> inline uint hidden_of(float gate, float up, float limit) {
+  return as_type<uint>(stored<T>(swiglu(stored<T>(gate), stored<T>(up), limit)));
+}
+"""
+
+# Quad q of piece c of token t lies at (t * quads of a piece + q) * pieces + c.
+_SHARED = """
+    uint row0 = (part * GROUPS + simdgroup_index_in_threadgroup) * SHARED_ROWS;
+    const uint quads = DENSE::COLUMNS / 4, pieces = SPAN / DENSE::COLUMNS;
+    const uint last = INNER / DENSE::COLUMNS - 1;
+    float limit = as_type<float>(LIMIT);
+    uint4 codes[SHARED_ROWS];
+    float by[SHARED_ROWS], ys[SHARED_ROWS][TOKENS];
+    #pragma unroll
+    for (uint r = 0; r < SHARED_ROWS; r++) {
+        uint row = min(row0 + r, uint(WIDTH - 1));
+        codes[r] = w.load(row, min(lane, last), INNER);
+        by[r] = w.scale(row, min(lane, last), INNER);
+        #pragma unroll
+        for (uint t = 0; t < TOKENS; t++) ys[r][t] = 0;
+    }
+    for (uint base = 0; base < INNER; base += SPAN) {
+        uint columns = min(uint(SPAN), INNER - base);
+        if (base) threadgroup_barrier(mem_flags::mem_threadgroup);
+        for (uint i = at; i < TOKENS * (columns / 4); i += GROUPS * 32) {
+            uint t = i / (columns / 4), j = i % (columns / 4);
+            float4 g = ((const device float4*)(gates + t * INNER + base))[j];
+            float4 u = ((const device float4*)(ups + t * INNER + base))[j];
+            uint4 v;
+            v.x = hidden_of<T>(g.x, u.x, limit);
+            v.y = hidden_of<T>(g.y, u.y, limit);
+            v.z = hidden_of<T>(g.z, u.z, limit);
+            v.w = hidden_of<T>(g.w, u.w, limit);
+            xs[(t * quads + j % quads) * pieces + j / quads] = v;
+        }
+        threadgroup_barrier(mem_flags::mem_threadgroup);
+        for (uint c = base / DENSE::COLUMNS + lane; c < (base + columns) / DENSE::COLUMNS; c += 32) {
+            uint k = c - base / DENSE::COLUMNS;
+            uint4 codes1[SHARED_ROWS];
+            float by1[SHARED_ROWS], sum[SHARED_ROWS][TOKENS];
+            #pragma unroll
+            for (uint r = 0; r < SHARED_ROWS; r++) {
+                uint row = min(row0 + r, uint(WIDTH - 1));
+                codes1[r] = w.load(row, min(c + 32, last), INNER);
+                by1[r] = w.scale(row, min(c + 32, last), INNER);
+            }
+            #pragma unroll
+            for (uint q = 0; q < quads; q++) {
+                float v[SHARED_ROWS][4];
+                #pragma unroll
+                for (uint r = 0; r < SHARED_ROWS; r++) DENSE::quad(codes[r], q, v[r]);
+                #pragma unroll
+                for (uint t = 0; t < TOKENS; t++) {
+                    uint4 a = xs[(t * quads + q) * pieces + k];
+                    #pragma unroll
+                    for (uint r = 0; r < SHARED_ROWS; r++) {
+                        float s = q ? sum[r][t] : 0.0f;
+                        s = fma(v[r][0], as_type<float>(a.x), s);
+                        s = fma(v[r][1], as_type<float>(a.y), s);
+                        s = fma(v[r][2], as_type<float>(a.z), s);
+                        sum[r][t] = fma(v[r][3], as_type<float>(a.w), s);
+                    }
+                }
+            }
+            #pragma unroll
+            for (uint r = 0; r < SHARED_ROWS; r++) {
+                #pragma unroll
+                for (uint t = 0; t < TOKENS; t++) ys[r][t] = fma(by[r], sum[r][t], ys[r][t]);
+                codes[r] = codes1[r];
+                by[r] = by1[r];
+            }
+        }
+    }
+    #pragma unroll
+    for (uint r = 0; r < SHARED_ROWS; r++) {
+        #pragma unroll
+        for (uint t = 0; t < TOKENS; t++) {
+            float y = simd_sum(ys[r][t]);
+            if (lane == 0 && row0 + r < WIDTH) shared[t * WIDTH + row0 + r] = y;
+        }
+    }
+"""
+
+_BODY = """
+%s
+    uint part = threadgroup_position_in_grid.x;
+    if (part < PARTS * TOKENS) {
+        uint token = part / PARTS;
+        part %%= PARTS;
+%s
+    } else {
+        part -= PARTS * TOKENS;
+        DENSE w;
+        %s
+%s
+    }
+"""
+
+
+@lru_cache
+def kernel(format: str, dtype: mx.Dtype, eight: bool, dense_format: str) -> Kernel:
+    """The kernel for routed experts in a format, hidden values of a type, and a shared expert."""
+    planes = {plane: f"dense_{plane}" for plane in FORMATS[dense_format].layout}
+    taken = " ".join(f"w.{plane} = {name};" for plane, name in planes.items())
+    body = _BODY % (experts_down.DECLARED, experts_down.PRODUCTS, taken, _SHARED)
+    header = experts_down.header(
+        format, dtype, eight, "MOST(STAGED / 32 * WORDS, TOKENS * SPAN / 4)"
+    )
+    header += swiglu.HEADER + _HEADER + dense.LOAD4 + dense.FORMATS[dense_format]
+    header += f"#define DENSE {dense.STRUCTS[dense_format]}\n"
+    inputs = ["hidden", "experts", "gates", "ups", *PACKINGS[format].names("down")]
+    name = _name(format, dtype, eight, dense_format)
+    return Kernel(name, [*inputs, *planes.values()], ["routed", "shared"], body, header)
+
+
+def _name(format: str, dtype: mx.Dtype, eight: bool, dense_format: str) -> str:
+    return f"routed_down_{format}_{staging.arithmetic(dtype, eight)}_{dense_format}"
+
+
+def routed_down(
+    format: str,
+    down: Planes,
+    hidden: mx.array,
+    experts: mx.array,
+    shared_format: str,
+    shared: Planes,
+    gates: mx.array,
+    ups: mx.array,
+    limit: float,
+    *,
+    dtype: mx.Dtype,
+    eight: bool = False,
+) -> tuple[mx.array, mx.array]:
+    """The routed experts' sum and the shared expert's values, both float32 (N, D).
+
+    hidden T (N * k, H), weighted, of experts int (N, k) with planes of (E, D, H). gates and ups float32
+    (N, F), the shared expert's products, are rounded to `dtype`, which is T, as is their SwiGLU; planes
+    of (D, F). eight: as in `experts_down`.
+    """
+    takes_all = takes(format, hidden, experts, shared_format, gates, eight)
+    way = by_kernel if takes_all else plain
+    sides = format, down, hidden, experts, shared_format, shared, gates, ups, limit
+    return way(*sides, dtype=dtype, eight=eight)
+
+
+def takes(
+    format: str,
+    hidden: mx.array,
+    chosen: mx.array,
+    shared_format: str,
+    gates: mx.array,
+    eight: bool = False,
+) -> bool:
+    """Whether the kernel multiplies hidden values (N * k, H) and (N, F) by matrices in the formats."""
+    suits = format in experts.DOWN.formats and hidden.shape[1] % staging.CHUNK == 0
+    suits = suits and chosen.shape[1] <= dispatch.MOST_CHOSEN and len(chosen) <= dispatch.FEW
+    piece = dense.COLUMNS.get(shared_format)
+    suits = suits and piece is not None and gates.shape[1] % piece == 0
+    return suits and dispatch.active(hidden, _name(format, hidden.dtype, eight, shared_format))
+
+
+def plain(
+    format: str,
+    down: Planes,
+    hidden: mx.array,
+    chosen: mx.array,
+    shared_format: str,
+    shared: Planes,
+    gates: mx.array,
+    ups: mx.array,
+    limit: float,
+    *,
+    dtype: mx.Dtype,
+    eight: bool = False,
+) -> tuple[mx.array, mx.array]:
+    """`routed_down` by MLX's own operations, which know no bytes."""
+    stack = lambda *each: FORMATS[format].gather(down, *each)
+    routed = experts.plain_down(stack, hidden, experts.Pairs(chosen, None, None))
+    values = swiglu.swiglu(gates.astype(dtype), ups.astype(dtype), limit).astype(dtype)
+    return routed, FORMATS[shared_format].matmul(shared, values).astype(mx.float32)
+
+
+def by_kernel(
+    format: str,
+    down: Planes,
+    hidden: mx.array,
+    chosen: mx.array,
+    shared_format: str,
+    shared: Planes,
+    gates: mx.array,
+    ups: mx.array,
+    limit: float,
+    *,
+    dtype: mx.Dtype,
+    eight: bool = False,
+) -> tuple[mx.array, mx.array]:
+    """`routed_down` in one launch; H is a multiple of 64, F of a piece's columns, k at most 32."""
+    assert hidden.dtype == dtype
+    (count, topk), (width, inner) = chosen.shape, (down["weight"].shape[-2], gates.shape[1])
+    each, rest = experts_down.ROWS * experts_down.GROUPS, ROWS * experts_down.GROUPS
+    routed, dense_parts = -(-width // each), -(-width // rest)
+    span = min(inner, max(STEP, STAGED // count // STEP * STEP))
+    packing = PACKINGS[format]
+    planes = [down[p] for p in packing.planes] + [shared[p] for p in FORMATS[shared_format].layout]
+    sums = kernel(format, dtype, eight, shared_format)(
+        [hidden, chosen, gates, ups, *planes],
+        [((count, width), mx.float32), ((count, width), mx.float32)],
+        groups=(routed * count + dense_parts, 1, 1),
+        threads=32 * experts_down.GROUPS,
+        template=[
+            ("T", dtype),
+            *experts_down.template(hidden, width, topk),
+            ("TOKENS", count),
+            ("PARTS", routed),
+            ("INNER", inner),
+            ("SPAN", span),
+            ("SHARED_ROWS", ROWS),
+            ("LIMIT", bits(limit)),
+        ],
+        reads=parts(packing.names("down"), chosen.size, len(down["weight"])),
+    )
+    return sums[0], sums[1]

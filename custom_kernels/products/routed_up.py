@@ -1,0 +1,195 @@
+"""Gate and up of the experts that each threadgroup finds for itself among the router's products.
+
+As `experts_up`; but the expert of a (token, expert) pair and its weight are not known before: the first
+SIMD-group of every threadgroup scores all experts of the token and chooses among them, while the others
+stage the token's activations.
+"""
+
+from functools import lru_cache
+
+import mlx.core as mx
+
+from ds4mlx.custom_kernels import dispatch
+from ds4mlx.custom_kernels.codes import staging
+from ds4mlx.custom_kernels.codes.tables import bits
+from ds4mlx.custom_kernels.dialect import Kernel, parts
+from ds4mlx.custom_kernels.layer import router
+from ds4mlx.custom_kernels.layer.index_select import KEY_OF
+from ds4mlx.custom_kernels.products import experts, experts_up
+from ds4mlx.formats import FORMATS, Planes
+
+# Best first, the lowest number among equals. A key of 0 is no expert, or one that was taken.
+_BEST = """
+        float score[(EXPERTS + 31) / 32], mine = 0, total = 0;
+        uint key[(EXPERTS + 31) / 32];
+        int unordered = 0;
+        #pragma unroll
+        for (uint i = 0; i < (EXPERTS + 31) / 32; i++) {
+            uint e = min(32 * i + lane, uint(EXPERTS - 1));
+            score[i] = score_of(row[e]);
+            float biased = score[i] + bias[e];
+            key[i] = 32 * i + lane < EXPERTS ? key_of(biased) : 0u;
+            if (biased != biased) unordered = 1;
+        }
+        for (uint k = 0; k < TOPK; k++) {
+            uint best = 0, which = EXPERTS - 1;
+            #pragma unroll
+            for (uint i = 0; i < (EXPERTS + 31) / 32; i++) best = max(best, key[i]);
+            best = simd_max(best);
+            #pragma unroll
+            for (uint i = 0; i < (EXPERTS + 31) / 32; i++)
+                if (key[i] == best) which = min(which, 32 * i + lane);
+            which = simd_min(which);
+            #pragma unroll
+            for (uint i = 0; i < (EXPERTS + 31) / 32; i++) {
+                if (32 * i + lane != which) continue;
+                key[i] = 0;
+                total += score[i];
+                if (k == slot) mine = score[i];
+            }
+            if (k == slot) expert = int(which);
+        }
+        float ratio = simd_sum(mine) / simd_sum(total);
+        if (simd_max(unordered)) ratio = as_type<float>(0x7fc00000u);
+"""
+
+_LISTED = """
+        int mine = listed[ids[job / TOPK] * TOPK + min(lane, uint(TOPK - 1))];
+        float score = score_of(row[mine]);
+        float total = simd_sum(lane < TOPK ? score : 0.0f);
+        float ratio = simd_shuffle(score, ushort(slot)) / total;
+        expert = simd_shuffle(mine, ushort(slot));
+"""
+
+_CHOICE = """
+    threadgroup int expert_of_all[1];
+    threadgroup float weight_of_all[1];
+    if (simdgroup_index_in_threadgroup == 0) {
+        uint slot = job %% TOPK;
+        const device float* row = logits + (job / TOPK) * EXPERTS;
+        int expert = 0;
+%s
+        if (lane == 0) {
+            expert_of_all[0] = expert;
+            weight_of_all[0] = ratio * as_type<float>(SCALE);
+            if (threadgroup_position_in_grid.x == 0) experts[job] = expert;
+        }
+    }
+"""
+
+_TAKEN = """
+    int chosen = expert_of_all[0];
+    float weight = weight_of_all[0];
+"""
+
+
+def _body(choice: str) -> str:
+    parts = experts_up.DECLARED, _CHOICE % choice, experts_up.STAGING, _TAKEN
+    return "".join((*parts, experts_up.LOADS, experts_up.PRODUCTS))
+
+
+@lru_cache
+def kernel(format: str, dtype: mx.Dtype, eight: bool, hashed: bool) -> Kernel:
+    """The kernel for experts in a format and activations of a type, or as bytes."""
+    choice = ["listed", "ids"] if hashed else ["bias"]
+    header = experts_up.header(format, dtype, eight, free=32) + router.HEADER
+    inputs = ["x", "logits", *choice, *experts_up.planes(format)]
+    body = _body(_LISTED if hashed else _BEST)
+    header += "" if hashed else KEY_OF
+    return Kernel(_name(format, dtype, eight, hashed), inputs, ["hidden", "experts"], body, header)
+
+
+def _name(format: str, dtype: mx.Dtype, eight: bool, hashed: bool) -> str:
+    kind = "hashed" if hashed else "best"
+    return f"routed_up_{format}_{staging.arithmetic(dtype, eight)}_{kind}"
+
+
+def routed_up(
+    format: str,
+    gate: Planes,
+    up: Planes,
+    x: mx.array,
+    logits: mx.array,
+    *,
+    scale: float,
+    topk: int,
+    limit: float,
+    bias: mx.array | None = None,
+    table: mx.array | None = None,
+    ids: mx.array | None = None,
+    eight: bool = False,
+) -> tuple[mx.array, mx.array]:
+    """weight * silu(min(gate . x, limit)) * clip(up . x) of a token's experts, and which these are.
+
+    x (N, D); logits float32 (N, E), the router's products; planes of (E, H, D). A score is
+    sqrt(softplus(logit)). With `bias` (E,) the experts are those of the highest score + bias, the best
+    first; with `table` int32 (vocab, k) and `ids` int (N,) those listed for the token. Weights are scores
+    over their sum, times scale, or all NaN where a NaN was compared. eight: as in `experts_up`.
+    Returns (N * k, H) in x's type, and experts int32 (N, k).
+    """
+    options = {"scale": scale, "topk": topk, "bias": bias, "table": table, "ids": ids}
+    way = by_kernel if takes(format, x, logits, topk, table is not None, eight) else plain
+    return way(format, gate, up, x, logits, limit=limit, eight=eight, **options)
+
+
+def takes(
+    format: str, x: mx.array, logits: mx.array, topk: int, hashed: bool, eight: bool = False
+) -> bool:
+    """Whether the kernel multiplies tokens x (N, D) by experts in a format."""
+    suits = format in experts.UP.formats and x.shape[1] % staging.CHUNK == 0
+    suits = suits and topk <= dispatch.MOST_CHOSEN and logits.shape[1] <= router.MOST_EXPERTS
+    suits = suits and len(x) <= dispatch.FEW
+    return suits and dispatch.active(x, _name(format, x.dtype, eight, hashed))
+
+
+def plain(
+    format: str,
+    gate: Planes,
+    up: Planes,
+    x: mx.array,
+    logits: mx.array,
+    *,
+    scale: float,
+    topk: int,
+    limit: float,
+    bias: mx.array | None = None,
+    table: mx.array | None = None,
+    ids: mx.array | None = None,
+    eight: bool = False,
+) -> tuple[mx.array, mx.array]:
+    """`routed_up` by MLX's own operations, which know no bytes."""
+    sides = router.scores_of(logits), scale, topk, bias, table, ids
+    chosen, weights = router.weighed(*sides, ordered=True)
+    stacks = (lambda *each, m=m: FORMATS[format].gather(m, *each) for m in (gate, up))
+    pairs = experts.Pairs(chosen, None, None)
+    return experts.plain_up(*stacks, x, pairs, weights, limit), chosen.astype(mx.int32)
+
+
+def by_kernel(
+    format: str,
+    gate: Planes,
+    up: Planes,
+    x: mx.array,
+    logits: mx.array,
+    *,
+    scale: float,
+    topk: int,
+    limit: float,
+    bias: mx.array | None = None,
+    table: mx.array | None = None,
+    ids: mx.array | None = None,
+    eight: bool = False,
+) -> tuple[mx.array, mx.array]:
+    """`routed_up` in one launch; D is a multiple of 64, k at most 32, E at most 1024."""
+    count, hidden = len(x), gate["weight"].shape[-2]
+    choice = [a for a in ((bias,) if table is None else (table, ids)) if a is not None]
+    planes = experts_up.operands(format, gate, up, eight)
+    cut = experts_up.cut(x, hidden, topk, format, limit, eight)
+    cut["template"] += [("EXPERTS", logits.shape[1]), ("SCALE", bits(scale))]
+    values, chosen = kernel(format, x.dtype, eight, table is not None)(
+        [x, logits, *choice, *planes],
+        [((count * topk, hidden), x.dtype), ((count, topk), mx.int32)],
+        **cut,
+        reads=parts(experts_up.planes(format)[1:], count * topk, logits.shape[1]),
+    )
+    return values, chosen
