@@ -87,6 +87,11 @@ def in_use() -> bool:
     return decided() is not False
 
 
+def ways() -> list[int]:
+    """What decides, beside shapes and verdicts, which launches a traced function makes."""
+    return [int(eight_bits()), {True: 1, False: 0, None: 2}[decided()]]
+
+
 def active(x: mx.array, *kernels: str, dtype: mx.Dtype | None = None) -> bool:
     """Whether the kernels may take activations x.
 

@@ -26,7 +26,14 @@ def on_metal() -> Iterator[pytest.MonkeyPatch]:
             patch.setattr(dialect, "target", lambda: "metal")
             patch.setattr(mx.fast, "metal_kernel", metal_kernel)
             patch.setattr(dialect.Kernel, "_made", property(lambda self: {}))
-        yield patch
+            patch.setenv(
+                "MLX_DISABLE_COMPILE", "1"
+            )  # which whoever turns it off for a while looks at
+            mx.disable_compile()  # the executor runs a kernel when it is called, and traces nothing
+        try:
+            yield patch
+        finally:
+            mx.enable_compile()
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ import mlx.core as mx
 import numpy as np
 
 from ds4mlx.custom_kernels.cases.base import Case, Pairs, normal
+from ds4mlx.custom_kernels.codes import staging
 from ds4mlx.custom_kernels.products import routed_down, routed_up
 from ds4mlx.custom_kernels.products.experts import DOWN, UP
 from ds4mlx.custom_kernels.random_weights import random_planes
@@ -25,6 +26,7 @@ def up(
     tokens: int,
     topk: int,
     hashed: bool = False,
+    eight: bool = False,
 ) -> Pairs:
     """Hidden values, and the experts that they are of."""
     planes = [random_planes(format, (experts, hidden, width), seed) for seed in (1, 2)]
@@ -35,8 +37,9 @@ def up(
         table = np.stack([rng.permutation(experts)[:topk] for _ in range(50)]).astype(np.int32)
         options = {"table": mx.array(table), "ids": mx.arange(7, 7 + tokens)}
     options |= {"scale": 1.5, "topk": topk, "limit": LIMIT}
-    got = routed_up.by_kernel(format, *planes, x, logits, **options)
-    want = routed_up.plain(format, *planes, x.astype(F32), logits, **options)
+    got = routed_up.by_kernel(format, *planes, x, logits, **options, eight=eight)
+    x = staging.as_bytes(x) if eight else x.astype(F32)
+    want = routed_up.plain(format, *planes, x, logits, **options)
     return [(a.astype(F32), b.astype(F32)) for a, b in zip(got, want, strict=True)]
 
 
@@ -47,6 +50,7 @@ def down(
     sizes: tuple[int, int, int, int],
     tokens: int,
     topk: int,
+    eight: bool = False,
 ) -> Pairs:
     """sizes: experts, routed and shared hidden values, width."""
     experts, hidden, inner, width = sizes
@@ -57,17 +61,19 @@ def down(
     values = normal((tokens * topk, hidden), dtype, 4)
     gates, ups = normal((tokens, inner), F32, 5), normal((tokens, inner), F32, 6)
     sides = chosen, shared, matrix, gates, ups, LIMIT
-    got = routed_down.by_kernel(format, planes, values, *sides, dtype=dtype)
-    routed, _ = routed_down.plain(format, planes, values.astype(F32), *sides, dtype=F32)
+    got = routed_down.by_kernel(format, planes, values, *sides, dtype=dtype, eight=eight)
+    values = staging.as_bytes(values) if eight else values.astype(F32)
+    routed, _ = routed_down.plain(format, planes, values, *sides, dtype=F32)
     gates, ups = (each.astype(dtype).astype(F32) for each in (gates, ups))
     sides = chosen, shared, matrix, gates, ups, LIMIT
-    _, common = routed_down.plain(format, planes, values.astype(F32), *sides, dtype=F32)
+    _, common = routed_down.plain(format, planes, values, *sides, dtype=F32)
     return list(zip(got, (routed, common), strict=True))
 
 
 def small() -> Iterator[Case]:
     """Every format, experts chosen and listed, odd numbers of rows."""
     for dtype in (F32, BF16):
+        yield from _bytes(dtype)
         for number, format in enumerate(UP.formats):
             for hashed in (False, True):
                 sizes = (37, 21, 256, 1 + number, 6, hashed)
@@ -79,6 +85,17 @@ def small() -> Iterator[Case]:
             sizes = (5, 256, 320, 37)
             call = partial(down, format, dtype, shared, sizes, tokens, 3)
             yield Case(f"routed_down {format} with {shared} {sizes}, {tokens} tokens", dtype, call)
+
+
+def _bytes(dtype: mx.Dtype) -> Iterator[Case]:
+    """Activations rounded to 8 bits, where a format has such a product."""
+    for format in ("iq2_xxs", "q4_k"):
+        for hashed in (False, True):
+            call = partial(up, format, dtype, 37, 21, 256, 2, 6, hashed, eight=True)
+            yield Case(f"routed_up {format}, hashed {hashed}, bytes", dtype, call)
+    for format in ("q2_k", "q4_k"):
+        call = partial(down, format, dtype, "mxfp8", (5, 256, 320, 37), 2, 3, eight=True)
+        yield Case(f"routed_down {format}, bytes", dtype, call)
 
 
 def wide() -> Iterator[Case]:

@@ -59,7 +59,7 @@ def attention(
 ) -> mx.array:
     """What the heads of one token read: (H, c) of type `dtype`, rotary channels turned back.
 
-    q float32 (H, c): the product of wq_b, read as `dtype`. sink float32 (H,). window: rows of positions
+    q float32, of H heads of c: the product of wq_b, read as `dtype`. sink float32 (H,). window: rows of positions
     max(0, p - before) to p are seen. rows: of a layer of ratio 4 or 128, None for 0; seen are those
     j < (p + 1) // ratio, or, with `chosen` int32 (K,), the rows named there; negative names are of none.
     place int32 (8,): the token's position p, the position at which the window's tail begins, and the rows
@@ -84,7 +84,7 @@ def takes(
 ) -> bool:
     """Whether the kernels take queries (H, c), for rows of a layout."""
     width, rope = layout.width, 2 * angles.shape[-1]
-    sized = width % 128 == 0 and width <= WIDEST and rope <= width and q.shape[-1] == width
+    sized = width % 128 == 0 and width <= WIDEST and rope <= width and q.size % width == 0
     if layout.kind == "kv":
         lies = layout.coded % 4 == 0 and layout.head % 4 == 0 and layout.coded == width - rope
     else:
@@ -111,7 +111,8 @@ def plain(
 ) -> mx.array:
     """`attention` by MLX's own operations."""
     turns = tuple(each[None] for each in angles[1 if ratio else 0])
-    heads = rotate(rms_norm(q.astype(dtype)[None], None, eps), turns)[0]
+    queries = q.astype(dtype).reshape(1, -1, form.layout.width)
+    heads = rotate(rms_norm(queries, None, eps), turns)[0]
     position = place[0] + mx.arange(-before, 1)
     near = mx.clip(position - place[1] + len(window.old), 0, None)
     values = [form.unpack(mx.concatenate(list(window))[near])]
@@ -126,7 +127,7 @@ def plain(
     visible = mx.concatenate(seen)
     # Rows that are not seen may be anything, NaN as well.
     keys = mx.where(visible[:, None], mx.concatenate(values), 0)
-    scores = (heads.astype(mx.float32) * q.shape[-1] ** -0.5) @ keys.T
+    scores = (heads.astype(mx.float32) * form.layout.width**-0.5) @ keys.T
     scores = mx.where(visible, scores, -mx.inf)
     scores = mx.concatenate([scores, sink.astype(mx.float32)[:, None]], axis=-1)
     out = mx.softmax(scores, axis=-1, precise=True)[:, :-1] @ keys
@@ -149,8 +150,9 @@ def by_kernel(
     dtype: mx.Dtype,
 ) -> mx.array:
     """`attention` in two launches; see `takes`."""
-    layout, heads = form.layout, len(q)
+    layout = form.layout
     width, block = layout.width, block_rows(layout.width, dtype)
+    heads = q.size // width
     common = [
         ("T", dtype),
         ("H", heads),

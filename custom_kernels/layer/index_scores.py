@@ -134,5 +134,5 @@ def plain(
     lies = mx.where(number < place[2], number, capacity + number - place[2])
     keys = form.unpack(mx.concatenate(list(rows))[mx.minimum(lies, len(number) - 1)])
     hits = mx.maximum(turned.astype(mx.float32) @ keys.T, 0)
-    scores = (weights * (width * heads) ** -0.5) @ hits
+    scores = (weights.flatten() * (width * heads) ** -0.5) @ hits
     return mx.where(number < (place[0] + 1) // RATIO, scores, -mx.inf)

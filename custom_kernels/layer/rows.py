@@ -62,7 +62,7 @@ def new_rows(
 ) -> NewRows:
     """What a token adds to a layer of a ratio (0, 4, 128); see `NewRows`.
 
-    kv (width,) and latent (rank,) float32: products of wkv and wq_a with x, read as `dtype`, which all
+    kv (width,) and latent (rank,) float32, or (1, .) as all products here: products of wkv and wq_a with x, read as `dtype`, which all
     activations have. kv_norm, q_norm: weights. The window's rows lie as `form` says. place int32 (8,):
     the token's position, the position at which tails begin, and the rows before the tails of ratio 4
     and 128. angles float32 (4, 2, rope / 2): cos and sin for the window row of a layer of ratio 0, of
@@ -126,12 +126,13 @@ def plain(
 ) -> NewRows:
     """`new_rows` by MLX's own operations."""
     slot = place[0] - place[1]
-    row = rms_norm(kv.astype(dtype)[None], kv_norm, eps)
+    row = rms_norm(kv.astype(dtype).reshape(1, -1), kv_norm, eps)
     row = rotate(row, _angles(angles, 1 if ratio else 0))
-    normed = rms_norm(latent.astype(dtype)[None], q_norm, eps)
+    normed = rms_norm(latent.astype(dtype).reshape(1, -1), q_norm, eps)
     tails = []
     for each in poolings:
-        projected = mx.stack([each.values, each.scores + each.ape[place[0] % ratio]])
+        scores = each.scores.flatten() + each.ape[place[0] % ratio]
+        projected = mx.stack([each.values.flatten(), scores])
         recent = each.recent._replace(tail=_with_row(each.recent.tail, projected, slot))
         row_of = _compressed(each, recent, place, angles, ratio, eps, dtype)
         # A row that is not complete is put where there is none.
@@ -194,7 +195,7 @@ def by_kernel(
     """`new_rows` in one launch; see `takes`."""
     layout = form.layout
     inputs = [kv, latent, kv_norm, q_norm, window.tail, place, angles]
-    outputs = [((1, len(latent)), dtype), (window.tail.shape, window.tail.dtype)]
+    outputs = [((1, latent.size), dtype), (window.tail.shape, window.tail.dtype)]
     numbers: dict[str, Any] = {
         "T": dtype,
         "GROUPS": GROUPS,
@@ -203,7 +204,7 @@ def by_kernel(
         "ANGLES": 1 if ratio else 0,
         "ROPE": 2 * angles.shape[-1],
         "WIDTH": layout.width,
-        "RANK": len(latent),
+        "RANK": latent.size,
         "CODED": layout.coded,
         "HEAD": layout.head,
         "SPAN": len(window.tail),

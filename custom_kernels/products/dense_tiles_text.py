@@ -43,7 +43,7 @@ inline uint4 eight(Mxfp8 w, uint row, uint c, uint all) {
 inline void four_scales(Mxfp8 w, uint row, uint c, uint all, thread float* s) {
   uint v = ((const device uint*)w.scales)[row * (all / 128) + c];
   #pragma unroll
-  for (int u = 0; u < 4; u++) s[u] = 256.0f * power((v >> (8 * u)) & 255u);
+  for (int u = 0; u < 4; u++) s[u] = 256.0f * power_or_nan((v >> (8 * u)) & 255u);
 }
 """,
     "q8_0": """

@@ -183,7 +183,9 @@ def takes(
     suits = suits and chosen.shape[1] <= dispatch.MOST_CHOSEN and len(chosen) <= dispatch.FEW
     piece = dense.COLUMNS.get(shared_format)
     suits = suits and piece is not None and gates.shape[1] % piece == 0
-    return suits and dispatch.active(hidden, _name(format, hidden.dtype, eight, shared_format))
+    # How a shared format is read is compared as `dense_matvec`, which has the same text.
+    name = _name(format, hidden.dtype, eight, shared_format).removesuffix(f"_{shared_format}")
+    return suits and dispatch.active(hidden, name)
 
 
 def plain(

@@ -36,6 +36,11 @@ class Dense(Format):
         return planes["weight"].astype(mx.float32)
 
 
+def dense_format(dtype: mx.Dtype) -> str:
+    """The name of the format that is one plane of this type."""
+    return {mx.float32: "f32", mx.float16: "f16", mx.bfloat16: "bf16"}[dtype]
+
+
 def _widened_matmul(weight: mx.array, x: mx.array) -> mx.array:
     """x @ weight.T in float32 although a side is narrower, a block of rows at a time."""
     wide, parts = x.astype(mx.float32), []

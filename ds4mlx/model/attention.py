@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import mlx.core as mx
-import mlx.nn as nn
 
 from ds4mlx.config import ModelConfig
 from ds4mlx.custom_kernels.layer.plain import Angles, rms_norm, rotate
@@ -17,6 +16,7 @@ from ds4mlx.model.batch import Batch, Span
 from ds4mlx.model.compressor import Compressor
 from ds4mlx.model.indexer import Indexer
 from ds4mlx.model.linear import GroupedLinear, Linear, RMSNorm
+from ds4mlx.model.module import Module
 from ds4mlx.model.sink import Source, sink_attention
 from ds4mlx.model.taps import site_of, tap
 from ds4mlx.state.layer import LayerState
@@ -48,7 +48,7 @@ class Context:
     selection: Selection | None = None  # where there are more rows than are kept
 
 
-class Attention(nn.Module):
+class Attention(Module):
     """Projections, the window, the core attention, and the grouped output projection."""
 
     ratio = 0

@@ -7,6 +7,7 @@ of layer, are made here once a call.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import mlx.core as mx
 import numpy as np
@@ -20,22 +21,30 @@ from ds4mlx.state.step import Step
 class Span:
     """One sequence of a batch: its place among all tokens, and what they change in its state.
 
-    `rows` holds, by ratio, the angles of the compressed rows that the tokens complete.
+    tables: the rotary table of the layers of each ratio.
     """
 
     tokens: slice
     step: Step
-    rows: dict[int, Angles]
+    tables: dict[int, Rotary]
+
+    @cached_property
+    def rows(self) -> dict[int, Angles]:
+        """By ratio, the angles of the compressed rows that the tokens complete."""
+        positions = {m: row_positions(self.step, m) for m in self.tables if m}
+        return {m: self.tables[m].angles(each) for m, each in positions.items()}
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Token ids int (N,), their positions int (N,), their angles by a layer's ratio, the spans."""
+    """Token ids int (N,), one sequence after the other, and the spans.
+
+    tables: the rotary table of the layers of each ratio.
+    """
 
     ids: mx.array
-    positions: mx.array
-    angles: dict[int, Angles]
     spans: list[Span]
+    tables: dict[int, Rotary]
 
     @classmethod
     def of(cls, ids: mx.array, steps: Sequence[Step], tables: dict[int, Rotary]) -> "Batch":
@@ -43,15 +52,28 @@ class Batch:
 
         tables: the rotary table of the layers of each ratio.
         """
-        positions = np.concatenate([np.arange(s.offset, s.end, dtype=np.int32) for s in steps])
-        made = {table: table.angles(positions) for table in set(tables.values())}
         spans, first = [], 0
         for step in steps:
             last = first + step.end - step.offset
-            rows = {m: t.angles(row_positions(step, m)) for m, t in tables.items() if m}
-            spans.append(Span(slice(first, last), step, rows))
+            spans.append(Span(slice(first, last), step, tables))
             first = last
-        return cls(ids, mx.array(positions), {m: made[t] for m, t in tables.items()}, spans)
+        return cls(ids, spans, tables)
+
+    @cached_property
+    def positions(self) -> mx.array:
+        """Positions of the tokens, int (N,)."""
+        return mx.array(self._positions)
+
+    @cached_property
+    def angles(self) -> dict[int, Angles]:
+        """Angles of the tokens by a layer's ratio."""
+        made = {table: table.angles(self._positions) for table in set(self.tables.values())}
+        return {ratio: made[table] for ratio, table in self.tables.items()}
+
+    @cached_property
+    def _positions(self) -> np.ndarray:
+        steps = [span.step for span in self.spans]
+        return np.concatenate([np.arange(s.offset, s.end, dtype=np.int32) for s in steps])
 
 
 def row_positions(step: Step, ratio: int) -> np.ndarray:

@@ -3,20 +3,20 @@
 from collections.abc import Sequence
 
 import mlx.core as mx
-import mlx.nn as nn
 
 from ds4mlx.config import ModelConfig
 from ds4mlx.model.attention import attention_of
 from ds4mlx.model.batch import Batch
 from ds4mlx.model.hyper import HyperConnection
 from ds4mlx.model.linear import RMSNorm
+from ds4mlx.model.module import Module
 from ds4mlx.model.moe import MoE
 from ds4mlx.model.taps import inside, site_of, tap
 from ds4mlx.state.layer import LayerState
 from ds4mlx.state.rounding import Rounding
 
 
-class Block(nn.Module):
+class Block(Module):
     """Attention and MoE, each between the two halves of a hyper-connection."""
 
     def __init__(self, config: ModelConfig, block: int, rounding: Rounding):

@@ -5,16 +5,16 @@ token makes two lanes, the first used by the next group's row, the second by its
 """
 
 import mlx.core as mx
-import mlx.nn as nn
 
 from ds4mlx.config import ModelConfig
 from ds4mlx.custom_kernels.layer.plain import rotate
 from ds4mlx.model.batch import Span
 from ds4mlx.model.linear import Linear, RMSNorm
+from ds4mlx.model.module import Module
 from ds4mlx.state.layer import CompressorState
 
 
-class Compressor(nn.Module):
+class Compressor(Module):
     """Pools tokens into normed, rotated rows of `width` channels; streaming, any chunking."""
 
     def __init__(self, config: ModelConfig, width: int, ratio: int):

@@ -5,15 +5,15 @@ Everything is float32 inside; streams keep the activation type.
 """
 
 import mlx.core as mx
-import mlx.nn as nn
 
 from ds4mlx.config import ModelConfig
 from ds4mlx.custom_kernels.layer.hyper_post import after_sublayer
 from ds4mlx.custom_kernels.layer.hyper_pre import before_sublayer, collapse, project
+from ds4mlx.model.module import Module
 from ds4mlx.model.taps import Inside
 
 
-class HyperConnection(nn.Module):
+class HyperConnection(Module):
     """The site before and after one sublayer (attention or MoE)."""
 
     def __init__(self, config: ModelConfig):
@@ -44,7 +44,7 @@ class HyperConnection(nn.Module):
         return after_sublayer(streams, out, post, comb)
 
 
-class HyperHead(nn.Module):
+class HyperHead(Module):
     """The collapse of the streams before the final norm: sigmoid weights, no Sinkhorn."""
 
     def __init__(self, config: ModelConfig):

@@ -1,20 +1,20 @@
 """The lightning indexer of CSA layers: which compressed rows a query attends to."""
 
 import mlx.core as mx
-import mlx.nn as nn
 
 from ds4mlx.config import ModelConfig
 from ds4mlx.custom_kernels.layer.plain import Angles, rotate
 from ds4mlx.model.batch import Span
 from ds4mlx.model.compressor import Compressor
 from ds4mlx.model.linear import Linear
+from ds4mlx.model.module import Module
 from ds4mlx.model.ties import settle
 from ds4mlx.state.layer import CompressorState
 from ds4mlx.state.rounding import Rounding, round_index, spread_index
 from ds4mlx.state.row_forms import RowForm
 
 
-class Indexer(nn.Module):
+class Indexer(Module):
     """Scores rows by sum_h w_h relu(q_h . k) with its own small compressor and heads."""
 
     def __init__(self, config: ModelConfig, rounding: Rounding):

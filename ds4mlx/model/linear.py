@@ -4,15 +4,15 @@ Their planes are the module's parameters; `format` names the one that reads them
 """
 
 import mlx.core as mx
-import mlx.nn as nn
 
 from ds4mlx.custom_kernels.layer.plain import rms_norm
 from ds4mlx.custom_kernels.products.dense import product
 from ds4mlx.custom_kernels.products.experts import Operand
 from ds4mlx.formats import FORMATS
+from ds4mlx.model.module import Module
 
 
-class Matrix(nn.Module):
+class Matrix(Module):
     """A stored weight of logical shape (out, in) or (experts, out, in)."""
 
     def __init__(self, *shape: int):
@@ -87,7 +87,7 @@ class ExpertStack(Matrix):
         return Operand(self.format, self.planes, self._shape)
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(Module):
     """x / sqrt(mean(x^2) + eps) * weight, float32 inside, in x's type; over the last axis."""
 
     def __init__(self, dims: int, eps: float):

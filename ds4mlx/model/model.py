@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, overload
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
@@ -18,9 +17,12 @@ from ds4mlx.model.attention import SparseAttention
 from ds4mlx.model.batch import Batch
 from ds4mlx.model.block import Block
 from ds4mlx.model.draft import MTP
+from ds4mlx.model.fused.choice import MOST_STEPPED, takes
+from ds4mlx.model.fused.step import TracedStep, step_logits
 from ds4mlx.model.hyper import HyperHead
 from ds4mlx.model.inputs import Cache, Inputs, Tokens, read_states, read_tokens
 from ds4mlx.model.linear import Embedding, Linear, RMSNorm
+from ds4mlx.model.module import Module
 from ds4mlx.model.rope import rotary_tables
 from ds4mlx.model.taps import begin, tap
 from ds4mlx.precision import keep_float32
@@ -30,13 +32,10 @@ from ds4mlx.state.rounding import Rounding
 from ds4mlx.state.row_forms import StateForm
 from ds4mlx.state.step import Step, commit
 
-# Most sequences that `step` takes.
-MOST_STEPPED = 8
-
 Out = TypeVar("Out")
 
 
-class Model(nn.Module):
+class Model(Module):
     """The whole model. Activations have type `dtype`; logits are float32.
 
     `rounding="official"` rounds KV rows to FP8 and the indexer's queries and rows to FP4, as in the
@@ -64,6 +63,7 @@ class Model(nn.Module):
         self.model_type = args.model_type
         self.identity: str | None = None  # of the directory it was loaded from
         self._rotary = rotary_tables(args)
+        self._traced: TracedStep | None = None
         layers, drafts = args.num_hidden_layers, args.num_nextn_predict_layers
         self.embed = Embedding(args.vocab_size, args.hidden_size)
         self.layers = [Block(args, i, rounding) for i in range(layers)]
@@ -83,11 +83,13 @@ class Model(nn.Module):
         Without a cache the sequences stand alone.
         """
         call = _Call(self, tokens, cache)
-        return call.done(self.logits(self._run(call.batch, call.states)))
+        return call.done(self._logits(call))
 
     def last_logits(self, tokens: Tokens, cache: Cache) -> mx.array:
         """Like calling the model, but the head runs for the last tokens only: (B, vocab)."""
         call = _Call(self, tokens, cache)
+        if call.steps:
+            return call.moved(self._logits(call))
         streams = self._run(call.batch, call.states)
         return call.moved(self.logits(streams[call.inputs.last]))
 
@@ -111,6 +113,13 @@ class Model(nn.Module):
         """
         call = _Call(self, tokens, cache)
         return call.done(self._run(call.batch, call.states))
+
+    def _logits(self, call: "_Call") -> mx.array:
+        """Logits (N, vocab): by launches in a step, or by modules."""
+        if not call.steps:
+            return self.logits(self._run(call.batch, call.states))
+        begin(call.batch)
+        return step_logits(self, call.batch, call.states)
 
     def _run(self, batch: Batch, states: Sequence[DecodeState]) -> mx.array:
         """Streams (N, n, D) after the last layer; the changes of the states go into the batch."""
@@ -213,6 +222,11 @@ class _Call:
             self.states = [model.make_cache() for _ in lengths]
             steps = [Step(0, length) for length in lengths]
         self.batch = Batch.of(self.inputs.ids, steps, model._rotary)
+
+    @property
+    def steps(self) -> bool:
+        """Whether it goes through launches: a token of each of a few sequences with states."""
+        return self.kept and takes(self.batch)
 
     def done(self, flat: mx.array) -> mx.array | list[mx.array]:
         """What was made of each token, (N, ...), shaped as the tokens; the states move on."""

@@ -1,17 +1,17 @@
 """The mixture of experts: router, routed experts, and the shared expert every token passes."""
 
 import mlx.core as mx
-import mlx.nn as nn
 
 from ds4mlx.config import ModelConfig
 from ds4mlx.custom_kernels.layer.router import route
 from ds4mlx.custom_kernels.products.experts import routed_experts
 from ds4mlx.custom_kernels.products.swiglu import swiglu
 from ds4mlx.model.linear import ExpertStack, Linear
+from ds4mlx.model.module import Module
 from ds4mlx.model.taps import Inside, inside, site_of, tap
 
 
-class Router(nn.Module):
+class Router(Module):
     """Chooses experts by score plus bias, or in hash layers by token id; weighs them by score."""
 
     def __init__(self, config: ModelConfig, block: int):
@@ -34,7 +34,7 @@ class Router(nn.Module):
         return experts, tap(self._site, "router.weights", weights)
 
 
-class RoutedExperts(nn.Module):
+class RoutedExperts(Module):
     """All experts of a layer, each projection one stack: w1 gate, w3 up, w2 down."""
 
     def __init__(self, config: ModelConfig):
@@ -56,7 +56,7 @@ class RoutedExperts(nn.Module):
         return routed_experts(*stacks, x, experts, weights, self.limit, seen)
 
 
-class SharedExpert(nn.Module):
+class SharedExpert(Module):
     """The expert of every token, clamped like the routed ones."""
 
     def __init__(self, config: ModelConfig):
@@ -72,7 +72,7 @@ class SharedExpert(nn.Module):
         return self.w2(swiglu(self.w1(x), self.w3(x), self.limit).astype(x.dtype))
 
 
-class MoE(nn.Module):
+class MoE(Module):
     """Routed experts plus the shared expert."""
 
     def __init__(self, config: ModelConfig, block: int):

@@ -26,10 +26,25 @@ class Rotary:
 
     def angles(self, positions: np.ndarray) -> Angles:
         """cos and sin, each float32 (L, rope_dims / 2), of positions int (L,)."""
-        angle = np.multiply.outer(positions.astype(np.float32), self.frequencies)
-        angle = angle.astype(np.float64)
-        cos, sin = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
+        cos, sin = turns(np.multiply.outer(positions.astype(np.float32), self.frequencies))
         return mx.array(cos), mx.array(sin)
+
+
+def turns(angle: np.ndarray) -> np.ndarray:
+    """cos and sin of angles float32 (...), float32 (2, ...)."""
+    angle = angle.astype(np.float64)
+    return np.stack([np.cos(angle), np.sin(angle)]).astype(np.float32)
+
+
+def step_angles(tables: dict[int, Rotary], position: int) -> np.ndarray:
+    """What a step of one token needs, float32 (4, 2, rope_dims / 2), cos and sin.
+
+    The angles at its position in layers that do not compress, and in those that do; and in the latter
+    at the first token of the rows of ratio 4 and of ratio 128 to which it belongs.
+    """
+    places = position, position, position // 4 * 4, position // 128 * 128
+    frequencies = np.stack([tables[ratio].frequencies for ratio in (0, 4, 4, 128)])
+    return turns(np.array(places, np.float32)[:, None] * frequencies).swapaxes(0, 1)
 
 
 def rotary_tables(config: ModelConfig) -> dict[int, Rotary]:

@@ -38,6 +38,16 @@ import mlx.core as mx
 from ds4mlx.config import ModelConfig
 from ds4mlx.model.batch import Batch, Span
 
+# Quantities of a block, as in the table above.
+BLOCK = (
+    *(f"{site}.{part}" for site in ("hc_attn", "hc_ffn") for part in ("pre", "post", "comb")),
+    *("attn.in", "attn.query_latent", "attn.window_rows", "attn.rows", "attn.visible"),
+    *("attn.indexer.rows", "attn.indexer.scores", "attn.indexer.chosen"),
+    *("attn.out", "attn.streams", "ffn.in", "ffn.router.scores", "ffn.router.experts"),
+    *("ffn.router.weights", "ffn.experts.hidden", "ffn.experts.out", "ffn.shared_experts.out"),
+    *("ffn.out", "streams"),
+)
+
 # What a function that hides a quantity is given, to pass it through: name and value to value.
 Inside = Callable[[str, mx.array], mx.array]
 
@@ -103,6 +113,11 @@ def inside(site: str, *names: str) -> Inside | None:
 def listened() -> bool:
     """Whether anybody listens."""
     return bool(_listeners.get())
+
+
+def heard(site: str) -> bool:
+    """Whether anybody wants a quantity of the block whose names begin so."""
+    return inside(site, *BLOCK) is not None
 
 
 def site_of(config: ModelConfig, block: int) -> str:

@@ -36,7 +36,9 @@ class Spacing:
     def coarsened(self, end: int, most: int) -> "Spacing":
         """The same, with `sparse` doubled until about `most` boundaries do for `end` tokens."""
         sparse = self.sparse
-        while self.near // self.dense + 1 + max(0, end - self.near) // sparse > most:
+        while (
+            sparse < end and self.near // self.dense + 1 + max(0, end - self.near) // sparse > most
+        ):
             sparse *= 2
         return Spacing(self.dense, self.near, sparse)
 

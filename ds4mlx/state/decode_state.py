@@ -72,6 +72,7 @@ class DecodeState:
         self.boundaries = Boundaries()
         blocks = range(config.num_hidden_layers)
         self.layers = [LayerState(config, block, self.form) for block in blocks]
+        self.parts = [part for layer in self.layers for part in layer.parts]
         self.drafts = Drafts(config, self.form)
         self.records: dict[int, mx.array] = {}  # without what they say of the drafts
         self.stored: Stored | None = None

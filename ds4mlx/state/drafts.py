@@ -105,8 +105,8 @@ class Drafts:
             return []
         block, record = self.blocks[depth], self.records.get((depth, length))
         record = layer_record([block], length) if record is None else record
-        buffers = [(part.rows.buffer, length // part.ratio) for part in block.compressors]
-        return [record, *(buffer[:count] for buffer, count in buffers if buffer is not None)]
+        rows = (part.rows.between(0, length // part.ratio) for part in block.compressors)
+        return [record, *(piece for pieces in rows for piece in pieces)]
 
 
 def _load_block(block: LayerState, section: mx.array, at: int, length: int) -> int:

@@ -23,8 +23,9 @@ class CompressorState:
     def __init__(self, ratio: int, width: int, form: RowForm):
         self.ratio, self.width, self.form = ratio, width, form
         self.overlap = ratio if ratio == 4 else 0
-        self.recent = Recent(ratio - 1 + self.overlap + REWIND, self.needed)
-        self.rows = Rows(GROWTH // ratio)
+        blank = mx.zeros((0, 2, self.channels))
+        self.recent = Recent(ratio - 1 + self.overlap + REWIND, self.needed, blank)
+        self.rows = Rows(GROWTH // ratio, mx.zeros((0, form.elements), form.dtype), ratio)
 
     @property
     def channels(self) -> int:
@@ -52,7 +53,8 @@ class LayerState:
         ratio = config.ratio(block)
         self.form = form.kv
         self.before = config.sliding_window - 1
-        self.window = Recent(self.before + REWIND, self.needed)
+        blank = mx.zeros((0, self.form.elements), self.form.dtype)
+        self.window = Recent(self.before + REWIND, self.needed, blank)
         kinds = [(config.head_dim, form.kv), (config.index_head_dim, form.index)]
         count = {0: 0, 4: 2, 128: 1}[ratio]
         self.compressors = [CompressorState(ratio, width, rows) for width, rows in kinds[:count]]
@@ -67,6 +69,11 @@ class LayerState:
         return max(0, tokens - self.before)
 
     @property
+    def parts(self) -> list[Recent | Rows]:
+        """Everything that grows with the tokens."""
+        return [self.window, *(part for c in self.compressors for part in (c.recent, c.rows))]
+
+    @property
     def recents(self) -> list[Recent]:
         """The window and the compressors' recent projections."""
         return [self.window, *(c.recent for c in self.compressors)]
@@ -74,8 +81,7 @@ class LayerState:
     @property
     def state(self) -> list[mx.array]:
         """The arrays in it, for `mx.eval`."""
-        parts = [self.window, *(p for c in self.compressors for p in (c.recent, c.rows))]
-        return [part.buffer for part in parts if part.buffer is not None]
+        return [array for part in self.parts for array in part.arrays]
 
     def reaches(self, tokens: int) -> bool:
         """Whether the exact state after `tokens` tokens can be read off the buffers."""

@@ -24,14 +24,21 @@ class Part:
     rows: Rows
 
     def view(self, start: int, end: int) -> np.ndarray:
-        """The bytes of the rows that tokens start..end-1 complete, in place."""
+        """The bytes of the rows that tokens start..end-1 complete: in place, if the rows have no tail."""
         first, last = start // self.ratio, end // self.ratio
         if self.rows.buffer is None or first == last:
             return np.empty(0, np.uint8)
-        buffer = self.rows.buffer
-        if buffer.dtype == mx.bfloat16:  # which NumPy does not know
-            buffer = buffer.view(mx.uint16)
-        return np.array(buffer, copy=False)[first:last].reshape(-1).view(np.uint8)
+        if self.rows.tail is None or last <= self.rows.settled:
+            return _bytes(self.rows.buffer)[first:last].reshape(-1).view(np.uint8)
+        pieces = (_bytes(piece) for piece in self.rows.between(first, last))
+        return np.concatenate([piece.reshape(-1).view(np.uint8) for piece in pieces])
+
+
+def _bytes(rows: mx.array) -> np.ndarray:
+    """The rows as NumPy sees them."""
+    if rows.dtype == mx.bfloat16:  # which NumPy does not know
+        rows = rows.view(mx.uint16)
+    return np.array(rows, copy=False)
 
 
 def parts(state: DecodeState) -> list[Part]:

@@ -1,0 +1,196 @@
+"""The whole model for one token of each of a few sequences: traced once, replayed every token."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from operator import is_
+from typing import Any, Protocol
+
+import mlx.core as mx
+
+from ds4mlx.config import ModelConfig
+from ds4mlx.custom_kernels import dialect, dispatch
+from ds4mlx.custom_kernels.first_use import prepare
+from ds4mlx.custom_kernels.layer.head_in import head_in
+from ds4mlx.custom_kernels.layer.hyper_out import hyper_mix
+from ds4mlx.model.batch import Batch
+from ds4mlx.model.block import Block
+from ds4mlx.model.fused.attention import dense
+from ds4mlx.model.fused.block import Carried, step_block
+from ds4mlx.model.fused.choice import by_modules, dense_known
+from ds4mlx.model.fused.sequences import Place, Sequences, held_of, tails_of
+from ds4mlx.model.hyper import HyperHead
+from ds4mlx.model.linear import Embedding, Linear, RMSNorm
+from ds4mlx.model.module import changes
+from ds4mlx.model.rope import Rotary, step_angles
+from ds4mlx.model.taps import listened
+from ds4mlx.state.decode_state import DecodeState
+from ds4mlx.state.tails import append, arrays_of, place, settle
+
+# What a traced step gives: logits (B, vocab), and of each sequence the new tails.
+Traced = tuple[mx.array, list[list[mx.array]]]
+# Of each sequence: place and angles.
+Places = Sequence[tuple[mx.array, ...]]
+
+
+@dataclass(frozen=True)
+class TracedStep:
+    """A traced step, with the weights that it holds.
+
+    changes, layers: how often a module had been changed, and the blocks, when it was made. apart:
+    whether some blocks go through their modules, which no trace does. compared: kinds of steps whose
+    kernels were compared with plain operations, if they had to be.
+    """
+
+    changes: int
+    layers: list[Block]
+    apart: bool
+    call: Callable[..., Traced]
+    compared: set[tuple[object, ...]] = field(default_factory=set)
+
+
+class Stepped(Protocol):
+    """What a step needs of a model, which keeps its traced step."""
+
+    args: ModelConfig
+    embed: Embedding
+    layers: list[Block]
+    hc_head: HyperHead
+    norm: RMSNorm
+    head: Linear
+    _rotary: dict[int, Rotary]
+    _traced: "TracedStep | None"
+
+    def embedded(self, ids: mx.array) -> mx.array: ...
+    def logits(self, streams: mx.array) -> mx.array: ...
+
+
+def step_logits(model: Stepped, batch: Batch, states: Sequence[DecodeState]) -> mx.array:
+    """Logits float32 (B, vocab) after one more token of each state; the batch's steps take the rows."""
+    for state in states:
+        settle(state)
+    places: Places = [tuple(_place(state, model._rotary)) for state in states]
+    held = [arrays_of(state) for state in states]
+    selects = [int(_selects(model, state)) for state in states]
+    step = _compiled(model)
+    if step.apart or listened() or not dispatch.in_use() or dialect.launcher() is not None:
+        apart = by_modules(model.layers)
+        return _in_parts(model, batch, states, places, held, selects, apart)
+    sides = batch.ids, places, held, selects, dispatch.ways()
+    _compare_first(model, step, states, sides)
+    logits, tails = step.call(*sides)
+    for span, state, own in zip(batch.spans, states, tails, strict=True):
+        append(state.parts, own, span.step)
+    return logits
+
+
+def _place(state: DecodeState, tables: dict[int, Rotary]) -> Place:
+    """Where the next token of a state stands."""
+    angles = step_angles(tables, state.offset)
+    return Place(mx.array(place(state)), mx.array(angles))
+
+
+def _selects(model: Stepped, state: DecodeState) -> bool:
+    """Whether there are more rows of ratio 4 than are kept, once the next token is in."""
+    return (state.offset + 1) // 4 > model.args.index_topk
+
+
+def _compiled(model: Stepped) -> TracedStep:
+    """The traced step of a model, made anew where a part of the model is another than it was."""
+    kept = model._traced
+    same = kept is not None and kept.changes == changes()
+    if kept is None or not same or not all(map(is_, kept.layers, model.layers)):
+        apart = bool(by_modules(model.layers))
+        traced = mx.compile(partial(_traced, model))
+        kept = model._traced = TracedStep(changes(), list(model.layers), apart, traced)
+    return kept
+
+
+def _compare_first(
+    model: Stepped, step: TracedStep, states: Sequence[DecodeState], sides: tuple[Any, ...]
+) -> None:
+    """Have the kernels of a step compared that never were here, since inside a trace nothing can be."""
+    if dispatch.decided() is not None:
+        return
+    sizes = tuple(max(len(part.arrays[0]) for part in state.parts) for state in states)
+    key = (sizes, *sides[-2])
+    if key not in step.compared:
+        prepare(lambda: _traced(model, *sides))
+        step.compared.add(key)
+
+
+def _traced(
+    model: Stepped,
+    ids: mx.array,
+    places: Places,
+    held: Sequence[Sequence[mx.array]],
+    selects: Sequence[int],
+    ways: Sequence[int],
+) -> Traced:
+    """The step as a function of arrays. `ways`: what else decides which launches there are."""
+    carried, tails = begin(model, ids), [[] for _ in places]
+    layers = _layers(model, places, held, selects)
+    for number, (layer, sequences) in enumerate(zip(model.layers, layers, strict=True)):
+        carried, rows = step_block(layer, carried, following(model, number), ids, sequences)
+        for own, each in zip(tails, rows, strict=True):
+            own += tails_of(each)
+    known = dense_known(model.head)
+    return head(model, carried) if known else model.logits(carried.streams), tails
+
+
+def _in_parts(
+    model: Stepped,
+    batch: Batch,
+    states: Sequence[DecodeState],
+    places: Places,
+    held: Sequence[Sequence[mx.array]],
+    selects: Sequence[int],
+    modules: frozenset[int],
+) -> mx.array:
+    """The same without tracing, some blocks through their modules."""
+    carried = begin(model, batch.ids)
+    layers = _layers(model, places, held, selects)
+    for number, (layer, sequences) in enumerate(zip(model.layers, layers, strict=True)):
+        if number in modules:
+            streams = layer(carried.streams, batch, [state[number] for state in states])
+            carried = Carried(streams, hyper_mix(streams, following(model, number)))
+        else:
+            sides = following(model, number), batch.ids, sequences
+            carried, rows = step_block(layer, carried, *sides)
+            for span, state, each in zip(batch.spans, states, rows, strict=True):
+                append(state[number].parts, tails_of(each), span.step)
+    apart = listened() or not dense_known(model.head)
+    return model.logits(carried.streams) if apart else head(model, carried)
+
+
+def begin(model: Stepped, ids: mx.array) -> Carried:
+    """The streams of tokens before the first block."""
+    streams = mx.repeat(model.embedded(ids)[:, None], model.args.hc_mult, axis=1)
+    return Carried(streams, hyper_mix(streams, model.layers[0].hc_attn.fn))
+
+
+def following(model: Stepped, number: int) -> mx.array:
+    """The matrix `fn` of the hyper-connection that comes after block `number`."""
+    last = number + 1 == len(model.layers)
+    return model.hc_head.fn if last else model.layers[number + 1].hc_attn.fn
+
+
+def head(model: Stepped, carried: Carried) -> mx.array:
+    """Logits float32 (B, vocab)."""
+    site = model.hc_head
+    x = head_in(
+        *(carried.streams, carried.partial, site.base, site.scale, model.norm.weight),
+        eps=model.args.hc_eps,
+        norm_eps=model.args.rms_norm_eps,
+    )
+    return dense([model.head], x)[0]
+
+
+def _layers(
+    model: Stepped, places: Places, held: Sequence[Sequence[mx.array]], selects: Sequence[int]
+) -> Iterator[Sequences]:
+    """What the launches of each layer are told of the sequences."""
+    own, chosen = [Place(*each) for each in places], [bool(each) for each in selects]
+    by_sequence = [held_of(arrays, model.layers) for arrays in held]
+    for layers in zip(*by_sequence, strict=True):
+        yield Sequences(own, layers, chosen)

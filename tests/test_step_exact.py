@@ -1,0 +1,121 @@
+"""Decoding by launches against the references: on a GPU by kernels, on a CPU by their plain bodies.
+
+On the CPU a few tokens also run as the very text that Metal compiles.
+"""
+
+from typing import NamedTuple
+
+import make_checkpoint
+import mlx.core as mx
+import numpy as np
+import pytest
+from reference import run
+from spoiling import executor_only, on_metal
+
+from ds4mlx import load
+from ds4mlx.convert import convert
+from ds4mlx.custom_kernels import dispatch
+from ds4mlx.model.fused.choice import by_modules, launches
+from ds4mlx.state.decode_state import DecodeState
+
+# Flash's own head sizes, window and selection on a narrow trunk.
+HEADS = {
+    "hidden_size": 128,
+    "moe_intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_hash_layers": 1,
+    "compress_ratios": [0, 4, 128, 0],
+    "num_attention_heads": 2,
+    "o_groups": 1,
+    "head_dim": 512,
+    "index_n_heads": 4,
+    "index_topk": 512,
+    "sliding_window": 128,
+}
+BOUND, ALONE = 1e-4, 1e-5
+
+
+class Tiny(NamedTuple):
+    """A sequence of the tiny checkpoint, and its logits by the official code, without rounding."""
+
+    ids: np.ndarray
+    logits: np.ndarray
+
+
+@pytest.fixture
+def tiny(stored):
+    return Tiny(stored["s700/ids"], stored["s700/exact/logits"])
+
+
+@pytest.fixture(scope="module")
+def heads_model(shared):
+    source = shared(
+        "heads/official", lambda path: make_checkpoint.make(str(path), 5, "tiny", HEADS)
+    )
+    directory = shared("heads/converted", lambda path: convert(source, path, progress=False))
+    return load(directory, dtype=mx.float32, rounding="none")[0]
+
+
+def stepped(model, ids, states: list[DecodeState], count: int) -> np.ndarray:
+    """Logits (count, B, vocab) of the next tokens of sequences that are at their states' offsets."""
+    assert not by_modules(model.layers), "every block goes through launches"
+    rows = []
+    with launches():
+        for _ in range(count):
+            tokens = [int(ids[state.offset]) for state in states]
+            rows.append(np.array(model.step(mx.array(tokens), states)))
+    return np.stack(rows)
+
+
+def after(model, ids, depth: int) -> DecodeState:
+    state = model.make_cache()
+    if depth:
+        run(model, ids[:depth], state)
+    return state
+
+
+def assert_as_wanted(model, ids, wanted, depths, count) -> None:
+    """Sequences at several depths together, each against the reference and against itself alone."""
+    together = stepped(model, ids, [after(model, ids, d) for d in depths], count)
+    for number, depth in enumerate(depths):
+        want = wanted[depth : depth + count]
+        assert np.abs(together[:, number] - want).max() <= BOUND
+    alone = stepped(model, ids, [after(model, ids, depths[-1])], count)
+    assert np.abs(together[:, -1:] - alone).max() <= ALONE * np.abs(alone).max()
+
+
+@pytest.mark.parametrize("depths", [(0,), (3, 130, 250), (0, 1, 5, 31, 64, 127, 128, 200)])
+def test_tiny_as_the_oracle_says(exact_model, tiny, depths):
+    assert_as_wanted(exact_model, tiny.ids, tiny.logits, depths, 6)
+
+
+def test_long_decoding_of_tiny(exact_model, tiny):
+    count = 140
+    got = stepped(exact_model, tiny.ids, [exact_model.make_cache()], count)[:, 0]
+    assert np.abs(got - tiny.logits[:count]).max() <= BOUND
+
+
+def test_flashs_head_sizes_where_rows_are_selected(heads_model):
+    """Beyond 2,048 tokens: 512 of more rows are kept."""
+    ids = np.random.default_rng(8).integers(0, 288, 2064)
+    state = heads_model.make_cache()
+    wanted = run(heads_model, ids, state)
+    state.rewind(2048 - 6)
+    for got, want in zip(stepped(heads_model, ids, [state], 14)[:, 0], wanted[-22:], strict=False):
+        assert np.abs(got - want).max() <= BOUND
+
+
+@executor_only
+@pytest.mark.parametrize("rounding", ["none", "official"])
+def test_a_token_as_metals_own_text(tiny_dir, tiny, rounding):
+    """Beside the plain bodies; a token that completes rows of both kinds."""
+    model = load(tiny_dir, dtype=mx.float32, rounding=rounding)[0]
+    sides = []
+    for metal in (True, False):
+        state = after(model, tiny.ids, 127)
+        if metal:
+            with on_metal(), dispatch.kernels():
+                sides.append(stepped(model, tiny.ids, [state], 2))
+        else:
+            sides.append(stepped(model, tiny.ids, [state], 2))
+    assert np.abs(sides[0] - sides[1]).max() <= BOUND

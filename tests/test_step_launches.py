@@ -1,0 +1,102 @@
+"""What a decoded token launches at Flash's sizes, noted instead of launched: on any machine."""
+
+from collections import Counter
+
+import mlx.core as mx
+import pytest
+
+from ds4mlx.bench.costs import rows_read, weights_read
+from ds4mlx.bench.synth import config_like, entries, format_of
+from ds4mlx.custom_kernels.dialect import Target
+from ds4mlx.custom_kernels.graph import operations
+from ds4mlx.custom_kernels.layer.attention import SHARES
+from ds4mlx.custom_kernels.recording import recording
+from ds4mlx.model.linear import Matrix
+from ds4mlx.model.model import Model
+from ds4mlx.state.decode_state import DecodeState
+from ds4mlx.state.tails import settle
+
+
+def flash(recipe: str) -> Model:
+    """A model of Flash's sizes whose weights are never made."""
+    config = config_like("flash")
+    model = Model(config)
+    modules = dict(model.named_modules())
+    for entry in entries(config):
+        module, stored = modules[entry.module], format_of(recipe, entry, config)
+        if isinstance(module, Matrix):
+            module.store(stored)
+        elif entry.kind == "plain":
+            name = entry.name.rpartition(".")[2]
+            module[name] = mx.zeros(entry.shape, mx.bfloat16)
+    return model
+
+
+def after(model: Model, tokens: int) -> DecodeState:
+    """A state after so many tokens, whose rows are never made."""
+    state = model.make_cache()
+    for layer in state:
+        kept = min(tokens, layer.before)
+        layer.window.load(mx.zeros((kept, layer.form.elements), layer.form.dtype), tokens)
+        for part in layer.compressors:
+            recent = tokens - part.needed(tokens)
+            part.recent.load(mx.zeros((recent, 2, part.channels)), tokens)
+            count = tokens // part.ratio
+            shape = part.rows.capacity(count), part.form.elements
+            part.rows.load(mx.zeros(shape, part.form.dtype), count)
+    settle(state)
+    for part in state.parts:  # without the graph that has settled them
+        part.buffer = mx.zeros(part.arrays[0].shape, part.blank.dtype)
+    return state
+
+
+@pytest.fixture(scope="module")
+def q2():
+    return flash("q2")
+
+
+def recorded(model, states, target: Target = "metal"):
+    """Launches of the next step, and MLX's own operations around them, but for those that would make
+    the weights and rows."""
+    with recording(target) as launches:
+        logits = model.step(mx.zeros((len(states),), mx.int32), states)
+    return launches, [each for each in operations(logits) if each.name != "Full"]
+
+
+@pytest.mark.parametrize("target", ["metal", "cuda"])
+def test_at_most_sixteen_launches_a_layer(q2, target):
+    for tokens in (100, 4096, 1_000_000):
+        launches, others = recorded(q2, [after(q2, tokens)], target)
+        assert (len(launches) + len(others)) / len(q2.layers) <= 16
+
+
+@pytest.mark.parametrize("tokens", [4096, 1_000_000])
+def test_nothing_large_is_written(q2, tokens):
+    """No more than a tail, the window, the logits, or 4 bytes an index row; but for the shares of the
+    core attention, which are as large at any depth."""
+    state = after(q2, tokens)
+    launches, others = recorded(q2, [state])
+    tails = [part.arrays[1].nbytes for part in state.parts]
+    windows = [layer.window.arrays[0].nbytes for layer in state]
+    rows = [sum(map(len, part.rows.arrays)) for layer in state for part in layer.compressors]
+    most = max(*tails, *windows, 4 * q2.args.vocab_size, 4 * max(rows))
+    shares = [each for each in launches if each.name == "attention_share"]
+    assert max(each.largest for each in (*launches, *others) if each not in shares) <= most
+    heads = q2.args.num_attention_heads * q2.args.head_dim
+    assert {each.largest for each in shares} == {4 * SHARES * heads}
+
+
+def test_bytes_moved_are_those_of_the_weights(q2):
+    """Each weight is read once, of the experts those chosen, and little besides."""
+    launches, others = recorded(q2, [after(q2, 4096)])
+    arithmetic = weights_read(q2, 1) + rows_read(q2, 4096)
+    assert arithmetic <= sum(each.moved for each in (*launches, *others)) <= 1.15 * arithmetic
+
+
+def test_launches_of_several_sequences(q2):
+    """What looks at tokens is launched once for all of them; what meets a state, for each."""
+    one, four = (recorded(q2, [after(q2, 4096) for _ in range(n)])[0] for n in (1, 4))
+    counts = [Counter(launch.name.partition("_x")[0] for launch in each) for each in (one, four)]
+    assert len(four) < 3 * len(one)
+    assert counts[1]["attention_merge"] == 4 * counts[0]["attention_merge"]
+    assert counts[1]["hyper_in"] == counts[0]["hyper_in"] == 2 * len(q2.layers)
