@@ -238,8 +238,10 @@ def test_loading_asks_about_what_answers_launch(small_dir, launched):
     with on_metal(), dispatch.asking() as before:
         model, _ = load(small_dir, dtype=mx.float32)
     names = {name for name, _ in before}
-    state, compared = model.make_cache(), set(launched)
+    state = model.make_cache()
+    launched.clear()
     with dispatch.asking() as during, on_metal():
         mx.eval(model.last_logits(mx.array([list(range(60))]), state))
         mx.eval(model.step(mx.array([1]), [state]))
-    assert {name for name, _ in during} <= names and set(launched) == compared
+    assert {name for name, _ in during} <= names and launched
+    assert max(launched.values()) < 20, "more than an answer launches"
