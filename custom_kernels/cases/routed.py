@@ -1,6 +1,6 @@
 """The routed experts with the router's choice inside, and with the shared expert beside them."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,6 +12,7 @@ from ds4mlx.custom_kernels.codes import staging
 from ds4mlx.custom_kernels.products import routed_down, routed_up
 from ds4mlx.custom_kernels.products.experts import DOWN, UP
 from ds4mlx.custom_kernels.random_weights import random_planes
+from ds4mlx.formats import FORMATS
 
 F32, BF16 = mx.float32, mx.bfloat16
 LIMIT = 0.7  # low, so that many values are clamped
@@ -104,3 +105,47 @@ def wide() -> Iterator[Case]:
     yield Case("routed_up iq2_xxs of 256 experts by 4096", BF16, call)
     call = partial(down, "q2_k", BF16, "mxfp8", (8, 2048, 2048, 21), 1, 6)
     yield Case("routed_down q2_k by 2048", BF16, call)
+    for tokens, shared, inner in ((8, "mxfp8", 1184), (5, "bf16", 1048), (8, "f32", 636)):
+        call = partial(down, "mxfp4", BF16, shared, (5, 256, inner, 37), tokens, 2)
+        yield Case(f"routed_down mxfp4 with {shared} of {inner}, {tokens} tokens", BF16, call)
+
+
+Timed = tuple[str, Callable[[int, mx.array], mx.array], mx.array, int]
+FORMATS_TIMED = (("iq2_xxs", "q2_k"), ("q4_k", "q4_k"))
+
+
+def timed(tokens: int = 1, formats: Sequence[tuple[str, str]] = FORMATS_TIMED) -> Iterator[Timed]:
+    """At Flash's sizes: (title, call(i, x), x, bytes read); call depends on x, its experts on i."""
+    count, hidden, width, topk = 256, 2048, 4096, 6
+    logits = normal((32, tokens, count), F32, 4, 2.0)
+    bias = normal((count,), F32, 5)
+    chosen = mx.contiguous(mx.argsort(-(logits + bias), axis=-1)[..., :topk]).astype(mx.int32)
+    for rising, falling in formats:
+        gate, rise = (random_planes(rising, (count, hidden, width), seed) for seed in (1, 2))
+        x = normal((tokens, width), BF16, 3)
+        mx.eval(gate, rise, x, logits, bias)
+        options: dict[str, Any] = {"bias": bias, "scale": 1.5, "topk": topk, "limit": 10.0}
+
+        def lift(i, x, gate=gate, rise=rise, rising=rising, options=options):
+            return routed_up.by_kernel(rising, gate, rise, x, logits[i % 32], **options)[0]
+
+        size = 2 * tokens * topk * FORMATS[rising].bits * hidden * width / 8
+        yield f"routed_up {rising}, {tokens} tokens", lift, x, int(size)
+        del gate, rise, lift
+        planes = random_planes(falling, (count, width, hidden), 1)
+        shared = [random_planes("mxfp8", (width, hidden), 10 + i) for i in range(12)]
+        values, sums = normal((tokens * topk, hidden), BF16, 6), normal((tokens, hidden), F32, 7)
+        mx.eval(planes, shared, values, sums, chosen)
+
+        def drop(i, x, planes=planes, falling=falling, shared=shared, sums=sums):
+            sides = chosen[i % 32], "mxfp8", shared[i % 12], sums, sums, 10.0
+            return routed_down.by_kernel(falling, planes, x, *sides, dtype=BF16)[0]
+
+        size = tokens * topk * FORMATS[falling].bits + FORMATS["mxfp8"].bits
+        yield (
+            f"routed_down {falling}, {tokens} tokens",
+            drop,
+            values,
+            int(size * hidden * width / 8),
+        )
+        del planes, shared, drop
