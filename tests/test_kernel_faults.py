@@ -12,7 +12,7 @@ from metalsim.kernel import REAL
 from spoiling import assert_caught, assert_two_each, executor_only, fault_ids
 
 from ds4mlx.custom_kernels import dialect
-from ds4mlx.custom_kernels.cases import index
+from ds4mlx.custom_kernels.cases import index, routed
 from ds4mlx.custom_kernels.cases import modules as cases
 from ds4mlx.custom_kernels.cases.modules import MANY_DOWN, MANY_UP, ODD_DOWN, ODD_UP
 
@@ -194,6 +194,13 @@ COMPUTED += [
     partial(index.scores, BF16, kind, index.TALKER, (96, 8), 284, 67) for kind in ("index", "plain")
 ]
 COMPUTED.append(partial(index.select, mx.zeros((3000,)), 2999, 512, each=1))
+
+COMPUTED += [
+    partial(routed.up, "iq2_xxs", BF16, 256, 3, 4096, 1, 6),
+    partial(routed.up, "mxfp4", F32, 37, 21, 256, 2, 6, True),
+    partial(routed.down, "q2_k", BF16, "mxfp8", (8, 2048, 2048, 21), 1, 6),
+    partial(routed.down, "mxfp4", F32, "q8_0", (5, 256, 320, 37), 8, 2),
+]
 
 
 def test_texts_keep_apples_rules(launches):

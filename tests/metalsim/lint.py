@@ -32,6 +32,7 @@ _BANNED = {
     "CXXDynamicCastExpr": "dynamic_cast",
     "CXXTypeidExpr": "typeid",
 }
+_DEFINED = re.compile(r"^\s*#\s*define\s+(\w+)", re.MULTILINE)
 _SPACE = re.compile(r"\b(thread|device|constant|threadgroup)\b|address_space")
 _CONSTANT = re.compile(r"\bconstant\b|address_space\(2\)")
 _THREADGROUP = re.compile(r"\bthreadgroup\b|address_space\(3\)")
@@ -69,6 +70,8 @@ def strict_unit(launches: tuple[Launch, ...]) -> tuple[str, list[int]]:
         parts.append(f"namespace kernel_{number} {{")
         places.append("\n".join(parts).count("\n") + 1)
         parts += [to_cpp(INSTANCE.sub("", launch.source)), tail, "}"]
+        # a macro knows no namespace, and would go on into the next kernel
+        parts += [f"#undef {name}" for name in dict.fromkeys(_DEFINED.findall(launch.source))]
     return "\n".join([*parts, ""]), places
 
 
