@@ -110,7 +110,7 @@ def test_what_the_kernels_take():
     assert taken() and taken(512) and taken(384, 60) and not taken(384, 62)
     assert taken(ratio=4, rows=grown)
     assert taken(kind=mx.bfloat16) and not taken(kind=mx.float32)
-    assert not taken(96) and not taken(640) and not taken(192) and not taken(of=256)
+    assert not taken(96) and not taken(640) and not taken(192) and not taken(of=100)
     assert not taken(rows=grown) and not taken(ratio=128) and not taken(ratio=8, rows=grown)
     assert not taken(dtype=mx.float16)
 

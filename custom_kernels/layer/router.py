@@ -161,7 +161,7 @@ def plain(
     seen: Callable[[str, mx.array], mx.array] | None = None,
 ) -> tuple[mx.array, mx.array]:
     """`route` by MLX's own operations."""
-    each = scores_of(x.astype(mx.float32) @ weight.astype(mx.float32).T)
+    each = scores(x, weight)
     if seen is not None:
         each = seen("router.scores", each)
     return weighed(each, scale, topk, bias, table, ids)
@@ -189,6 +189,11 @@ def weighed(
         unordered = mx.isnan(scores + bias).any(-1, keepdims=True)
         weights = mx.where(unordered, mx.nan, weights)
     return experts, weights
+
+
+def scores(x: mx.array, weight: mx.array) -> mx.array:
+    """sqrt(softplus(logit)) of every expert, float32 (N, E)."""
+    return scores_of(x.astype(mx.float32) @ weight.astype(mx.float32).T)
 
 
 def scores_of(logits: mx.array) -> mx.array:
