@@ -6,7 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
-from hypothesis import example, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Encoder
@@ -231,6 +231,8 @@ def test_special_tokens_in_segments_count_in_markup_only(text, token):
 @given(st.lists(st.tuples(st.text(st.characters(exclude_categories=["Cs"])), st.booleans())))
 def test_segments_without_special_tokens_are_one_text(segments):
     whole = "".join(text for text, _ in segments)
+    special = TOKENIZER.encoder.get_added_tokens_decoder().values()
+    assume(not any(token.content in whole for token in special))
     assert TOKENIZER.encode_segments(segments) == TOKENIZER.encode(whole)
 
 

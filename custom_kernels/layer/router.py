@@ -182,7 +182,7 @@ def weighed(
         experts = table[ids]
     else:
         assert bias is not None
-        experts = choose(scores, bias, topk, ordered)
+        experts = in_order(scores, bias, topk) if ordered else choose(scores, bias, topk)
     weights = mx.take_along_axis(scores, experts, axis=-1)
     weights = weights / weights.sum(-1, keepdims=True) * scale
     if bias is not None:
@@ -201,12 +201,14 @@ def scores_of(logits: mx.array) -> mx.array:
     return mx.sqrt(mx.logaddexp(logits, 0))
 
 
-def choose(scores: mx.array, bias: mx.array, topk: int, ordered: bool = False) -> mx.array:
+def choose(scores: mx.array, bias: mx.array, topk: int) -> mx.array:
     """The k experts with the highest score + bias; the bias moves the choice only."""
-    falling = -(scores + bias)
-    if ordered:
-        return mx.argsort(falling, axis=-1)[..., :topk]
-    return mx.argpartition(falling, topk - 1, axis=-1)[..., :topk]
+    return mx.argpartition(-(scores + bias), topk - 1, axis=-1)[..., :topk]
+
+
+def in_order(scores: mx.array, bias: mx.array, topk: int) -> mx.array:
+    """The same with the best expert first."""
+    return mx.argsort(-(scores + bias), axis=-1)[..., :topk]
 
 
 def by_kernel(
