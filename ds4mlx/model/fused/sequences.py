@@ -61,8 +61,8 @@ def compressors_of(attn: Attention) -> list[Compressor]:
 
 
 def row(array: mx.array, number: int) -> mx.array:
-    """Sequence `number`'s part of (B, n), (n,); of one sequence all of it, (1, n)."""
-    return array if len(array) == 1 else array[number]
+    """Sequence `number`'s part of (B, n), (1, n): a view, which an index alone would not give."""
+    return array if len(array) == 1 else array[number : number + 1]
 
 
 def stacked(rows: list[mx.array]) -> mx.array:
