@@ -3,11 +3,13 @@
 import contextlib
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import mlx.core as mx
 import pytest
-from metalsim import MetalError, metal_kernel, options_of
+from metalsim import MetalError, metal_kernel, options_of, record
+from metalsim.kernel import REAL
+from metalsim.text import Launch
 
 from ds4mlx.custom_kernels import dialect
 from ds4mlx.custom_kernels.cases.base import Case, Pairs
@@ -37,6 +39,28 @@ def on_metal() -> Iterator[pytest.MonkeyPatch]:
 
 
 @contextlib.contextmanager
+def handed_to_metal() -> Iterator[list[tuple[str, Launch]]]:
+    """Inside the block nothing is computed: what kernels would hand to Metal, with their names."""
+    handed: list[tuple[str, Launch]] = []
+
+    def maker(name, inputs, outputs, source, header=""):
+        real = REAL(name, inputs, outputs, source, header=header)
+
+        def call(*, inputs, output_shapes, output_dtypes, **launch):
+            sides = {"output_shapes": output_shapes, "output_dtypes": output_dtypes}
+            handed.append((name, record(real, inputs, **sides, **launch)))
+            return [mx.zeros(*side) for side in zip(output_shapes, output_dtypes, strict=True)]
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dialect, "target", lambda: "metal")
+        patch.setattr(mx.fast, "metal_kernel", maker)
+        patch.setattr(dialect.Kernel, "_made", property(lambda self: {}))
+        yield handed
+
+
+@contextlib.contextmanager
 def spoiled(name: str, old: str, new: str) -> Iterator[list[bool]]:
     """Inside the block `new` stands for `old` in the kernels whose name begins so."""
     text, met = dialect.Kernel.text, []
@@ -62,6 +86,11 @@ def assert_caught(name: str, compute: Callable[[], Pairs], old: str, new: str) -
         except MetalError:
             error = float("inf")
     assert met and error > 4e-3
+
+
+def named(cases: Iterable[Case]) -> list:
+    """The parameters of a test of cases, named."""
+    return [pytest.param(c, id=f"{c.name}, {str(c.dtype).rpartition('.')[2]}") for c in cases]
 
 
 def fault_ids(faults: Sequence[Fault]) -> list:

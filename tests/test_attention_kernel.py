@@ -5,9 +5,16 @@ from functools import partial
 import mlx.core as mx
 import numpy as np
 import pytest
-from metalsim import check, options_of, record
-from metalsim.kernel import REAL
-from spoiling import assert_caught, assert_two_each, executor_only, fault_ids, on_metal
+from metalsim import check, options_of
+from spoiling import (
+    assert_caught,
+    assert_two_each,
+    executor_only,
+    fault_ids,
+    handed_to_metal,
+    named,
+    on_metal,
+)
 
 from ds4mlx import ModelConfig
 from ds4mlx.custom_kernels import dispatch
@@ -19,10 +26,6 @@ from ds4mlx.custom_kernels.layer.buffers import Grown, Recent
 from ds4mlx.custom_kernels.layer.plain import rms_norm, rotate
 from ds4mlx.model.sink import sink_attention
 from ds4mlx.state.row_forms import StateForm, forms
-
-
-def named(cases):
-    return [pytest.param(c, id=f"{c.name}, {str(c.dtype).rpartition('.')[2]}") for c in cases]
 
 
 @pytest.mark.parametrize("case", named(cases.small(forms)))
@@ -158,22 +161,9 @@ def test_every_kernel_has_two_faults():
     assert_two_each(FAULTS)
 
 
-def test_texts_keep_apples_rules(monkeypatch):
-    launches = []
-
-    def maker(name, inputs, outputs, source, header=""):
-        real = REAL(name, inputs, outputs, source, header=header)
-
-        def call(*, inputs, output_shapes, output_dtypes, **launch):
-            sides = {"output_shapes": output_shapes, "output_dtypes": output_dtypes}
-            launches.append(record(real, inputs, **sides, **launch))
-            return [mx.zeros(*side) for side in zip(output_shapes, output_dtypes, strict=True)]
-
-        return call
-
-    with on_metal():
-        monkeypatch.setattr(mx.fast, "metal_kernel", maker)
+def test_texts_keep_apples_rules():
+    with handed_to_metal() as handed:
         of(4, CHOSEN)()
         of(0, NEAR, False, mx.float32, Sizes(3, 256, 36))()
-    assert len(launches) == 4
-    assert check(*launches) == []
+    assert len(handed) == 4
+    assert check(*(launch for _, launch in handed)) == []

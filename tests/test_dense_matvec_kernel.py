@@ -5,9 +5,16 @@ from functools import partial
 import mlx.core as mx
 import numpy as np
 import pytest
-from metalsim import check, options_of, record
-from metalsim.kernel import REAL
-from spoiling import assert_caught, assert_two_each, executor_only, fault_ids, on_metal
+from metalsim import check, options_of
+from spoiling import (
+    assert_caught,
+    assert_two_each,
+    executor_only,
+    fault_ids,
+    handed_to_metal,
+    named,
+    on_metal,
+)
 
 from ds4mlx.custom_kernels import dispatch
 from ds4mlx.custom_kernels.cases import dense_matvec as cases
@@ -23,10 +30,6 @@ F32, BF16 = mx.float32, mx.bfloat16
 def metal():
     with on_metal(), dispatch.kernels():
         yield
-
-
-def named(cases):
-    return [pytest.param(c, id=f"{c.name}, {str(c.dtype).rpartition('.')[2]}") for c in cases]
 
 
 @pytest.mark.parametrize("case", named(cases.small()))
@@ -183,24 +186,12 @@ def test_every_kernel_has_two_faults():
 
 
 @executor_only
-def test_texts_keep_apples_rules(monkeypatch, tiled):
-    launches = []
-
-    def maker(name, inputs, outputs, source, header=""):
-        real = REAL(name, inputs, outputs, source, header=header)
-
-        def call(*, inputs, output_shapes, output_dtypes, **launch):
-            sides = {"output_shapes": output_shapes, "output_dtypes": output_dtypes}
-            launches.append(record(real, inputs, **sides, **launch))
-            return [mx.zeros(*side) for side in zip(output_shapes, output_dtypes, strict=True)]
-
-        return call
-
-    monkeypatch.setattr(mx.fast, "metal_kernel", maker)
+def test_texts_keep_apples_rules(tiled):
     every = [(kind, 9) for kind in cases.KINDS]
-    cases.products(F32, every, 64, 2, rounds=BF16)
-    cases.products(BF16, every, 64, 5)
-    every = [(kind, 9) for kind in ("mxfp8", "q8_0", "bf16")]
-    cases.products(BF16, every, 128, 5)
-    assert len(launches) == 3
-    assert check(*launches) == []
+    with handed_to_metal() as handed:
+        cases.products(F32, every, 64, 2, rounds=BF16)
+        cases.products(BF16, every, 64, 5)
+        every = [(kind, 9) for kind in ("mxfp8", "q8_0", "bf16")]
+        cases.products(BF16, every, 128, 5)
+    assert len(handed) == 3
+    assert check(*(launch for _, launch in handed)) == []

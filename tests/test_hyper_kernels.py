@@ -5,12 +5,19 @@ from functools import partial
 import mlx.core as mx
 import numpy as np
 import pytest
-from metalsim import check, options_of, record
-from metalsim.kernel import REAL
-from spoiling import assert_caught, assert_two_each, executor_only, fault_ids, on_metal
+from metalsim import check, options_of
+from spoiling import (
+    assert_caught,
+    assert_two_each,
+    executor_only,
+    fault_ids,
+    handed_to_metal,
+    named,
+    on_metal,
+)
 
 from ds4mlx import ModelConfig
-from ds4mlx.custom_kernels import dialect, dispatch
+from ds4mlx.custom_kernels import dispatch
 from ds4mlx.custom_kernels.cases import hyper as cases
 from ds4mlx.custom_kernels.cases.base import TOLERANCE, normal
 from ds4mlx.custom_kernels.layer import head_in, hyper_in, hyper_out
@@ -19,10 +26,6 @@ from ds4mlx.model.linear import RMSNorm
 
 F32, BF16 = mx.float32, mx.bfloat16
 OPTIONS = {"iterations": 20, **cases.EPS}
-
-
-def named(listed):
-    return [pytest.param(c, id=f"{c.name}, {str(c.dtype).rpartition('.')[2]}") for c in listed]
 
 
 @pytest.mark.parametrize("case", named(cases.small()))
@@ -230,25 +233,11 @@ def test_every_kernel_has_two_faults():
 
 
 @executor_only
-def test_texts_keep_apples_rules(monkeypatch):
-    launches = {}
-
-    def maker(name, inputs, outputs, source, header=""):
-        real = REAL(name, inputs, outputs, source, header=header)
-
-        def call(*, inputs, output_shapes, output_dtypes, **launch):
-            sides = {"output_shapes": output_shapes, "output_dtypes": output_dtypes}
-            launches[name, inputs[0].dtype] = record(real, inputs, **sides, **launch)
-            return [mx.zeros(*side) for side in zip(output_shapes, output_dtypes, strict=True)]
-
-        return call
-
-    monkeypatch.setattr(dialect, "target", lambda: "metal")
-    monkeypatch.setattr(mx.fast, "metal_kernel", maker)
-    monkeypatch.setattr(dialect.Kernel, "_made", property(lambda self: {}))
-    for dtype in (F32, BF16):
-        for compute in (cases.before, cases.head, cases.after, cases.mix):
-            compute(dtype, 168, 2)
-        cases.after(dtype, 168, 2, outs=2)
-    assert len(launches) == 10
-    assert check(*launches.values()) == []
+def test_texts_keep_apples_rules():
+    with handed_to_metal() as handed:
+        for dtype in (F32, BF16):
+            for compute in (cases.before, cases.head, cases.after, cases.mix):
+                compute(dtype, 168, 2)
+            cases.after(dtype, 168, 2, outs=2)
+    assert len({launch.source for _, launch in handed}) == len(handed) == 10
+    assert check(*(launch for _, launch in handed)) == []

@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from metalsim import options_of
-from spoiling import assert_caught, assert_two_each, executor_only, fault_ids, on_metal
+from spoiling import assert_caught, assert_two_each, executor_only, fault_ids, named, on_metal
 
 from ds4mlx import ModelConfig
 from ds4mlx.custom_kernels.cases import index as cases
@@ -17,10 +17,6 @@ from ds4mlx.custom_kernels.layer.row_layout import RowLayout
 from ds4mlx.model.indexer import Indexer
 from ds4mlx.state.rounding import spread_index
 from ds4mlx.state.row_forms import StateForm
-
-
-def named(listed):
-    return [pytest.param(c, id=f"{c.name}, {str(c.dtype).rpartition('.')[2]}") for c in listed]
 
 
 @pytest.mark.parametrize("case", named(cases.small()))

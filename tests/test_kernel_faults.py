@@ -7,11 +7,9 @@ from functools import partial
 
 import mlx.core as mx
 import pytest
-from metalsim import check, record
-from metalsim.kernel import REAL
-from spoiling import assert_caught, assert_two_each, executor_only, fault_ids
+from metalsim import check
+from spoiling import assert_caught, assert_two_each, executor_only, fault_ids, handed_to_metal
 
-from ds4mlx.custom_kernels import dialect
 from ds4mlx.custom_kernels.cases import index, routed
 from ds4mlx.custom_kernels.cases import modules as cases
 from ds4mlx.custom_kernels.cases.modules import MANY_DOWN, MANY_UP, ODD_DOWN, ODD_UP
@@ -157,27 +155,6 @@ def test_every_kernel_has_two_faults():
     assert len(FAULTS) >= 20
 
 
-@pytest.fixture
-def launches(monkeypatch):
-    """What kernels would hand to Metal, by the kernel's name; nothing is computed."""
-    found = {}
-
-    def maker(name, inputs, outputs, source, header=""):
-        real = REAL(name, inputs, outputs, source, header=header)
-
-        def call(*, inputs, output_shapes, output_dtypes, **launch):
-            sides = {"output_shapes": output_shapes, "output_dtypes": output_dtypes}
-            found[name] = record(real, inputs, **sides, **launch)
-            return [mx.zeros(*side) for side in zip(output_shapes, output_dtypes, strict=True)]
-
-        return call
-
-    monkeypatch.setattr(dialect, "target", lambda: "metal")
-    monkeypatch.setattr(mx.fast, "metal_kernel", maker)
-    monkeypatch.setattr(dialect.Kernel, "_made", property(lambda self: {}))
-    return found
-
-
 COMPUTED = [
     up("iq2_xxs", BF16),
     up("q4_k", BF16),
@@ -203,8 +180,10 @@ COMPUTED += [
 ]
 
 
-def test_texts_keep_apples_rules(launches):
-    for compute in COMPUTED:
-        compute()
+def test_texts_keep_apples_rules():
+    with handed_to_metal() as handed:
+        for compute in COMPUTED:
+            compute()
+    launches = dict(handed)
     assert len(launches) >= len(COMPUTED)
     assert check(*launches.values()) == []

@@ -2,7 +2,7 @@
 
 import pytest
 from metalsim import options_of
-from spoiling import on_metal
+from spoiling import named, on_metal
 
 from ds4mlx.custom_kernels.cases import modules as cases
 from ds4mlx.custom_kernels.cases.base import TOLERANCE
@@ -12,10 +12,6 @@ from ds4mlx.custom_kernels.cases.base import TOLERANCE
 def metal():
     with on_metal():
         yield
-
-
-def named(found):
-    return [pytest.param(c, id=f"{c.name}, {str(c.dtype).rpartition('.')[2]}") for c in found]
 
 
 @pytest.mark.parametrize("case", named(cases.small()))

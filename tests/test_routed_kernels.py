@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from metalsim import options_of
-from spoiling import assert_caught, assert_two_each, executor_only, fault_ids, on_metal
+from spoiling import assert_caught, assert_two_each, executor_only, fault_ids, named, on_metal
 
 from ds4mlx import ModelConfig
 from ds4mlx.custom_kernels.cases import routed as cases
@@ -17,10 +17,6 @@ from ds4mlx.custom_kernels.random_weights import random_planes
 from ds4mlx.model.moe import MoE
 
 F32, BF16 = mx.float32, mx.bfloat16
-
-
-def named(listed):
-    return [pytest.param(c, id=f"{c.name}, {str(c.dtype).rpartition('.')[2]}") for c in listed]
 
 
 @pytest.mark.parametrize("case", named(cases.small()))

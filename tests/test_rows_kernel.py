@@ -6,9 +6,16 @@ from functools import partial
 import mlx.core as mx
 import numpy as np
 import pytest
-from metalsim import check, options_of, record
-from metalsim.kernel import REAL
-from spoiling import assert_caught, assert_two_each, executor_only, fault_ids, on_metal
+from metalsim import check, options_of
+from spoiling import (
+    assert_caught,
+    assert_two_each,
+    executor_only,
+    fault_ids,
+    handed_to_metal,
+    named,
+    on_metal,
+)
 
 from ds4mlx.custom_kernels.cases import rows as cases
 from ds4mlx.custom_kernels.cases.base import TOLERANCE
@@ -26,10 +33,6 @@ def forms(width, index, rope, dtype, coded):
 def metal():
     with on_metal():
         yield
-
-
-def named(cases):
-    return [pytest.param(c, id=f"{c.name}, {str(c.dtype).rpartition('.')[2]}") for c in cases]
 
 
 @pytest.mark.parametrize("case", named(cases.small(forms)))
@@ -81,25 +84,13 @@ def test_every_kernel_has_two_faults():
     assert_two_each(FAULTS)
 
 
-def test_texts_keep_apples_rules(monkeypatch):
-    launches = []
-
-    def maker(name, inputs, outputs, source, header=""):
-        real = REAL(name, inputs, outputs, source, header=header)
-
-        def call(*, inputs, output_shapes, output_dtypes, **launch):
-            sides = {"output_shapes": output_shapes, "output_dtypes": output_dtypes}
-            launches.append(record(real, inputs, **sides, **launch))
-            return [mx.zeros(*side) for side in zip(output_shapes, output_dtypes, strict=True)]
-
-        return call
-
-    monkeypatch.setattr(mx.fast, "metal_kernel", maker)
-    for ratio in (0, 4, 128):
-        of(ratio, 300)()
-    of(4, 300, coded=False, dtype=mx.float32)()
-    assert len(launches) == 4
-    assert check(*launches) == []
+def test_texts_keep_apples_rules():
+    with handed_to_metal() as handed:
+        for ratio in (0, 4, 128):
+            of(ratio, 300)()
+        of(4, 300, coded=False, dtype=mx.float32)()
+    assert len(handed) == 4
+    assert check(*(launch for _, launch in handed)) == []
 
 
 # Ties of E4M3 and E2M1, sizes just above a power of two or a largest code, zeros; no subnormal

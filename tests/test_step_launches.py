@@ -13,6 +13,7 @@ from ds4mlx.custom_kernels.layer.attention import SHARES
 from ds4mlx.custom_kernels.recording import recording
 from ds4mlx.model.linear import Matrix
 from ds4mlx.model.model import Model
+from ds4mlx.state.blank import fill_blank
 from ds4mlx.state.decode_state import DecodeState
 from ds4mlx.state.tails import settle
 
@@ -34,16 +35,7 @@ def flash(recipe: str) -> Model:
 
 def after(model: Model, tokens: int) -> DecodeState:
     """A state after so many tokens, whose rows are never made."""
-    state = model.make_cache()
-    for layer in state:
-        kept = min(tokens, layer.before)
-        layer.window.load(mx.zeros((kept, layer.form.elements), layer.form.dtype), tokens)
-        for part in layer.compressors:
-            recent = tokens - part.needed(tokens)
-            part.recent.load(mx.zeros((recent, 2, part.channels)), tokens)
-            count = tokens // part.ratio
-            shape = part.rows.capacity(count), part.form.elements
-            part.rows.load(mx.zeros(shape, part.form.dtype), count)
+    state = fill_blank(model.make_cache(), tokens)
     settle(state)
     for part in state.parts:  # without the graph that has settled them
         part.buffer = mx.zeros(part.arrays[0].shape, part.blank.dtype)
