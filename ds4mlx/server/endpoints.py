@@ -1,0 +1,52 @@
+"""How a function that may refuse becomes an endpoint of its protocol."""
+
+from collections.abc import Awaitable, Callable
+from functools import wraps
+
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from ds4mlx.server.errors import Dialect, Refusal, dialect_of, refusal_of
+from ds4mlx.server.service import Service
+
+Endpoint = Callable[[Request], Awaitable[Response]]
+# What an answer to somebody who has left is called in logs; nobody reads it.
+_LEFT = 499
+
+
+def service_of(request: Request) -> Service:
+    """The one service of the application."""
+    return request.app.state.service
+
+
+def endpoint(function: Endpoint) -> Endpoint:
+    """The function, whose every error is told in the dialect of the request."""
+
+    @wraps(function)
+    async def answer(request: Request) -> Response:
+        try:
+            return await function(request)
+        except Exception as error:  # noqa: BLE001 - whatever it is, it has a shape here
+            return _told(request, refusal_of(error))
+
+    return answer
+
+
+async def not_served(request: Request, error: Exception) -> Response:
+    """The answer to a path or a method that there is not."""
+    status = error.status_code if isinstance(error, HTTPException) else 500
+    path = request.url.path[:200]
+    messages = {404: f"there is no {path!r} here", 405: f"{path!r} has no {request.method[:20]}"}
+    headers = dict(getattr(error, "headers", None) or {})
+    return _told(request, Refusal(status, messages.get(status, "it failed"), headers=headers))
+
+
+def gone() -> Response:
+    """For a client that has left."""
+    return Response(status_code=_LEFT)
+
+
+def _told(request: Request, refusal: Refusal) -> Response:
+    dialect: Dialect = dialect_of(request.url.path, request.headers)
+    return dialect.response(refusal, request.state.request_id)
