@@ -100,7 +100,7 @@ demo)
     .venv/bin/ds4mlx generate -p "Write a function that adds two numbers." --max-tokens 60 --seed 1
     ;;
 test)
-    set_up cpu,test,notebooks
+    set_up cpu,test,notebooks,server
     install_clang
     install_aids
     .venv/bin/ruff check .

@@ -9,7 +9,7 @@ import mlx.core as mx
 class Dictation:
     """A sampler whose draws are given."""
 
-    seed = None
+    seed = penalties = None
 
     def __init__(self, tokens):
         self.tokens = iter(tokens)
@@ -21,7 +21,7 @@ class Dictation:
 class Failing:
     """A sampler that fails at its n-th draw, as a device that runs out of memory may."""
 
-    seed = None
+    seed = penalties = None
 
     def __init__(self, last):
         self.left = last

@@ -7,6 +7,9 @@ last, whatever is done with it then. A step ahead that is not wanted, because th
 was removed, or its state or the model was changed, is dropped. While anybody listens to the model's
 quantities, who wants to hear the tokens one by one, nothing is submitted ahead.
 
+Where a draw depends on the token before it, by a rule or a penalty, the step ahead is submitted all
+the same, and only its draw waits until that token is read.
+
 Every sequence has a state and a draw of its own, so joining and leaving copies nothing, and the
 tokens of a sequence are those that it has alone.
 """
@@ -19,7 +22,7 @@ import numpy as np
 from ds4mlx.engine.ahead import Ahead, Seen
 from ds4mlx.engine.interrupts import undivided
 from ds4mlx.engine.sequence import NOT_FINITE, Sequence
-from ds4mlx.engine.step import draws, go_back, not_finite
+from ds4mlx.engine.step import go_back, not_finite, rows_of
 from ds4mlx.engine.undone import Place, undone_on_failure
 from ds4mlx.errors import DataError
 from ds4mlx.model.model import MOST_STEPPED, Model
@@ -45,10 +48,11 @@ class Taken:
 class _Draw:
     """A token int32 (1,), on its way, and the logits (1, vocab) that it is drawn from.
 
-    before: the length of the state that the logits were computed from.
+    token: None where it is drawn when all before it are taken. before: the length of the state that
+    the logits were computed from.
     """
 
-    token: mx.array
+    token: mx.array | None
     logits: mx.array
     before: int
 
@@ -64,6 +68,19 @@ class _Member:
     def goes_on(self) -> bool:
         """Whether a token may follow the one that is about to be read."""
         return self.sequence.drawn + 1 < self.sequence.max_tokens
+
+    @property
+    def token(self) -> mx.array:
+        """int32 (1,): the one that is about to be read."""
+        assert self.draw is not None and self.draw.token is not None
+        return self.draw.token
+
+    def step_back(self) -> None:
+        """Drop what is on its way: the state is that of all tokens but the last."""
+        if self.draw is not None:
+            state = self.sequence.state
+            go_back(state, max(self.draw.before, state.offset - 1))
+        self.draw = self.ahead = None
 
 
 class Decoding:
@@ -98,8 +115,9 @@ class Decoding:
             raise DataError("the sequence has ended")
         draw = None
         if logits is not None:
-            draw = _Draw(sequence.draw(logits), logits, before)
-            mx.async_eval(draw.token, logits)
+            token = None if sequence.waits else sequence.draw(logits)
+            draw = _Draw(token, logits, before)
+            mx.async_eval(logits if token is None else (token, logits))
         self._members.append(_Member(sequence, draw))
 
     def remove(self, sequence: Sequence) -> None:
@@ -114,11 +132,12 @@ class Decoding:
         """
         with undivided():
             self._catch_up()
+            failed = self._draw_late()
             self._run_ahead()
             tokens, members = self._read(), self._members
             ends = [member.sequence.state.offset for member in members]
             taken = [self._taken(m, token) for m, token in zip(members, tokens, strict=True)]
-        return [
+        return failed + [
             replace(each, error=not_finite(self.model, each.sequence, end))
             if each.token == NOT_FINITE
             else each
@@ -146,6 +165,29 @@ class Decoding:
             for member, draw in zip(behind, made, strict=True):
                 member.draw = draw
 
+    def _draw_late(self) -> list[Taken]:
+        """Draw what waits for the tokens before it. Whose rule fails leaves, and is told of."""
+        failed = []
+        for member in list(self._members):
+            sequence, draw = member.sequence, member.draw
+            if draw is None or not (draw.token is None or sequence.waits):
+                continue
+            try:
+                draw.token = sequence.draw(draw.logits)
+            except DataError as error:
+                member.step_back()
+                self.remove(sequence)
+                failed.append(Taken(sequence, NOT_FINITE, "", draw.logits, error))
+            except BaseException:
+                self._step_back()
+                raise
+        return failed
+
+    def _step_back(self) -> None:
+        """Nothing is on its way any more; the states are back before what was."""
+        for member in self._members:
+            member.step_back()
+
     def _run_ahead(self) -> None:
         """Submit the step that feeds the tokens which are about to be read, where any may follow."""
         going = [m for m in self._members if m.goes_on]
@@ -155,7 +197,7 @@ class Decoding:
         try:
             with undone_on_failure(place.state for place in places):
                 # What is no token, and not finite either, is not looked up anywhere.
-                tokens = mx.concatenate([member.draw.token for member in going if member.draw])
+                tokens = mx.concatenate([member.token for member in going])
                 tokens = mx.clip(tokens, 0, self.model.args.vocab_size - 1)
                 made = self._fed(going, tokens[:, None], unread=1)
                 aheads = [Ahead(place) for place in places]
@@ -173,20 +215,20 @@ class Decoding:
         states = [sequence.state for sequence in sequences]
         before = [state.offset for state in states]
         with undone_on_failure(states):
-            drawn = draws(sequences, self.model.last_logits(tokens, states), unread)
-            mx.async_eval(drawn)
-        return [_Draw(*each, length) for each, length in zip(drawn, before, strict=True)]
+            rows = rows_of(self.model.last_logits(tokens, states))
+            made = [
+                _Draw(None if s.waits else s.draw(row, unread), row, length)
+                for s, row, length in zip(sequences, rows, before, strict=True)
+            ]
+            mx.async_eval([draw.token for draw in made if draw.token is not None], rows)
+        return made
 
     def _read(self) -> list[int]:
         """The members' tokens; if they cannot be computed, the states are back before them."""
-        draws = [member.draw for member in self._members if member.draw]
         try:
-            return [int(token) for draw in draws for token in np.array(draw.token)]
+            return [int(token) for member in self._members for token in np.array(member.token)]
         except BaseException:
-            for member, draw in zip(self._members, draws, strict=True):
-                state = member.sequence.state
-                go_back(state, max(draw.before, state.offset - 1))
-                member.draw = member.ahead = None
+            self._step_back()
             raise
 
     def _taken(self, member: _Member, token: int) -> Taken:

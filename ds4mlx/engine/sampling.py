@@ -11,6 +11,7 @@ from numbers import Real
 
 import mlx.core as mx
 
+from ds4mlx.engine.penalties import Penalties
 from ds4mlx.engine.requests import check_count
 from ds4mlx.engine.shares import before_share, halvings, limit
 from ds4mlx.errors import DataError
@@ -41,6 +42,7 @@ class Sampler:
     top_p: keeps the fewest most probable tokens that reach this share together.
     min_p: keeps tokens at least this fraction as probable as the most probable one.
     seed: makes a sequence's draws repeatable; with None each sequence chooses one.
+    penalties: what a sequence takes from its logits before they come here, also at temperature 0.
 
     The most probable token always stays. Raises DataError, naming the option, for values out of
     range.
@@ -51,6 +53,7 @@ class Sampler:
     top_k: int = 0
     min_p: float = 0.0
     seed: int | None = None
+    penalties: Penalties | None = None
 
     def __post_init__(self) -> None:
         _check_number("temperature", self.temperature, math.inf)

@@ -12,8 +12,11 @@ from collections import abc
 
 import mlx.core as mx
 
-from ds4mlx.chat.tokens import THINK, THINK_END
+from ds4mlx.engine.penalties import LookBack
+from ds4mlx.engine.repetition import Repetition
+from ds4mlx.engine.rules import Rule
 from ds4mlx.engine.sampling import Sampler, draw_key
+from ds4mlx.engine.thought import Thought
 from ds4mlx.state.decode_state import DecodeState
 from ds4mlx.text.stops import StopStrings
 from ds4mlx.text.tokenizer import Tokenizer
@@ -27,7 +30,12 @@ class Sequence:
 
     sampler: greedy if not given. stop: texts that end the answer and do not appear in it; inside a
     thought, from the token <think> to </think>, they are not looked for. The end-of-sentence token
-    ends the answer wherever it comes. `reason` is None until then, then "stop" or "length".
+    ends the answer wherever it comes.
+    rule: what the answer must obey, from the end of a thought on; the thought is then always
+    closed. thinking_budget: how many tokens may be drawn in thoughts before </think> is forced.
+    guard: end an answer that goes round in circles.
+    `reason` is None until the end, then "stop", "length" or "repetition"; `stopped_by` is the stop
+    string that ended it, None for all else.
     """
 
     def __init__(
@@ -40,6 +48,9 @@ class Sequence:
         stop: str | abc.Sequence[str] = (),
         max_tokens: int = 100,
         first: int = 0,
+        rule: Rule | None = None,
+        thinking_budget: int | None = None,
+        guard: bool = False,
     ):
         self.tokens, self.state, self.first = list(tokens), state, first
         self.sampler = sampler or Sampler(temperature=0)
@@ -50,8 +61,11 @@ class Sequence:
         self.reason: str | None = None
         self._prompt_end = len(self.tokens)
         self._end_token, self._stream = tokenizer.eos_token_id, tokenizer.stream()
-        self._think, self._think_end = map(tokenizer.encoder.token_to_id, (THINK, THINK_END))
-        self.thinking = self._opens_a_thought()
+        self._thought = Thought(self.tokens, tokenizer, thinking_budget)
+        self._mask = rule.start(tokenizer) if rule else None
+        penalties = self.sampler.penalties
+        self._back = LookBack(penalties, self.tokens) if penalties else None
+        self._repetition = Repetition() if guard else None
 
     @property
     def fed(self) -> list[int]:
@@ -68,23 +82,54 @@ class Sequence:
         """How many tokens were drawn."""
         return len(self.tokens) - self._prompt_end
 
+    @property
+    def thinking(self) -> bool:
+        """Whether the next token is inside a thought."""
+        return self._thought.is_open
+
+    @property
+    def thought_tokens(self) -> int:
+        """How many of the drawn tokens are inside thoughts, their </think> not counted."""
+        return self._thought.drawn
+
+    @property
+    def stopped_by(self) -> str | None:
+        """The stop string that ended the answer."""
+        return self.stops.found
+
+    @property
+    def waits(self) -> bool:
+        """Whether the next token cannot be drawn before the last one is taken."""
+        return self._mask is not None or self._back is not None or self._thought.may_be_closed
+
+    def end_thinking(self) -> None:
+        """Have </think> be the next token if that is inside a thought; else nothing is changed."""
+        self._thought.end()
+
     def draw(self, logits: mx.array, unread: int = 0) -> mx.array:
         """Logits (1, vocab) after the last token -> the next token, int32 (1,), or NOT_FINITE.
 
-        unread: how many tokens were drawn before it that the sequence has not taken yet.
-        Nothing is evaluated: the token can be fed to the model before it is read.
+        unread: how many tokens were drawn before it that the sequence has not taken yet; 0 if it
+        `waits`. Nothing is evaluated: the token can be fed to the model before it is read.
+        Raises DataError if the rule cannot be followed further.
         """
-        position = self.first + len(self.tokens) + unread
-        token = self.sampler(logits, draw_key(self.seed, position))
+        if self._thought.must_close:
+            token = mx.array([self._thought.closing])
+        else:
+            position = self.first + len(self.tokens) + unread
+            token = self.sampler(self._shaped(logits), draw_key(self.seed, position))
         return mx.where(mx.all(mx.isfinite(logits)), token.astype(mx.int32), NOT_FINITE)
 
     def take(self, token: int) -> str:
         """Append the token that was drawn; the text that it brings, which may be empty."""
         self.tokens.append(token)
+        self._remember(token)
         ended = token == self._end_token
         text = "" if ended else self._shown(token)
         if ended or self.stops.reached:
             self.reason = "stop"
+        elif self._repetition and self._repetition.add(token):
+            self.reason = "repetition"
         elif self.drawn == self.max_tokens:
             self.reason = "length"
         if self.reason and not self.stops.reached:
@@ -92,15 +137,33 @@ class Sequence:
         self.text += text
         return text
 
+    def _shaped(self, logits: mx.array) -> mx.array:
+        """Logits (1, vocab) less the penalties; -inf for what the rule forbids."""
+        if self._back:
+            logits = self._back.penalised(logits)
+        if self._mask is None:
+            return logits
+        if self.thinking:
+            allowed = mx.arange(logits.shape[-1]) != self._end_token
+        else:
+            allowed = self._mask.allowed(logits.shape[-1])
+        return mx.where(allowed, logits, -mx.inf)
+
+    def _remember(self, token: int) -> None:
+        """What later draws depend on."""
+        if self._back:
+            self._back.add(token)
+        if self._mask is not None and not self.thinking:
+            self._mask.took(token)
+
     def _shown(self, token: int) -> str:
         """The text of a token, less what may become a stop string."""
-        text = self._stream.add(token)
-        if self.thinking:
-            self.thinking = token != self._think_end
+        text, thinking = self._stream.add(token), self.thinking
+        self._thought.add(token)
+        if thinking:
             return text
         text = self.stops.add(text)
-        if token == self._think and not self.stops.reached:
-            self.thinking = True
+        if self.thinking and not self.stops.reached:
             text += self.stops.finish()
         return text
 
@@ -108,8 +171,3 @@ class Sequence:
         """What an unfinished character and the beginning of a stop string leave."""
         text = self._stream.finish()
         return text if self.thinking else self.stops.add(text) + self.stops.finish()
-
-    def _opens_a_thought(self) -> bool:
-        """Whether the prompt ends inside a thought."""
-        ends = (t for t in reversed(self.tokens) if t in (self._think, self._think_end))
-        return next(ends, None) == self._think is not None

@@ -29,20 +29,15 @@ def draw(sequences: abc.Sequence[Sequence], logits: mx.array) -> list[int]:
 
     Everything is evaluated in one go.
     """
-    tokens = mx.concatenate([token for token, _ in draws(sequences, logits)])
+    rows = rows_of(logits)
+    tokens = mx.concatenate([s.draw(row) for s, row in zip(sequences, rows, strict=True)])
     mx.eval(tokens, logits)
     return tokens.tolist()  # type: ignore[return-value]
 
 
-def draws(
-    sequences: abc.Sequence[Sequence], logits: mx.array, unread: int = 0
-) -> list[tuple[mx.array, mx.array]]:
-    """Each sequence's next token int32 (1,), and its row (1, vocab) of logits (B, vocab).
-
-    Nothing is evaluated. unread: see `Sequence.draw`.
-    """
-    rows = mx.split(logits, len(sequences)) if len(sequences) > 1 else [logits]
-    return [(s.draw(row, unread), row) for s, row in zip(sequences, rows, strict=True)]
+def rows_of(logits: mx.array) -> list[mx.array]:
+    """Logits (B, vocab) -> B rows (1, vocab). Nothing is evaluated."""
+    return mx.split(logits, len(logits)) if len(logits) > 1 else [logits]  # type: ignore[return-value]
 
 
 def not_finite(model: Model, sequence: Sequence, after: int) -> DataError:

@@ -9,6 +9,7 @@ class StopStrings:
     """Keeps back text that may be the beginning of a stop string; cuts at the first to be complete.
 
     Of two that end together the longer one counts, so the pieces that text comes in do not matter.
+    `found` is that one, None until then.
     """
 
     def __init__(self, stops: Sequence[str]):
@@ -17,17 +18,22 @@ class StopStrings:
         if not all(stops):
             raise DataError("a stop string is empty")
         self.stops = list(stops)
-        self.reached = False
+        self.found: str | None = None
         self._waiting = ""
+
+    @property
+    def reached(self) -> bool:
+        """Whether a stop string is complete."""
+        return self.found is not None
 
     def add(self, text: str) -> str:
         """Take more text; return what is safe to show."""
         self._waiting += text
-        places = [(self._waiting.find(stop), len(stop)) for stop in self.stops]
-        ends = [(start + length, start) for start, length in places if start >= 0]
+        places = [(self._waiting.find(stop), stop) for stop in self.stops]
+        ends = [(start + len(stop), start, stop) for start, stop in places if start >= 0]
         if ends:
-            self.reached = True
-            shown, self._waiting = self._waiting[: min(ends)[1]], ""
+            _, start, self.found = min(ends)
+            shown, self._waiting = self._waiting[:start], ""
             return shown
         keep = max((self._overlap(stop) for stop in self.stops), default=0)
         cut = len(self._waiting) - keep
