@@ -124,6 +124,18 @@ class Decoding:
         """Have a sequence leave before its end; its state is that of its tokens but the last."""
         self._members = [m for m in self._members if m.sequence is not sequence]
 
+    def apart(self) -> list["Decoding"]:
+        """Each sequence in a `Decoding` of its own, with the token that it is to take; none stays.
+
+        So that after a step that failed it can be found out which of them makes it fail.
+        """
+        members, self._members = self._members, []
+        alone = [Decoding(self.model) for _ in members]
+        for one, member in zip(alone, members, strict=True):
+            member.ahead = None
+            one._members = [member]
+        return alone
+
     def step(self) -> list[Taken]:
         """The next token of each sequence, which has taken it; the step after is submitted.
 

@@ -45,17 +45,28 @@ def prefill_chunks(
     memory is given back. A chunk that fails leaves the state as it was before that chunk, and so
     does a generator that is left.
     """
-    logits = mx.zeros((1, 0))
     first = step - cache.offset % step
+    logits = None
     for start in (0, *range(first, len(ids), step)):
         stop = min(len(ids), start + step if start else first)
-        chunk = mx.array([list(ids[start:stop])])
-        with undivided(), undone_on_failure([cache], far=True):
-            if stop < len(ids):
-                mx.eval(model.streams(chunk, cache)[:, -1:])
-            else:
-                logits = model.last_logits(chunk, cache)
-                mx.eval(logits)
-        mx.clear_cache()
+        logits = prefill_chunk(model, ids[start:stop], cache, stop == len(ids))
         yield stop
+    return mx.zeros((1, 0)) if logits is None else logits
+
+
+def prefill_chunk(
+    model: Model, ids: Sequence[int], cache: DecodeState, last: bool
+) -> mx.array | None:
+    """Feed one chunk to the state; logits (1, vocab) after it if it is the `last`, else None.
+
+    Only then the head runs. A chunk that fails leaves the state as it was.
+    """
+    logits, chunk = None, mx.array([list(ids)])
+    with undivided(), undone_on_failure([cache], far=True):
+        if last:
+            logits = model.last_logits(chunk, cache)
+            mx.eval(logits)
+        else:
+            mx.eval(model.streams(chunk, cache)[:, -1:])
+    mx.clear_cache()
     return logits

@@ -1,0 +1,188 @@
+"""Requests of several readers to one thread: who gets what, in which order, and how it ends."""
+
+import asyncio
+
+import numpy as np
+import pytest
+from steering import Failing
+
+from ds4mlx import DataError
+from ds4mlx.engine.request import Busy, Ended, Failed, Piece, Request, Started, Stopping, TooLong
+from ds4mlx.engine.sampling import Sampler
+from ds4mlx.engine.scheduler import Scheduler
+
+IDS = np.random.default_rng(4).integers(2, 288, 3000).tolist()
+GREEDY = Sampler(temperature=0)
+
+
+@pytest.fixture
+def scheduler(small_model, small_tokenizer):
+    """Makes schedulers of the smallest model; they are closed in the end."""
+    made = []
+
+    def make(started=True, **options):
+        made.append(Scheduler(small_model, small_tokenizer, **options))
+        if started:
+            made[-1].start()
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close(60)
+
+
+def asked(ids, count=8, **options):
+    return Request(list(ids), count, **{"sampler": GREEDY, **options})
+
+
+async def whole(answer):
+    """All events of an answer, and its text."""
+    events = [event async for event in answer]
+    return events, "".join(e.text for e in events if isinstance(e, Piece))
+
+
+async def text_of(scheduler, request):
+    events, text = await whole(await scheduler.submit(request))
+    assert isinstance(events[0], Started) and isinstance(events[-1], Ended), events
+    return text
+
+
+def test_an_answer_has_a_start_pieces_and_an_end(scheduler):
+    async def main():
+        return await whole(await scheduler().submit(asked(IDS[:40], 8, logprobs=2)))
+
+    events, text = asyncio.run(main())
+    assert events[0] == Started(40, 0, "")
+    assert all(isinstance(event, Piece) for event in events[1:-1]) and text
+    assert (events[-1].reason, events[-1].completion_tokens) == ("length", 8)
+    probs = [token for event in events[1:-1] for token in event.tokens]
+    assert (
+        len(probs) == 8 and b"".join(p.text_bytes for p in probs).decode(errors="replace") == text
+    )
+    assert all(p.logprob == p.top[0][1] >= p.top[1][1] and len(p.top) == 2 for p in probs)
+
+
+def test_eight_at_once_say_what_each_says_alone(scheduler):
+    requests = [asked(IDS[n : n + 20 + 10 * n], 9, stop=("~",)) for n in range(7)]
+    requests.append(asked(IDS[:550], 9))
+
+    async def main():
+        together = scheduler(started=False, aligned=True)
+        answers = [await together.submit(request) for request in requests]
+        together.start()
+        texts = await asyncio.gather(*map(whole, answers))
+        return texts, [await text_of(together, request) for request in requests]
+
+    together, alone = asyncio.run(main())
+    assert [text for _, text in together] == alone
+
+
+def test_a_short_request_does_not_wait_for_a_long_prompt(scheduler):
+    first = []
+
+    async def read(name, answer, begun=None):
+        async for event in answer:
+            if isinstance(event, Started) and begun:
+                begun.set()
+            if isinstance(event, Piece | Ended) and name not in first:
+                first.append(name)
+
+    async def main():
+        ours, begun = scheduler(), asyncio.Event()
+        long = asyncio.create_task(read("long", await ours.submit(asked(IDS, 3)), begun))
+        await begun.wait()
+        await read("short", await ours.submit(asked(IDS[50:100], 3)))
+        await long
+
+    asyncio.run(main())
+    assert first == ["short", "long"]
+
+
+def test_what_cannot_be_is_refused_before_anything_is_done(scheduler):
+    async def main():
+        ours = scheduler(started=False, max_batch=1, max_queue=1, context=100)
+        for bad in ([], [5, -1], [999]):
+            with pytest.raises(DataError):
+                await ours.submit(asked(bad))
+        with pytest.raises(DataError, match="stop string is empty"):
+            await ours.submit(asked([5], stop=("",)))
+        with pytest.raises(TooLong) as error:
+            await ours.submit(asked(IDS[:100]))
+        assert (error.value.tokens, error.value.most) == (100, 99)
+        answers = [await ours.submit(asked(IDS[:99], None)) for _ in range(2)]
+        with pytest.raises(Busy) as error:
+            await ours.submit(asked(IDS[:9]))
+        assert error.value.retry_after >= 1
+        ours.start()
+        for events, _ in [await whole(answer) for answer in answers]:
+            assert events[-1].reason == "context" and events[-1].completion_tokens == 1
+        assert (await whole(await ours.submit(asked(IDS[:100], 0))))[0][-1].reason == "length"
+
+    asyncio.run(main())
+
+
+def test_closing_ends_all_and_refuses_more(scheduler):
+    async def main():
+        ours = scheduler(started=False, max_batch=1)
+        answers = [await ours.submit(asked(IDS[:50], 10_000)) for _ in range(3)]
+        ours.start()
+        await answers[0].__anext__()
+        await asyncio.to_thread(ours.close, 60)
+        with pytest.raises(Stopping):
+            await ours.submit(asked([5]))
+        for answer in answers:
+            events, _ = await whole(answer)
+            assert isinstance(events[-1], Failed) and isinstance(events[-1].error, Stopping)
+
+    asyncio.run(main())
+
+
+class Broken(Failing):
+    """A sampler that fails from its n-th draw on."""
+
+    def __call__(self, logits, key):
+        try:
+            return super().__call__(logits, key)
+        finally:
+            self.left = max(self.left, 1)
+
+
+@pytest.mark.parametrize("last", [1, 2, 5])
+@pytest.mark.parametrize("sampler", [Failing, Broken])
+def test_a_sampler_that_fails_ends_its_request_only(scheduler, sampler, last):
+    """And if it fails once, in a step, not even that."""
+
+    async def main():
+        ours = scheduler(started=False)
+        want = await ours.submit(asked(IDS[:60], 9))
+        bad = await ours.submit(asked(IDS[:70], 9, sampler=sampler(last)))
+        other = await ours.submit(asked(IDS[:80], 9))
+        ours.start()
+        (_, text), (events, same), (_, third) = [await whole(a) for a in (want, bad, other)]
+        if sampler is Broken or last == 1:
+            assert isinstance(events[-1], Failed) and "out of memory" in str(events[-1].error)
+        else:
+            assert same == await text_of(ours, asked(IDS[:70], 9))
+        assert text == await text_of(ours, asked(IDS[:60], 9))
+        assert third == await text_of(ours, asked(IDS[:80], 9))
+
+    asyncio.run(main())
+
+
+def test_cancelling_frees_the_place_wherever_the_request_is(scheduler):
+    async def main():
+        ours = scheduler(started=False, max_batch=1, max_queue=2)
+        answers = [await ours.submit(asked(ids, 10_000)) for ids in (IDS[:50], IDS, IDS[:60])]
+        answers[2].cancel()  # it waits
+        ours.start()
+        assert [event async for event in answers[2]] == []
+        decoding, reading = answers[:2]
+        while not isinstance(await decoding.__anext__(), Piece):
+            pass
+        decoding.cancel()
+        assert isinstance(await reading.__anext__(), Started)
+        reading.cancel()
+        return [await text_of(ours, asked(IDS[:60], 5)) for _ in range(4)]
+
+    texts = asyncio.run(main())
+    assert len(set(texts)) == 1
