@@ -248,14 +248,17 @@ def announce(named: str | None) -> None:
         note(f"note: {ABOUT}")
 
 
-def open_model(named: str | None) -> tuple[network.Model, Tokenizer]:
-    """Load a model for the command line: bfloat16, or float32 where MLX has only the CPU."""
+def open_model(
+    named: str | None, dtype: Literal["float32", "bfloat16"] | None = None
+) -> tuple[network.Model, Tokenizer]:
+    """Load a model for the command line: by default in bfloat16, or float32 where MLX has only the CPU."""
     import mlx.core as mx
 
     from ds4mlx.engine.load import load
 
     on_cpu = mx.default_device() == mx.cpu  # where bfloat16 is slower and less exact
-    dtype = mx.float32 if on_cpu else mx.bfloat16
-    opened = load(find_model(named), dtype, on_file=partial(progress, "loading", "files"))
+    usual = mx.float32 if on_cpu else mx.bfloat16
+    taken = {"float32": mx.float32, "bfloat16": mx.bfloat16, None: usual}[dtype]
+    opened = load(find_model(named), taken, on_file=partial(progress, "loading", "files"))
     announce(named)
     return opened

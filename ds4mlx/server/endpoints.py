@@ -34,12 +34,13 @@ def endpoint(function: Endpoint) -> Endpoint:
 
 
 async def not_served(request: Request, error: Exception) -> Response:
-    """The answer to a path or a method that there is not."""
-    status = error.status_code if isinstance(error, HTTPException) else 500
-    path = request.url.path[:200]
+    """The answer to a path or a method that there is not, or where serving a file failed."""
+    if not isinstance(error, HTTPException):
+        return _told(request, refusal_of(error))
+    status, path = error.status_code, request.url.path[:200]
     messages = {404: f"there is no {path!r} here", 405: f"{path!r} has no {request.method[:20]}"}
-    headers = dict(getattr(error, "headers", None) or {})
-    return _told(request, Refusal(status, messages.get(status, "it failed"), headers=headers))
+    message = messages.get(status, error.detail)
+    return _told(request, Refusal(status, message, headers=error.headers))
 
 
 def gone() -> Response:
@@ -49,4 +50,4 @@ def gone() -> Response:
 
 def _told(request: Request, refusal: Refusal) -> Response:
     dialect: Dialect = dialect_of(request.url.path, request.headers)
-    return dialect.response(refusal, request.state.request_id)
+    return dialect.response(refusal, getattr(request.state, "request_id", ""))

@@ -3,7 +3,6 @@
 import asyncio
 import secrets
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,7 +28,7 @@ class Question:
     thinking: str = "none"
     thinking_budget: int | None = None
     max_tokens: int | None = None
-    sampler: Sampler = Sampler()  # noqa: RUF009 - frozen
+    sampler: Sampler = field(default_factory=Sampler)
     stop: tuple[str, ...] = ()
     rule: Rule | None = None
     logprobs: int | None = None
@@ -51,6 +50,7 @@ class Service:
     bodies: Bodies
     created: int = field(default_factory=lambda: int(time.time()))
     turns: dict[str, Turn] = field(default_factory=dict)
+    stopping: bool = False
 
     async def ask(self, question: Question, prefix: str) -> Turn:
         """The answer to a question, once its place is sure. prefix: of the answer's id.
@@ -90,16 +90,12 @@ class Service:
             question.thinking,
             question.tools or None,
             self.release,
-            replay=self.replay,
+            replay=self.scheduler.replay,
         )
-
-    @property
-    def replay(self) -> Mapping[str, str]:
-        """The texts of calls that were sampled here, by the calls' ids."""
-        return self.scheduler.replay
 
     async def close(self, deadline: float) -> None:
         """Refuse what is new, end what goes on, save; within so many seconds."""
+        self.stopping = True
         await asyncio.to_thread(self.scheduler.close, deadline)
 
     def _closed(self, turn: Turn) -> None:

@@ -1,0 +1,129 @@
+"""The command that serves a model by HTTP, to coding agents and to a page for people."""
+
+import importlib.util
+import logging
+import sys
+from typing import Annotated, Literal
+
+import typer
+
+from ds4mlx.cli import arguments as arg
+from ds4mlx.errors import DataError
+
+PORT = 8765
+MOST_TOGETHER = 8
+
+
+def serve(
+    model: arg.Model = None,
+    host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="The port to listen on; 0 takes a free one.")
+    ] = PORT,
+    ctx: Annotated[
+        int | None,
+        typer.Option(
+            min=2, help="The most tokens of a prompt and its answer; by default the model's own."
+        ),
+    ] = None,
+    kv_dir: arg.KvDir = None,
+    kv: arg.Kv = False,
+    kv_budget: arg.KvBudget = "16G",
+    kv_text: arg.KvText = True,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            envvar="DS4MLX_API_KEY", help="What clients must send as a bearer token or x-api-key."
+        ),
+    ] = None,
+    cors: Annotated[
+        str | None,
+        typer.Option(
+            metavar="[ORIGIN]",
+            help="Let web pages of this origin ask; without one, all pages.",
+        ),
+    ] = None,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(help="Another name of this server in requests; may be repeated."),
+    ] = None,
+    max_batch: Annotated[
+        int, typer.Option(min=1, max=MOST_TOGETHER, help="The most answers that go on together.")
+    ] = MOST_TOGETHER,
+    max_queue: Annotated[int, typer.Option(min=0, help="The most requests that wait.")] = 32,
+    dtype: Annotated[
+        Literal["float32", "bfloat16"] | None,
+        typer.Option(help="What to compute in; by default bfloat16, on a CPU float32."),
+    ] = None,
+    aligned: Annotated[
+        bool,
+        typer.Option(
+            "--aligned", help="Let no answer depend on others: fixed chunks, no prefix reuse."
+        ),
+    ] = False,
+    insecure: Annotated[
+        bool,
+        typer.Option("--insecure", help="Listen beyond this machine although there is no key."),
+    ] = False,
+) -> None:
+    """Serve the model by HTTP, in the protocols of OpenAI and Anthropic, with a page at /.
+
+    \b
+    ds4mlx serve -m ~/models/v4-flash --kv
+    ds4mlx serve -m ~/models/v4-flash --host 0.0.0.0 --api-key "$KEY" --ctx 200000
+
+    `listening on http://HOST:PORT` on standard output says that it answers. SIGTERM or Ctrl-C ends
+    the answers, saves what was read, and leaves; a second one leaves at once.
+    """
+    arg.size(kv_budget)
+    _check_installed()
+
+    from ds4mlx.server import process
+    from ds4mlx.server.app import create_app
+    from ds4mlx.server.safety import Limits, is_loopback
+
+    if not (api_key or insecure or is_loopback(host)):
+        raise typer.BadParameter(
+            f"{host} can be reached from other machines, so --api-key is needed, or --insecure",
+            param_hint="--host",
+        )
+    _log_to_stderr()
+    limits = Limits()
+    with process.open_socket(host, port) as opened:
+        loaded = arg.open_model(model, dtype)
+        with arg.open_store(kv_dir, kv, kv_budget, kv_text, loaded, model) as store:
+            app = create_app(
+                *loaded,
+                name=arg.model_name(model),
+                store=store,
+                context=ctx,
+                max_batch=max_batch,
+                max_queue=max_queue,
+                aligned=aligned,
+                key=api_key or None,
+                hosts=[host, *(allow_host or ())],
+                origins=[cors] if cors else (),
+                limits=limits,
+            )
+            code = process.run(app, opened, limits)
+            sys.stdout.flush()
+    if code:
+        raise typer.Exit(code)
+
+
+def _check_installed() -> None:
+    missing = [name for name in _needed() if importlib.util.find_spec(name) is None]
+    if missing:
+        raise DataError(
+            f"serving needs {', '.join(missing)}, which `pip install 'ds4mlx[server]'` installs"
+        )
+
+
+def _needed() -> tuple[str, ...]:
+    return ("starlette", "uvicorn", "h11", "sse_starlette", "prometheus_client", "llguidance")
+
+
+def _log_to_stderr() -> None:
+    """What the server has to say of each request, a line each."""
+    logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(message)s")
+    logging.getLogger("ds4mlx").setLevel(logging.INFO)

@@ -1,0 +1,124 @@
+"""The server as a process: from listening to a signal, and from there to an orderly end.
+
+The first SIGTERM or Ctrl-C lets the streams end with their protocol's error and has the states
+saved; the second ends the process at once.
+"""
+
+import contextlib
+import logging
+import os
+import resource
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from types import FrameType
+
+import uvicorn
+from sse_starlette.sse import AppStatus
+from starlette.applications import Starlette
+
+from ds4mlx.errors import DataError
+from ds4mlx.server.app import CLOSING
+from ds4mlx.server.connection import protocol_of
+from ds4mlx.server.safety import Limits
+from ds4mlx.server.service import Service
+
+INTERRUPTED = 130
+# Seconds that an idle connection is kept, and that the last bytes have after everything is saved.
+_IDLE, _LAST_BYTES = 75, 3
+_OPEN_FILES = 4096
+
+
+class Server(uvicorn.Server):
+    """uvicorn's, but that everything is ended before it stops listening, and that it says when it listens."""
+
+    def __init__(self, config: uvicorn.Config, service: Service, on_listening: Callable[[], None]):
+        super().__init__(config)
+        self._service, self._on_listening = service, on_listening
+        self.ended_by: int | None = None  # a signal
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            self._on_listening()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await self._service.close(CLOSING)
+        await super().shutdown(sockets)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self.should_exit:
+            os._exit(INTERRUPTED)
+        self.ended_by, self.should_exit = sig, True
+
+
+def config_of(app: Starlette, limits: Limits) -> uvicorn.Config:
+    """How uvicorn is to run an application here."""
+    # The scheduler ends the streams; nobody else is to cut them when a signal comes.
+    AppStatus.disable_automatic_graceful_drain()
+    return uvicorn.Config(
+        app,
+        http=protocol_of(limits),
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        timeout_keep_alive=_IDLE,
+        timeout_graceful_shutdown=_LAST_BYTES,
+    )
+
+
+def open_socket(host: str, port: int) -> socket.socket:
+    """A socket bound to an address, not listening yet. port: 0 for any that is free.
+
+    Raises DataError where there is no such address or it is taken.
+    """
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, protocol, _, address = found[0]
+        opened = socket.socket(family, kind, protocol)
+        opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        opened.bind(address)
+    except (OSError, UnicodeError) as error:
+        cause = getattr(error, "strerror", None) or "no such host"
+        raise DataError(f"cannot listen on {host}:{port}: {cause}") from None
+    return opened
+
+
+def url_of(opened: socket.socket) -> str:
+    """Where a socket is to be reached."""
+    host, port = opened.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def run(app: Starlette, opened: socket.socket, limits: Limits) -> int:
+    """Serve until a signal; the exit code: 0 after SIGTERM, 130 after Ctrl-C."""
+    _allow_open_files()
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
+
+    def announce() -> None:
+        print(f"listening on {url_of(opened)}", flush=True)
+
+    server = Server(config_of(app, limits), app.state.service, announce)
+    server.run(sockets=[opened])
+    return INTERRUPTED if server.ended_by == signal.SIGINT else 0
+
+
+def leave_at_once(code: int) -> None:
+    """End the process although a thread still works."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
+    os._exit(code)
+
+
+def _allow_open_files() -> None:
+    """As many files as connections and a store may need; macOS allows 256 unless asked."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
