@@ -14,6 +14,8 @@ from typing import Any, Literal, Protocol
 
 import mlx.core as mx
 
+from ds4mlx.custom_kernels.text_files import included
+
 Target = Literal["metal", "cuda"]
 Output = tuple[tuple[int, ...], mx.Dtype]
 # The shares of inputs, by name, that a launch reads where it does not read the whole of them.
@@ -144,6 +146,8 @@ _BEGINNING = re.compile(r"\n(?=[#a-z])")
 # What a definition defines: a macro, a type, a function.
 _NAMES = re.compile(r"#define (\w+)|(?:typedef|struct) .*?(\w+)\s*(?:;|$)|(\w+)\(")
 _WORD = re.compile(r"\w+")
+# What MLX looks for in a body, to hand it over beside the array.
+_SHAPES = re.compile(r"\w+_(?:shape|strides|ndim)\b")
 _SHARED = re.compile(r"^(\s*)threadgroup (?=[^*&]*\[[^;]*;)", re.MULTILINE)
 
 
@@ -273,6 +277,9 @@ class Kernel:
             header, body = self.text(where)
             maker: Any = mx.fast.metal_kernel if where == "metal" else mx.fast.cuda_kernel
             body, header = compact(body), compact(without_unused(header, body))
+            if where == "cuda":
+                asked = "".join(f"// {name}\n" for name in sorted(set(_SHAPES.findall(body))))
+                header, body = included(header), asked + included(body)
             made = maker(self.name, self.inputs, self.outputs, body, header=header)
             self._made[where] = made
         return made
