@@ -63,9 +63,7 @@ def test_the_context_bounds_what_is_measured(depth, gen, ctx, fits):
 
 
 def test_weights_and_state_must_fit_the_memory():
-    with pytest.raises(
-        DataError, match=r"the model with a state of 136 tokens needs 1000000\.0 GB"
-    ):
+    with pytest.raises(DataError, match=r"with a context of 136 tokens needs 1000000\.\d\d GB"):
         check_room(SMALL, 100, 33, None, weights=10**15)
 
 

@@ -11,11 +11,11 @@ import mlx.core as mx
 from ds4mlx.bench.costs import Target, cost, rows_read, weights_read
 from ds4mlx.config import ModelConfig
 from ds4mlx.custom_kernels.graph import kinds
-from ds4mlx.engine.machine import check_fits
+from ds4mlx.engine import room
 from ds4mlx.engine.prefill import prefill
 from ds4mlx.errors import DataError
 from ds4mlx.model.model import Model
-from ds4mlx.state.decode_state import DecodeState, state_bytes
+from ds4mlx.state.decode_state import DecodeState
 from ds4mlx.state.layer import LayerState
 from ds4mlx.state.row_forms import RowForm
 from ds4mlx.state.step import Step, commit
@@ -99,9 +99,7 @@ def check_room(
             f"a depth of {depth} tokens, {WARM} decoded to warm up and {gen} measured exceed the "
             f"context of {limit} tokens"
         )
-    states = "a state" if batch == 1 else f"{batch} states"
-    needed = weights + batch * state_bytes(config, total)
-    check_fits(f"the model with {states} of {total} tokens", needed)
+    room.plan(config, weights, total, sequences=batch).check()
 
 
 def _at(model: Model, depth: int, asked: Asked) -> Row:

@@ -18,15 +18,16 @@ import typer
 
 from ds4mlx.cli.terminal import note, progress
 from ds4mlx.durable import check_writable, put_in_place
+from ds4mlx.engine import machine
 from ds4mlx.errors import DataError
 
 if TYPE_CHECKING:
+    from ds4mlx.engine.load import Length
     from ds4mlx.engine.sampling import Sampler
     from ds4mlx.model import model as network
     from ds4mlx.store import KVStore
     from ds4mlx.text.tokenizer import Tokenizer
 
-SIZE_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 # What the sampler calls its values, where the option has another name.
 SAMPLER_OPTIONS = {"temperature": "--temp", "top_p": "--top-p", "top_k": "--top-k"}
 SAMPLER_OPTIONS |= {"min_p": "--min-p", "seed": "--seed"}
@@ -156,11 +157,8 @@ def _piped() -> bytes:
 
 def size(text: str) -> int:
     """Bytes of a size such as 512M or 1.5G."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
-    number = int(float(match[1]) * SIZE_UNITS[match[2].upper()]) if match else 0
-    if number < 1:
-        raise typer.BadParameter(f"{text!r} is not a size such as 512M or 8G")
-    return number
+    with checked():
+        return machine.size(text)
 
 
 @contextlib.contextmanager
@@ -249,9 +247,15 @@ def announce(named: str | None) -> None:
 
 
 def open_model(
-    named: str | None, dtype: Literal["float32", "bfloat16"] | None = None
+    named: str | None,
+    dtype: Literal["float32", "bfloat16"] | None = None,
+    *,
+    context: int | Length | None = None,
 ) -> tuple[network.Model, Tokenizer]:
-    """Load a model for the command line: by default in bfloat16, or float32 where MLX has only the CPU."""
+    """Load a model for the command line: by default in bfloat16, or float32 where MLX has only the CPU.
+
+    context: see `load`.
+    """
     import mlx.core as mx
 
     from ds4mlx.engine.load import load
@@ -259,6 +263,7 @@ def open_model(
     on_cpu = mx.default_device() == mx.cpu  # where bfloat16 is slower and less exact
     usual = mx.float32 if on_cpu else mx.bfloat16
     taken = {"float32": mx.float32, "bfloat16": mx.bfloat16, None: usual}[dtype]
-    opened = load(find_model(named), taken, on_file=partial(progress, "loading", "files"))
+    told = partial(progress, "loading", "files")
+    opened = load(find_model(named), taken, context=context, on_file=told)
     announce(named)
     return opened

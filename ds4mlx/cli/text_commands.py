@@ -4,12 +4,17 @@ import contextlib
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ds4mlx.cli import arguments as arg
 from ds4mlx.cli.terminal import progress
+
+if TYPE_CHECKING:
+    from ds4mlx.chat.segments import Prompt
+    from ds4mlx.config import ModelConfig
+    from ds4mlx.text.tokenizer import Tokenizer
 
 INTERRUPTED = 130
 
@@ -74,21 +79,30 @@ def generate(
     from ds4mlx.cli.answer import show
     from ds4mlx.cli.logprobs import LogProbs
     from ds4mlx.cli.printer import Printer
-    from ds4mlx.engine.generation import stream_generate
+    from ds4mlx.engine.generation import encoded, stream_generate
+    from ds4mlx.engine.requests import check_prompt
+
+    def written(config: "ModelConfig") -> "str | Prompt":
+        if raw:
+            return asked
+        messages = [{"role": "system", "content": system}] if system else []
+        messages.append({"role": "user", "content": asked})
+        return encode_segments(messages, thinking=think, release=config.release)
+
+    def length(tokenizer: "Tokenizer", config: "ModelConfig") -> int:
+        ids = encoded(written(config), tokenizer, None)
+        check_prompt(config, ids, 0, max_tokens)
+        return len(ids) + max_tokens
 
     with contextlib.ExitStack() as stack:
         log = stack.enter_context(arg.output(logprobs))
-        loaded, tokenizer = arg.open_model(model)
+        loaded, tokenizer = arg.open_model(model, context=length)
         opened = arg.open_store(kv_dir, kv, kv_budget, kv_text, (loaded, tokenizer), model)
         store = stack.enter_context(opened)
-        if not raw:
-            messages = [{"role": "system", "content": system}] if system else []
-            messages.append({"role": "user", "content": asked})
-            asked = encode_segments(messages, thinking=think, release=loaded.args.release)
         responses = stream_generate(
             loaded,
             tokenizer,
-            asked,
+            written(loaded.args),
             max_tokens,
             sampler=sampler,
             stop=stop or (),

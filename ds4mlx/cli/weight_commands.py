@@ -112,14 +112,24 @@ def inspect(
 ) -> None:
     """Show the sizes of a source or a model directory, and the memory that contexts take.
 
+    At the end comes what fits into the memory of this machine, computed without loading anything.
+
     \b
     ds4mlx inspect ~/models/v4-q2 --ctx 100000
     """
+    from ds4mlx.config import ModelConfig
     from ds4mlx.convert import inspect as run
     from ds4mlx.convert.inspection import CONTEXTS
+    from ds4mlx.engine import room
 
-    found = run(location, tensors, CONTEXTS if ctx is None else (ctx,))
-    print(json.dumps(found.as_dict(), indent=1) if as_json else found)
+    contexts = CONTEXTS if ctx is None else (ctx,)
+    found = run(location, tensors, contexts)
+    config = ModelConfig.model_validate(found.config)
+    planned = room.plan(config, sum(found.bytes_by_component.values()), saving=True)
+    if as_json:
+        print(json.dumps(found.as_dict() | {"memory": planned.as_dict(contexts)}, indent=1))
+    else:
+        print(f"{found}\n\n{planned.text(contexts)}")
 
 
 def imatrix(

@@ -6,6 +6,7 @@ from itertools import takewhile
 from typing import Any
 
 from ds4mlx.chat import encode_messages, encode_segments, parse_completion
+from ds4mlx.engine import room
 from ds4mlx.engine.generation import Response, answer, encoded
 from ds4mlx.engine.interrupts import undivided
 from ds4mlx.engine.requests import check_prompt
@@ -95,6 +96,8 @@ class Conversation:
         ids = encoded(prompt, self.tokenizer, self.store)
         self._take_up(ids)
         check_prompt(self.model.args, ids, 0, max_tokens)
+        tokens = len(ids) + max_tokens
+        room.of_model(self.model, tokens, saving=self.store is not None).check()
         sequence = Sequence(
             ids, self.cache, self.tokenizer, sampler=self.sampler, max_tokens=max_tokens
         )

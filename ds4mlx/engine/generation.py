@@ -9,6 +9,7 @@ from functools import cached_property
 import mlx.core as mx
 
 from ds4mlx.chat.segments import Prompt
+from ds4mlx.engine import room
 from ds4mlx.engine.decoding import Decoding
 from ds4mlx.engine.prefill import PREFILL_STEP, prefill
 from ds4mlx.engine.requests import check_count, check_prompt
@@ -107,7 +108,7 @@ def stream_generate(
     left out again if it is not asked for, or if the cache or the model has been changed meanwhile.
     Ctrl-C comes between two steps and leaves the cache whole.
     Raises DataError, at once, for an empty prompt, ids outside the vocabulary, or too little
-    context; and later where logits are not finite, with the cache as before the step that failed.
+    context or memory; and later where logits are not finite, with the cache as before the step that failed.
     """
     if store is not None and cache is not None:
         raise DataError("a store needs all tokens, and those that the cache holds are not known")
@@ -115,6 +116,7 @@ def stream_generate(
     state = model.make_cache() if cache is None else cache
     first = state.offset
     check_prompt(model.args, ids, first, max_tokens)
+    room.of_model(model, first + len(ids) + max_tokens, saving=store is not None).check()
     check_count("prefill_step", prefill_step, 1)
     if store is not None:
         state, _ = take_up(store, ids, state, 0)

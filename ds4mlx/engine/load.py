@@ -6,8 +6,10 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from ds4mlx.config import ModelConfig
 from ds4mlx.custom_kernels import dispatch
 from ds4mlx.custom_kernels.first_use import prepare
+from ds4mlx.engine import room
 from ds4mlx.engine.chat_tokenizer import ChatTokenizer
 from ds4mlx.engine.default_model import default_model
 from ds4mlx.errors import DataError
@@ -19,12 +21,15 @@ from ds4mlx.text.tokenizer import Tokenizer
 from ds4mlx.weights.directory import GGUF_RECIPE, MANIFEST, ModelDirectory
 from ds4mlx.weights.hub import Repository, may_be_repository
 
+Length = Callable[[Tokenizer, ModelConfig], int]
+
 
 def load(
     path: str | Path | None = None,
     dtype: mx.Dtype = mx.bfloat16,
     rounding: Rounding = "official",
     *,
+    context: int | Length | None = None,
     on_file: Callable[[int, int], None] | None = None,
 ) -> tuple[Model, Tokenizer]:
     """Load a converted model and its tokenizer.
@@ -33,9 +38,12 @@ def load(
         $DS4MLX_MODEL, else the small model that comes with the package.
     dtype: activation type, bfloat16 or (for checks) float32; weights stay as stored.
     rounding: "official" gives KV rows and the indexer the model's own FP8/FP4 values, "none" does
-    not round. on_file: told (files read, files in all) after each weight file.
-    Raises DataError if the directory is incomplete or does not fit its configuration. The first time
-    on a machine, the kernels that the model uses are compared with plain operations.
+    not round. context: how many tokens the memory has to take, or what says it once the tokenizer is
+    there; without it, those of one chunk of a prompt. on_file: told (files read, files in all) after
+    each weight file.
+    Raises DataError if the directory is incomplete or does not fit its configuration, and before any
+    weight is read if the memory cannot take the model and the context: see `engine/room.py`. The
+    first time on a machine, the kernels that the model uses are compared with plain operations.
     """
     if rounding not in ("official", "none"):
         raise DataError(f"rounding must be 'official' or 'none', not {rounding!r}")
@@ -44,6 +52,8 @@ def load(
     directory = ModelDirectory.open(default_model() if path is None else locate(path))
     directory.check_small_files()
     tokenizer = ChatTokenizer.from_dir(directory.path)
+    tokens = context(tokenizer, directory.config) if callable(context) else context
+    room.plan(directory.config, directory, tokens, dtype, rounding).check()
     model = Model(directory.config, dtype, rounding)
     for name, module in model.named_modules():
         if isinstance(module, Matrix):

@@ -3,14 +3,21 @@
 Imports MLX only when asked, so that the answer can be no.
 """
 
+import contextlib
 import os
 import platform
+import re
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from ds4mlx.errors import DataError
 
+SIZE_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+LIMIT = "DS4MLX_MEMORY"  # the environment variable with the memory to be used instead
+# How MLX, CUDA and Metal say that there is no memory left.
+RAN_OUT = re.compile(r"(?i)unable to allocate|out of ?memory|insufficient memory|bad_alloc")
 CGROUPS = Path("/sys/fs/cgroup")
 # Files of a control group with its limit, what is used of it, and its statistics: versions 2 and 1.
 CGROUP_FILES = (
@@ -25,6 +32,10 @@ class Memory:
 
     total: int
     available: int
+
+
+class OutOfMemory(DataError):
+    """The memory ran out while something was computed."""
 
 
 def mlx_fault() -> str | None:
@@ -58,6 +69,46 @@ def memory() -> Memory:
     if mx.metal.is_available():
         return Memory(int(about["memory_size"]), int(about["max_recommended_working_set_size"]))
     return Memory(int(about["total_memory"]), int(about["free_memory"]))
+
+
+def usable() -> int:
+    """Bytes that a model and its states may take here. Needs MLX.
+
+    On Metal what the device recommends, else all of its memory; or what $DS4MLX_MEMORY says.
+    Raises DataError if that is no size.
+    """
+    wanted = os.environ.get(LIMIT)
+    if wanted:
+        try:
+            return size(wanted)
+        except DataError as error:
+            raise DataError(f"${LIMIT}: {error}") from None
+    import mlx.core as mx
+
+    here = memory()
+    on_metal = mx.metal.is_available() and mx.default_device() == mx.gpu
+    return here.available if on_metal else here.total
+
+
+def size(text: str) -> int:
+    """Bytes of a size such as 512M or 1.5G. Raises DataError if it is none."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
+    number = int(float(match[1]) * SIZE_UNITS[match[2].upper()]) if match else 0
+    if number < 1:
+        raise DataError(f"{text!r} is not a size such as 512M or 8G")
+    return number
+
+
+@contextlib.contextmanager
+def memory_told(what: str) -> Iterator[None]:
+    """Raises OutOfMemory, a sentence that begins with `what`, where the memory runs out inside."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        text = " ".join(str(error).split())
+        if not isinstance(error, MemoryError) and not RAN_OUT.search(text):
+            raise
+        raise OutOfMemory(f"{what}: the memory ran out{text and f' ({text})'}") from error
 
 
 def check_fits(what: str, needed: int) -> None:

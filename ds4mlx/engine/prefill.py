@@ -5,6 +5,7 @@ from collections.abc import Callable, Generator, Sequence
 import mlx.core as mx
 
 from ds4mlx.engine.interrupts import undivided
+from ds4mlx.engine.machine import memory_told
 from ds4mlx.engine.undone import undone_on_failure
 from ds4mlx.model.model import Model
 from ds4mlx.state.decode_state import DecodeState
@@ -43,7 +44,7 @@ def prefill_chunks(
     Chunks end at multiples of `step` of the state's length, so that they do not depend on how much
     of a prompt the state held before. Only the last chunk runs the head, and each chunk's scratch
     memory is given back. A chunk that fails leaves the state as it was before that chunk, and so
-    does a generator that is left.
+    does a generator that is left. Raises OutOfMemory where the memory does not do for a chunk.
     """
     first = step - cache.offset % step
     logits = None
@@ -59,14 +60,18 @@ def prefill_chunk(
 ) -> mx.array | None:
     """Feed one chunk to the state; logits (1, vocab) after it if it is the `last`, else None.
 
-    Only then the head runs. A chunk that fails leaves the state as it was.
+    Only then the head runs. A chunk that fails leaves the state as it was. Raises OutOfMemory where
+    the memory does not do for it.
     """
     logits, chunk = None, mx.array([list(ids)])
-    with undivided(), undone_on_failure([cache], far=True):
-        if last:
-            logits = model.last_logits(chunk, cache)
-            mx.eval(logits)
-        else:
-            mx.eval(model.streams(chunk, cache)[:, -1:])
-    mx.clear_cache()
+    what = f"{len(ids)} tokens of a prompt, after {cache.offset}"
+    try:
+        with memory_told(what), undivided(), undone_on_failure([cache], far=True):
+            if last:
+                logits = model.last_logits(chunk, cache)
+                mx.eval(logits)
+            else:
+                mx.eval(model.streams(chunk, cache)[:, -1:])
+    finally:
+        mx.clear_cache()
     return logits
