@@ -149,6 +149,7 @@ _WORD = re.compile(r"\w+")
 # What MLX looks for in a body, to hand it over beside the array.
 _SHAPES = re.compile(r"\w+_(?:shape|strides|ndim)\b")
 _SHARED = re.compile(r"^(\s*)threadgroup (?=[^*&]*\[[^;]*;)", re.MULTILINE)
+_SHARED_SIZED = re.compile(r"^(\s*)threadgroup ([^*&\[]*)\[[^;]*;", re.MULTILINE)
 
 
 class Launcher(Protocol):
@@ -234,15 +235,21 @@ def _defined(part: str) -> set[str]:
     return {name for names in found for name in names if name}
 
 
-def cuda_text(text: str) -> str:
-    """A body or header as CUDA takes it: arrays of the threadgroup are declared as shared."""
+def cuda_text(text: str, dynamic: bool = False) -> str:
+    """A body or header as CUDA takes it: arrays of the threadgroup are declared as shared.
+
+    dynamic: how large they are is said where the kernel is made, and the text has one at most.
+    """
+    if dynamic:
+        return _SHARED_SIZED.sub(r"\1extern __shared__ \2[];", text)
     return _SHARED.sub(r"\1__shared__ ", text)
 
 
 class Kernel:
     """A kernel by name; made for the target when it is first called there.
 
-    `metal` and `cuda` are header texts for one target only, put before the common `header`.
+    `metal` and `cuda` are header texts for one target only, put before the common `header`. `shared`:
+    bytes of threadgroup memory, all in one array, where that is more than CUDA lets a text declare.
     """
 
     def __init__(
@@ -255,8 +262,10 @@ class Kernel:
         *,
         metal: str = "",
         cuda: str = "",
+        shared: int = 0,
     ):
         self.name, self.inputs, self.outputs, self.body = name, list(inputs), list(outputs), body
+        self.shared = shared
         self.header, self.only = header, {"metal": metal, "cuda": cuda}
 
     def text(self, where: str) -> tuple[str, str]:
@@ -264,7 +273,7 @@ class Kernel:
         if where == "metal":
             return METAL + self.only["metal"] + self.header, self.body
         header = CUDA + self.only["cuda"] + self.header
-        return cuda_text(header), cuda_text(self.body)
+        return cuda_text(header), cuda_text(self.body, self.shared > 0)
 
     @cached_property
     def _made(self) -> dict[str, Callable[..., list[mx.array]]]:
@@ -277,10 +286,12 @@ class Kernel:
             header, body = self.text(where)
             maker: Any = mx.fast.metal_kernel if where == "metal" else mx.fast.cuda_kernel
             body, header = compact(body), compact(without_unused(header, body))
+            more = {}
             if where == "cuda":
+                more = {"shared_memory": self.shared}
                 asked = "".join(f"// {name}\n" for name in sorted(set(_SHAPES.findall(body))))
                 header, body = included(header), asked + included(body)
-            made = maker(self.name, self.inputs, self.outputs, body, header=header)
+            made = maker(self.name, self.inputs, self.outputs, body, header=header, **more)
             self._made[where] = made
         return made
 

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 from reference import run
 
+from ds4mlx.custom_kernels.layer.sink import sink_attention
 from ds4mlx.formats.dense import _widened_matmul
 from ds4mlx.model import attention
 from ds4mlx.model.batch import Batch
-from ds4mlx.model.sink import sink_attention
 from ds4mlx.state.step import Step, commit
 
 

@@ -24,7 +24,7 @@ from ds4mlx.custom_kernels.cases.base import TOLERANCE, normal
 from ds4mlx.custom_kernels.layer import attention
 from ds4mlx.custom_kernels.layer.buffers import Grown, Recent
 from ds4mlx.custom_kernels.layer.plain import rms_norm, rotate
-from ds4mlx.model.sink import sink_attention
+from ds4mlx.custom_kernels.layer.sink import sink_attention
 from ds4mlx.state.row_forms import StateForm, forms
 
 

@@ -85,13 +85,18 @@ def takes(
     """Whether the kernels take queries (H, c), for rows of a layout."""
     width, rope = layout.width, 2 * angles.shape[-1]
     sized = width % 128 == 0 and width <= WIDEST and rope <= width and q.size % width == 0
-    if layout.kind == "kv":
-        lies = layout.coded % 4 == 0 and layout.head % 4 == 0 and layout.coded == width - rope
-    else:
-        lies = layout.kind == "plain" and layout.dtype == dtype
+    lies = readable(layout, rope, dtype)
     known = ratio in RATIOS and (rows is not None) == (ratio > 0)
     typed = q.dtype == mx.float32 and dtype in (mx.bfloat16, mx.float32)
     return sized and lies and known and typed and dispatch.active(q, "attention", dtype=dtype)
+
+
+def readable(layout: RowLayout, rope: int, dtype: mx.Dtype) -> bool:
+    """Whether the kernels read rows of a layout, of which `rope` channels turn."""
+    if layout.kind != "kv":
+        return layout.kind == "plain" and layout.dtype == dtype
+    aligned = layout.coded % 4 == 0 and layout.head % 4 == 0
+    return aligned and layout.coded == layout.width - rope
 
 
 def plain(

@@ -2,7 +2,7 @@
 
 The bfloat16 tiles are Metal's SIMD-group matrices, or CUDA's tensor cores (mma.sync on tiles that
 ldmatrix reads); the float tiles are plain arithmetic, for float32 activations. A and B lie in
-threadgroup memory as rows of LD elements, DEEP of them used, both along the summed axis.
+threadgroup memory as rows of LD elements, or as many as is said, both along the summed axis.
 """
 
 import mlx.core as mx
@@ -21,13 +21,13 @@ struct TileC { simdgroup_matrix<float, 8, 8> m[2][2]; };
 inline void zero(thread TileC& c) {
   for (int i = 0; i < 4; i++) c.m[i / 2][i % 2] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
 }
-inline void load_a(thread TileA& a, const threadgroup bfloat16_t* p, uint) {
+inline void load_a(thread TileA& a, const threadgroup bfloat16_t* p, uint, uint ld = LD) {
   for (int i = 0; i < 4; i++)
-    simdgroup_load(a.m[i / 2][i % 2], p + i / 2 * 8 * LD + i % 2 * 8, LD);
+    simdgroup_load(a.m[i / 2][i % 2], p + i / 2 * 8 * ld + i % 2 * 8, ld);
 }
-inline void load_b(thread TileB& b, const threadgroup bfloat16_t* p, uint) {
+inline void load_b(thread TileB& b, const threadgroup bfloat16_t* p, uint, uint ld = LD) {
   for (int i = 0; i < 4; i++)
-    simdgroup_load(b.m[i / 2][i % 2], p + i % 2 * 8 * LD + i / 2 * 8, LD, ulong2(0, 0), true);
+    simdgroup_load(b.m[i / 2][i % 2], p + i % 2 * 8 * ld + i / 2 * 8, ld, ulong2(0, 0), true);
 }
 inline void mma(thread TileC& c, thread TileA& a, thread TileB& b, uint) {
   for (int i = 0; i < 4; i++)
@@ -35,8 +35,8 @@ inline void mma(thread TileC& c, thread TileA& a, thread TileB& b, uint) {
       simdgroup_multiply_accumulate(c.m[i / 2][i % 2], a.m[i / 2][k], b.m[k][i % 2],
                                     c.m[i / 2][i % 2]);
 }
-inline void store(thread TileC& c, threadgroup float* p, uint) {
-  for (int i = 0; i < 4; i++) simdgroup_store(c.m[i / 2][i % 2], p + i / 2 * 128 + i % 2 * 8, 16);
+inline void store(thread TileC& c, threadgroup float* p, uint, uint ld = 16) {
+  for (int i = 0; i < 4; i++) simdgroup_store(c.m[i / 2][i % 2], p + i / 2 * 8 * ld + i % 2 * 8, ld);
 }
 inline void copy8(threadgroup bfloat16_t* to, const device bfloat16_t* from) {
   *(threadgroup uint4*)to = *(const device uint4*)from;
@@ -58,12 +58,14 @@ typedef TileA TileB;
 struct TileC { float v[8]; };
 inline void zero(TileC& c) { for (int i = 0; i < 8; i++) c.v[i] = 0; }
 // Four 8 x 8 corners: upper left, lower left, upper right, lower right.
-inline void load_a(TileA& a, const bfloat16_t* p, uint lane) {
-  uint at = (uint)__cvta_generic_to_shared(p + lane % 16 * LD + lane / 16 * 8);
+inline void load_a(TileA& a, const bfloat16_t* p, uint lane, uint ld = LD) {
+  uint at = (uint)__cvta_generic_to_shared(p + lane % 16 * ld + lane / 16 * 8);
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(a.r[0]), "=r"(a.r[1]), "=r"(a.r[2]), "=r"(a.r[3]) : "r"(at) : "memory");
 }
-inline void load_b(TileB& b, const bfloat16_t* p, uint lane) { load_a(b, p, lane); }
+inline void load_b(TileB& b, const bfloat16_t* p, uint lane, uint ld = LD) {
+  load_a(b, p, lane, ld);
+}
 inline void mma8(float* c, const TileA& a, uint b0, uint b1) {
   asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, "
                "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
@@ -74,9 +76,9 @@ inline void mma(TileC& c, TileA& a, TileB& b, uint) {
   mma8(c.v, a, b.r[0], b.r[2]);
   mma8(c.v + 4, a, b.r[1], b.r[3]);
 }
-inline void store(TileC& c, float* p, uint lane) {
+inline void store(TileC& c, float* p, uint lane, uint ld = 16) {
   for (int i = 0; i < 8; i++)
-    p[(lane / 4 + i / 2 % 2 * 8) * 16 + i / 4 * 8 + lane % 4 * 2 + i % 2] = c.v[i];
+    p[(lane / 4 + i / 2 % 2 * 8) * ld + i / 4 * 8 + lane % 4 * 2 + i % 2] = c.v[i];
 }
 // Past the registers, while the weight is decoded.
 inline void copy8(bfloat16_t* to, const bfloat16_t* from) {

@@ -11,14 +11,15 @@ from dataclasses import dataclass, replace
 import mlx.core as mx
 
 from ds4mlx.config import ModelConfig
+from ds4mlx.custom_kernels.layer import chunk_attention
 from ds4mlx.custom_kernels.layer.plain import Angles, rms_norm, rotate
+from ds4mlx.custom_kernels.layer.sink import Source, sink_attention
 from ds4mlx.model.batch import Batch, Span
 from ds4mlx.model.compressor import Compressor
 from ds4mlx.model.indexer import Indexer
 from ds4mlx.model.linear import GroupedLinear, Linear, RMSNorm
 from ds4mlx.model.module import Module
-from ds4mlx.model.sink import Source, sink_attention
-from ds4mlx.model.taps import site_of, tap
+from ds4mlx.model.taps import inside, site_of, tap
 from ds4mlx.state.layer import LayerState
 from ds4mlx.state.rounding import Rounding
 from ds4mlx.state.row_forms import RowForm
@@ -76,9 +77,8 @@ class Attention(Module):
         q = self.queries(qr, angles)
         contexts = self.contexts(x, qr, batch, states)
         spans = zip(batch.spans, contexts, strict=True)
-        outs = [self.attend(q[span.tokens], context) for span, context in spans]
-        out = outs[0] if len(outs) == 1 else mx.concatenate(outs)
-        return self.output(rotate(out, angles, inverse=True))
+        outs = [self.attend(q[span.tokens], context, angles) for span, context in spans]
+        return self.output(outs[0] if len(outs) == 1 else mx.concatenate(outs))
 
     def queries(self, qr: mx.array, angles: Angles) -> mx.array:
         """Queries from the query latent qr (N, rank): unit RMS per head, rotated (N, H, c)."""
@@ -101,8 +101,24 @@ class Attention(Module):
             made.append(Context(span, state.form, window, window[:0]))
         return made
 
-    def attend(self, q: mx.array, context: Context) -> mx.array:
-        """Core attention of q (L, H, c), a block of queries at a time: (L, H, c)."""
+    def attend(self, q: mx.array, context: Context, angles: Angles) -> mx.array:
+        """Core attention of a span's q (L, H, c): (L, H, c), turned back; angles: of all tokens."""
+        cos, sin = (each[context.span.tokens] for each in angles)
+        arrays = q, self.attn_sink, context.window, context.rows
+        options = {"ratio": self.ratio, "form": context.form}
+        hidden = inside(self._site, "visible", "indexer.scores", "indexer.chosen")
+        if hidden is None and chunk_attention.takes(*arrays, (cos, sin), **options):
+            start, before = context.span.step.offset, self._config.sliding_window - 1
+            options |= {"start": start, "before": before}
+            return chunk_attention.by_kernel(*arrays, self.chosen(context), (cos, sin), **options)
+        return rotate(self.attend_blocks(q, context), (cos, sin), inverse=True)
+
+    def chosen(self, context: Context) -> mx.array | None:
+        """The compressed rows that each query attends to, int (L, topk); None for all it sees."""
+        return None
+
+    def attend_blocks(self, q: mx.array, context: Context) -> mx.array:
+        """Core attention of q (L, H, c) by plain operations, a block of queries at a time."""
         length, outs = len(q), []
         size = min(self._config.sliding_window, SCRATCH // self.scratch(context))
         for start in range(0, length, max(1, size)):
@@ -219,17 +235,38 @@ class SparseAttention(HeavyAttention):
         kept, heads = self.indexer.topk, self._config.num_attention_heads
         return max(kept * self._config.head_dim, heads * kept, len(context.rows))
 
+    def chosen(self, context: Context) -> mx.array | None:
+        """The indexer's choice, where there is one; some of it may be invisible."""
+        selection, made = context.selection, []
+        if selection is None:
+            return None
+        length, offset = len(selection.queries), context.span.step.offset
+        size = max(1, SCRATCH // len(context.rows))
+        for start in range(0, length, size):
+            positions = offset + mx.arange(start, min(start + size, length))
+            visible = visible_rows(positions, len(context.rows), self.ratio)
+            if made:  # in turn, so that one block's scores are alive at a time
+                visible = mx.depends([visible], made[-1:])[0]
+            made.append(self.choose(start, start + size, visible, selection, context.span))
+        return mx.concatenate(made).astype(mx.int32)
+
+    def choose(
+        self, start: int, stop: int, visible: mx.array, selection: Selection, span: Span
+    ) -> mx.array:
+        """The indexer's choice for queries start..stop-1, of which it is known what they see."""
+        queries, weights = selection.queries[start:stop], selection.weights[start:stop]
+        scores = self.indexer.scores(queries, weights, selection.rows, selection.form, SCRATCH)
+        scores = tap(self._site, "indexer.scores", scores, span)
+        return tap(self._site, "indexer.chosen", self.indexer.select(scores, visible), span)
+
     def compressed(self, start: int, stop: int, visible: mx.array, context: Context) -> Source:
         """All rows; or the indexer's choice: (L, topk, c), float32, and which are visible."""
         selection = context.selection
         if selection is None:
             return super().compressed(start, stop, visible, context)
-        queries, weights = selection.queries[start:stop], selection.weights[start:stop]
-        scores = self.indexer.scores(queries, weights, selection.rows, selection.form, SCRATCH)
-        scores = tap(self._site, "indexer.scores", scores, context.span)
-        chosen = self.indexer.select(scores, visible)
-        chosen = tap(self._site, "indexer.chosen", chosen, context.span)
-        mask = mx.take_along_axis(mx.broadcast_to(visible, scores.shape), chosen, axis=-1)
+        chosen = self.choose(start, stop, visible, selection, context.span)
+        seen = mx.broadcast_to(visible, (len(chosen), len(context.rows)))
+        mask = mx.take_along_axis(seen, chosen, axis=-1)
         rows = context.form.unpack(context.rows[chosen.flatten()])
         return rows.reshape(*chosen.shape, -1), mask
 
