@@ -74,7 +74,7 @@ def test_other_numbers_of_streams():
 @pytest.mark.parametrize(
     "stored, rows, width, takes",
     [
-        *(("q8_0", 9, 192, 1), ("q8_0", 9, 160, 0), ("f32", 9, 64, 0), ("mxfp8", 9, 64, 0)),
+        *(("q8_0", 9, 192, 1), ("q4_k", 9, 256, 1), ("f32", 9, 64, 0), ("mxfp8", 9, 64, 1)),
         *(("q8_0", 8, 160, 1), ("f32", 8, 64, 1), ("f32", 8, 62, 0), ("q4_k", 8, 256, 0)),
     ],
 )
@@ -112,17 +112,6 @@ def test_streams_after_are_made_in_pieces(monkeypatch):
     wide = mx.zeros((8, 4, 1 << 28))
     hyper_post.after_sublayer(wide, wide[:, 0], wide[:, :, 0], wide[:, :, :4])
     assert launched == [4, 4]
-
-
-def test_dense_products_are_made_in_pieces(monkeypatch):
-    launched = Launches()
-    monkeypatch.setattr(dense.q8_matmul, "q8_matmul", lambda planes, x: launched(x))
-    x = mx.zeros((8, 131073, 4096))
-    assert dense.by_kernel("q8_0", {}, x).shape == x.shape
-    assert launched == [65535, 65535, 3] and sum(launched) == 131073
-    launched.clear()
-    dense.by_kernel("q8_0", {}, mx.zeros((16, 20, 1 << 25)))
-    assert launched == [8, 8, 4]
 
 
 def test_pieces_give_what_one_call_gives():

@@ -44,7 +44,6 @@ def down_sorted(format, dtype=F32):
     return partial(cases.down_sorted, format, dtype, MANY_DOWN)
 
 
-matmul = partial(cases.q8, F32, (2, 70, 192), 67)
 tiles = partial(cases.runs, [3, 0, 64, 65, 0], 64)
 router = partial(cases.route, F32, 37, 264, 2, False)
 hashed = partial(cases.route, F32, 16, 264, 3, True)
@@ -124,10 +123,19 @@ FAULTS = [
     ("experts_down_sorted_mxfp4", down_sorted("mxfp4"), "w[i / 4], i % 4", "w[i / 4], i % 3"),
     ("experts_sum", down_sorted("q2_k"), "k < TOPK", "k < TOPK - 1"),
     ("experts_sum", down_sorted("q2_k"), "token * TOPK + k", "token + k"),
-    ("matmul_q8_0", matmul, "(matrix * count + row0 + r) * WIDTH", "(row0 + r) * WIDTH"),
-    ("matmul_q8_0", matmul, f"copied();\n        {BARRIER}", "copied();"),
-    ("matmul_q8_0", matmul, "r = down + TALL / 2 * i", "r = down + 16 * i"),
-    ("matmul_q8_0", matmul, "right + 16 * j) * LD", "right + 8 * j) * LD"),
+    ("experts_down_sorted_q4_k", down_sorted("q4_k"), f"copied();\n        {BARRIER}", "copied();"),
+    (
+        "experts_down_sorted_q4_k",
+        down_sorted("q4_k"),
+        "r = down + TALL / 2 * i",
+        "r = down + 16 * i",
+    ),
+    (
+        "experts_down_sorted_q4_k",
+        down_sorted("q4_k"),
+        "right + 16 * j) * LD",
+        "right + 8 * j) * LD",
+    ),
     ("expert_tiles", tiles, "< at + s)", "<= at + s)"),
     ("expert_tiles", tiles, f"{BARRIER}\n        ends[at] = sum;", "ends[at] = sum;"),
     ("expert_tiles", tiles, "+ TALL - 1) / TALL : 0", ") / TALL : 0"),
@@ -165,7 +173,6 @@ COMPUTED = [
 COMPUTED += [up8("iq2_xxs"), down8("q2_k"), down8("q4_k")]
 COMPUTED += [up_sorted("iq2_xxs", BF16), down_sorted("q2_k", BF16), down_sorted("q4_k")]
 COMPUTED += [up_sorted("mxfp4", BF16), up_sorted("q4_k", BF16)]
-COMPUTED += [partial(cases.q8, BF16, (2, 70, 192), 67), matmul]
 COMPUTED += [router, hashed, partial(cases.pre, BF16, 96, 2), partial(cases.post, BF16, 288, 2)]
 COMPUTED += [
     partial(index.scores, BF16, kind, index.TALKER, (96, 8), 284, 67) for kind in ("index", "plain")

@@ -18,7 +18,6 @@ from ds4mlx.custom_kernels.products import (
     experts_down_sorted,
     experts_up,
     experts_up_sorted,
-    q8_matmul,
     swiglu,
 )
 from ds4mlx.custom_kernels.random_weights import random_planes
@@ -145,16 +144,6 @@ def test_hidden_values_of_down(stored, way):
             rounded = staging.as_bytes(hidden)
             want = experts_down.reference(FORMATS[stored], planes, rounded, CHOSEN)
     nan_for_nan(got, want)
-
-
-@pytest.mark.parametrize("dtype", [F32, BF16])
-def test_q8_product(dtype):
-    planes = random_planes("q8_0", (ROWS, COLUMNS), 1)
-    x = spoilt(normal((3, COLUMNS), dtype, 2), mx.nan, 1, 100)
-    nan_for_nan(q8_matmul.q8_matmul(planes, x), q8_matmul.reference(planes, x))
-    broken = {**planes, "d": spoilt(planes["d"], mx.nan, 4, 0)}
-    x = normal((3, COLUMNS), dtype, 2)
-    nan_for_nan(q8_matmul.q8_matmul(broken, x), q8_matmul.reference(broken, x))
 
 
 ROUTES = {

@@ -22,7 +22,6 @@ from ds4mlx.custom_kernels.products import (
     experts_down_sorted,
     experts_up,
     experts_up_sorted,
-    q8_matmul,
     tiles,
 )
 from ds4mlx.custom_kernels.random_weights import random_planes, random_words
@@ -131,13 +130,6 @@ def runs(counts: list[int], tall: int) -> Pairs:
     return [(expert_tiles.expert_tiles(mx.array(experts), len(counts), tall), mx.array(padded))]
 
 
-def q8(dtype: mx.Dtype, matrix: tuple[int, ...], tokens: int, scale: float = 1.0) -> Pairs:
-    """matrix: (out, in) or (G, out, in)."""
-    planes = random_planes("q8_0", matrix, 1)
-    x = normal((*matrix[:-2], tokens, matrix[-1]), dtype, 2, scale)
-    return [(q8_matmul.q8_matmul(planes, x), q8_matmul.reference(planes, x))]
-
-
 def route(dtype: mx.Dtype, experts: int, width: int, tokens: int, hashed: bool) -> Pairs:
     x, weight = normal((tokens, width), dtype, 1), normal((experts, width), mx.bfloat16, 2, 0.05)
     if hashed:
@@ -200,7 +192,6 @@ def _experts(dtype: mx.Dtype) -> Iterator[Case]:
 
 
 def _others(dtype: mx.Dtype) -> Iterator[Case]:
-    yield Case("q8_matmul 2x70x192", dtype, lambda: q8(dtype, (2, 70, 192), 67))
     yield Case("router 37x264", dtype, lambda: route(dtype, 37, 264, 2, False))
     yield Case("router hashed 16x264", dtype, lambda: route(dtype, 16, 264, 3, True))
     yield Case("hyper_pre 96", dtype, lambda: pre(dtype, 96, 2))
@@ -233,6 +224,4 @@ def wide() -> Iterator[Case]:
         yield _case(up, "experts_up", format, mx.bfloat16, TINY, scale)
     for format, scale in (("q2_k", 1e25), ("q4_k", 1e-25), ("mxfp4", 1e30)):
         yield _case(down, "experts_down", format, mx.bfloat16, TINY, scale)
-    call = partial(q8, mx.bfloat16, (37, 320), 9, 1e30)
-    yield Case("q8_matmul, activations of 1e30", mx.bfloat16, call)
     yield Case("hyper_pre 96, streams of 1e15", mx.bfloat16, lambda: pre(mx.bfloat16, 96, 2, 1e15))

@@ -85,6 +85,9 @@ PACKINGS = {
         codes_plain.MXFP4_DOT,
         codes_plain.MXFP4_VALUES,
     ),
+    "mxfp8": Packing(
+        ("weight", "scales"), "4", 128, codes_plain.MXFP8, "", codes_plain.MXFP8_VALUES
+    ),
     "q8_0": Packing(
         ("weight", "d"), "4", 16, codes_plain.Q8_0, codes_plain.Q8_0_DOT, codes_plain.Q8_0_VALUES
     ),

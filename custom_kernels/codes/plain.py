@@ -1,4 +1,40 @@
-"""MXFP4 and Q8_0 inside a kernel: codes under one scale per 32."""
+"""MXFP8, MXFP4 and Q8_0 inside a kernel: codes under one scale per 32."""
+
+MXFP8 = """
+#define LUT 1
+// A code's bits put where a half has them: the value times 2 to the power -8.
+inline half2 codes(uint w) {
+  return as_half2(((w << 8) & 0x80008000u) | ((w << 7) & 0x3f803f80u));
+}
+// 2 to the power e - 127; 255 stands for NaN.
+inline float power(uint e) {
+  return as_type<float>(e == 0 || e == 255u ? e << 23 | 0x00400000u : e << 23);
+}
+"""
+
+MXFP8_VALUES = """
+struct Group { uint4 w0, w1; uchar scale; };
+inline Group load_group(const device uint* weight, const device uchar* scales, uint row, uint g,
+                        uint columns) {
+  Group group;
+  uint at = row * (columns / 32) + g;
+  group.w0 = ((const device uint4*)weight)[2 * at];
+  group.w1 = ((const device uint4*)weight)[2 * at + 1];
+  group.scale = scales[at];
+  return group;
+}
+inline void values(Group group, thread float* v, const threadgroup uint4*) {
+  float scale = power(group.scale);
+  uint w[8] = {group.w0.x, group.w0.y, group.w0.z, group.w0.w,
+               group.w1.x, group.w1.y, group.w1.z, group.w1.w};
+  for (int i = 0; i < 16; i++) {
+    thread float* at = v + i / 2 * 4 + i % 2;
+    put(codes(w[i / 2] >> (8 * (i % 2))), 256.0f, 0, at, 2);
+    at[0] *= scale;
+    at[2] *= scale;
+  }
+}
+"""
 
 MXFP4 = """
 #define LUT 1

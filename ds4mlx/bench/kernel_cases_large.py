@@ -10,6 +10,8 @@ from ds4mlx.custom_kernels import dispatch
 from ds4mlx.custom_kernels.cases import dense_matvec
 from ds4mlx.custom_kernels.cases import modules as cases
 from ds4mlx.custom_kernels.cases.base import Case, Pairs, normal
+from ds4mlx.custom_kernels.cases.decode import values
+from ds4mlx.custom_kernels.products.dense import DECODED
 from ds4mlx.custom_kernels.random_weights import random_planes
 from ds4mlx.model.moe import RoutedExperts
 
@@ -42,8 +44,10 @@ def large_cases() -> Iterator[Case]:
             for tokens in (1, 4, 8):
                 call = partial(dense_matvec.products, dtype, [(kind, 4096)], 8192, tokens)
                 yield Case(f"{kind} 4096x8192, {tokens} tokens", dtype, call)
-        call = partial(cases.q8, dtype, (4096, 8192), 130)
-        yield Case("q8_0 4096x8192, 130 tokens", dtype, call)
+        for kind in DECODED:
+            yield Case(
+                f"decode {kind} 4096x8192", dtype, partial(values, kind, dtype, (4096, 8192))
+            )
         yield Case("router 256x4096", dtype, partial(cases.route, dtype, 256, 4096, 8, False))
         yield Case("hyper_pre 4096, 8 tokens", dtype, partial(cases.pre, dtype, 4096, 8))
         yield Case("hyper_post 4096, 8 tokens", dtype, partial(cases.post, dtype, 4096, 8))
