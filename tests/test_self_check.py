@@ -244,4 +244,4 @@ def test_loading_asks_about_what_answers_launch(small_dir, launched):
         mx.eval(model.last_logits(mx.array([list(range(60))]), state))
         mx.eval(model.step(mx.array([1]), [state]))
     assert {name for name, _ in during} <= names and launched
-    assert max(launched.values()) < 20, "more than an answer launches"
+    assert max(launched.values()) < 40, "more than an answer launches"
