@@ -4,25 +4,12 @@ import json
 
 import pytest
 from chat_messages import ARGUMENTS, BLOCK, CALL, EOS, block, calls_of, invoke, parameter
+from chat_spellings import BAD, HOSTILE, INSIDE, MENDED, SLIPS
 
 from ds4mlx.chat import parse_completion
 
 
-@pytest.mark.parametrize(
-    ("markup", "fault"),
-    [
-        (BLOCK.replace("｜DSML｜", "DSML｜"), "official form"),
-        (BLOCK.replace("｜DSML｜", "|DSML|"), "official form"),
-        (BLOCK.replace("｜DSML｜", "DSML|"), "official form"),
-        (BLOCK.replace("｜DSML｜", ""), "official form"),
-        (BLOCK.replace("\n", ""), "official form"),
-        (BLOCK.replace("\n", "\n\n  "), "official form"),
-        (BLOCK.replace("</｜DSML｜", "</DSML｜"), "official form"),
-        (BLOCK.replace('x" string="true"', 'x"'), "official form"),
-        (BLOCK.removesuffix("</｜DSML｜tool_calls>"), "not closed"),
-        (BLOCK + "\n", "text after the tool calls"),
-    ],
-)
+@pytest.mark.parametrize(("markup", "fault"), SLIPS)
 def test_slips_of_the_markup_are_read_and_reported(markup, fault):
     message = parse_completion(f"c\n\n{markup}{EOS}")
     assert message["content"] == "c"
@@ -169,44 +156,7 @@ def test_a_value_may_quote_markup(quoted):
         assert message["malformed"] == []
 
 
-PLAIN = BLOCK.replace("｜DSML｜", "")
-INSIDE = "\n".join(BLOCK.split("\n")[1:-1])
-
-
-@pytest.mark.parametrize(
-    ("markup", "mended"),
-    [
-        (BLOCK.replace("tool_calls", "function_calls"), "a block named function_calls"),
-        (BLOCK.replace("tool_calls", "toolcalls"), "a block named toolcalls"),
-        (BLOCK.replace("<｜DSML｜tool_calls>", "<｜DSML｜function_calls>"), "a block named"),
-        (PLAIN.replace("tool_calls", "function_calls"), "a block named function_calls"),
-        (INSIDE, "no block around the calls"),
-        (INSIDE + "\n</｜DSML｜tool_calls>", "no block around the calls"),
-        (INSIDE.replace("｜DSML｜", ""), "no block around the calls"),
-        (INSIDE.replace("｜DSML｜", "|DSML|"), "no block around the calls"),
-        (BLOCK.replace('"f"', "'f'"), "name without straight double quotes"),
-        (BLOCK.replace('"f"', "“f”"), "name without straight double quotes"),
-        (BLOCK.replace('"f"', "”f”"), "name without straight double quotes"),
-        (BLOCK.replace('"f"', "f"), "name without straight double quotes"),
-        (BLOCK.replace('"x"', "‘x’"), "name without straight double quotes"),
-        (BLOCK.replace('"true"', "'true'"), "string without straight double quotes"),
-        (BLOCK.replace('"f"', '"f" id="1"'), "the attribute id of f passed over"),
-        (BLOCK.replace('name="f"', 'id="1" name="f"'), "the attribute id of f passed over"),
-        (BLOCK.replace('"x"', '"x" type="text"'), "the attribute type of x passed over"),
-        (BLOCK.replace('name="x" string="true"', 'string="true" name="x"'), "official form"),
-        (BLOCK.replace("<｜DSML｜invoke", "< ｜DSML｜ invoke "), "official form"),
-        (BLOCK.replace('name="x"', ' name = "x" '), "official form"),
-        (BLOCK.replace("</｜DSML｜", "</ ｜DSML｜ "), "official form"),
-        (BLOCK.replace("parameter>", "parameter >"), "official form"),
-        (BLOCK.replace(">\n", " >\n"), "official form"),
-        (BLOCK.replace("</｜DSML｜", "</"), "official form"),
-        (
-            block(f'<｜DSML｜invoke name="f">\n{ARGUMENTS}\n</｜DSML｜invoke>'),
-            "JSON as the body of f",
-        ),
-        (block(f'<｜DSML｜invoke name="f">{ARGUMENTS}</｜DSML｜invoke>'), "JSON as the body of f"),
-    ],
-)
+@pytest.mark.parametrize(("markup", "mended"), MENDED)
 def test_what_is_unambiguous_is_read_and_reported(markup, mended):
     for thinking, start in (("none", ""), ("high", "r</think>")):
         message = parse_completion(f"{start}c\n\n{markup}{EOS}", thinking)
@@ -223,28 +173,7 @@ def test_blocks_that_follow_each_other_are_read():
     assert any("several blocks of calls" in fault for fault in message["malformed"])
 
 
-@pytest.mark.parametrize(
-    "bad",
-    [
-        '<｜DSML｜invoke nam="g">\n\n</｜DSML｜invoke>',
-        '<｜DSML｜invoke name="g>\n\n</｜DSML｜invoke>',
-        '<｜DSML｜invoke name="">\n\n</｜DSML｜invoke>',
-        '<｜DSML｜invoke name="g" name="h">\n\n</｜DSML｜invoke>',
-        '<｜DSML｜call name="g">\n\n</｜DSML｜call>',
-        '<｜DSML｜invoke name="g">\n\n</｜DSML｜invok>',
-        '<｜DSML｜invoke name="g">\n[1, 2]\n</｜DSML｜invoke>',
-        '<｜DSML｜invoke name="g">\n{"x": 1\n</｜DSML｜invoke>',
-        '<｜DSML｜invoke name="g">\n{"x": NaN}\n</｜DSML｜invoke>',
-        '<｜DSML｜invoke name="g">\n{"x": 1e999}\n</｜DSML｜invoke>',
-        '<｜DSML｜invoke name="g">\n{"x": 1} and\n</｜DSML｜invoke>',
-        '<｜DSML｜invoke name="g">\nls\n</｜DSML｜invoke>',
-        '<｜DSML｜invoke name="g">\n<｜DSML｜parameter name="x" string="yes">1</｜DSML｜parameter>',
-        '<｜DSML｜invoke name="g">\n<｜DSML｜parameter string="true">1</｜DSML｜parameter>',
-        '<｜DSML｜invoke name="g">\n<｜DSML｜arg name="x" string="true">1</｜DSML｜arg>',
-        "Then:",
-        "</｜DSML｜parameter>",
-    ],
-)
+@pytest.mark.parametrize("bad", BAD)
 def test_a_bad_call_costs_no_other(bad):
     other = invoke("h", parameter("z", "3"))
     for calls in ((bad, CALL), (other, bad, CALL), (CALL, bad)):
@@ -283,23 +212,6 @@ def test_an_official_block_quoted_in_plain_calls_is_not_run():
     markup = f'<tool_calls>\n<invoke name="w">\n<parameter name="t">{value}</parameter>\n'
     message = parse_completion(f"c\n\n{markup}</invoke>\n</tool_calls>{EOS}")
     assert [(n, json.loads(a)) for n, a in calls_of(message)] == [("w", {"t": value})]
-
-
-HOSTILE = [
-    *("<", "< ", "</", '"', "</｜DSML｜param>", "<｜DSML｜parameter ", '<｜DSML｜invoke name="f'),
-    '<｜DSML｜invoke name="$f">\n',
-    '<｜DSML｜invoke name="f">\n',
-    '<｜DSML｜invoke name="f">{"a": ',
-    "<｜DSML｜invoke name='f'>{\"",
-    '<｜DSML｜parameter name="x" string="true">',
-    '<｜DSML｜tool_calls>\n<｜DSML｜invoke name="f">\n\n</｜DSML｜invoke>\n</｜DSML｜tool_calls>',
-    '\n<invoke name="f">\n</invoke>x',
-    '\n<invoke name="f">\n<parameter name="x">1</parameter>\n</invoke>\n',
-    '\n<tool_calls>\n<invoke name="f">',
-    "\n```\n<invoke name='f'>",
-    "[" * 50 + "{",
-    "</think>" + EOS,
-]
 
 
 @pytest.mark.parametrize("length", [20_000, pytest.param(1_000_000, marks=pytest.mark.slow)])

@@ -5,7 +5,8 @@ import re
 from pathlib import Path
 
 import pytest
-from chat_messages import ARGUMENTS, BLOCK, CALL, EOS, assistant, call, calls_of, user
+from chat_messages import ARGUMENTS, BLOCK, EOS, assistant, call, calls_of, user
+from chat_spellings import PIECES
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -166,21 +167,6 @@ def test_calls_inside_the_reasoning_stay_there(ending):
     assert message["tool_calls"] == []
     assert message["reasoning_content"] == f"r\n\n{BLOCK}" + ending.partition("</think>")[0]
     assert "tool markup inside the reasoning" in message["malformed"]
-
-
-PIECES = [EOS, "<think>", "</think>", "<｜User｜>", "<｜DSML｜tool_calls>", "</｜DSML｜tool_calls>"]
-PIECES += [
-    "<tool_calls>",
-    "</tool_calls>",
-    "｜DSML｜",
-    "<｜DSML｜invoke",
-    ' name="f">',
-    "\n",
-    "\n\n",
-]
-PIECES += ["</｜DSML｜invoke>", "<invoke", "</invoke>", '" string="false">', '" string="true">']
-PIECES += ["<｜DSML｜parameter", "</｜DSML｜parameter>", '<parameter name="x">', "</parameter>"]
-PIECES += [CALL, BLOCK, "|DSML|", "{", "1", "<", ">", "/", '"', " "]
 
 
 @given(st.lists(st.sampled_from(PIECES) | st.text(max_size=4), max_size=25).map("".join))

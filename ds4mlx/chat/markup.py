@@ -4,6 +4,7 @@ Nothing in the markup is escaped, so names and values stand in it as they are.
 """
 
 import json
+import secrets
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,6 +70,18 @@ def value_of(parameter: Parameter) -> Any:
     if parameter.is_string or not is_json(parameter.text):
         return parameter.text
     return json.loads(parameter.text)
+
+
+def argument(parameter: Parameter) -> str:
+    """The JSON text of an argument; what is no JSON is its text."""
+    if not parameter.is_string and is_json(parameter.text):
+        return parameter.text
+    return json.dumps(parameter.text, ensure_ascii=False)
+
+
+def new_id() -> str:
+    """An id for a call which nobody can guess."""
+    return f"call_{secrets.token_hex(16)}"
 
 
 def render_calls(calls: tuple[Call, ...]) -> str:

@@ -4,17 +4,14 @@ Never fails on a model's text: what is malformed is read as well as it can be, a
 """
 
 import json
-import re
-import secrets
 from typing import Any
 
 from ds4mlx.chat.calls import CallBlock, ends_turn, find_calls
-from ds4mlx.chat.markup import Call, Parameter, is_json, render_calls
+from ds4mlx.chat.markup import Call, Parameter, argument, is_json, new_id, render_calls
 from ds4mlx.chat.prompts import check_thinking
 from ds4mlx.chat.reading import Reading
-from ds4mlx.chat.tokens import CONTROL, DSML, EOS, THINK, THINK_END
+from ds4mlx.chat.tokens import CONTROL_TOKEN, DSML, EOS, THINK, THINK_END
 
-_CONTROL = re.compile("|".join(re.escape(token) for token in CONTROL))
 _CALLS_START, _CALLS_END = f"\n<{DSML}tool_calls>", f"</{DSML}tool_calls>"
 
 
@@ -162,10 +159,12 @@ def _canonical(markup: str) -> str:
 
 def _cleaned(text: str, part: str, malformed: list[str]) -> str:
     """Encoded again, control tokens would open and close turns that nobody took."""
-    malformed += [f"{token} inside the {part}" for token in sorted(set(_CONTROL.findall(text)))]
+    malformed += [
+        f"{token} inside the {part}" for token in sorted(set(CONTROL_TOKEN.findall(text)))
+    ]
     if part == "content" and DSML in text:
         malformed.append("tool markup inside the content")
-    return _CONTROL.sub("", text)
+    return CONTROL_TOKEN.sub("", text)
 
 
 def _openai(call: Call, malformed: list[str]) -> dict[str, Any]:
@@ -176,12 +175,10 @@ def _openai(call: Call, malformed: list[str]) -> dict[str, Any]:
         values[parameter.key] = _json_value(parameter, malformed)
     pairs = (f"{json.dumps(key, ensure_ascii=False)}: {value}" for key, value in values.items())
     function = {"name": call.name, "arguments": "{" + ", ".join(pairs) + "}"}
-    return {"id": f"call_{secrets.token_hex(16)}", "type": "function", "function": function}
+    return {"id": new_id(), "type": "function", "function": function}
 
 
 def _json_value(parameter: Parameter, malformed: list[str]) -> str:
-    if not parameter.is_string:
-        if is_json(parameter.text):
-            return parameter.text
+    if not (parameter.is_string or is_json(parameter.text)):
         malformed.append(f"parameter {parameter.key:.80} is not JSON")
-    return json.dumps(parameter.text, ensure_ascii=False)
+    return argument(parameter)

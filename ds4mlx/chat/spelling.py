@@ -123,6 +123,28 @@ def next_block(text: str, at: int, level: int) -> int | None:
     return tag.start() if tag else None
 
 
+def opens(text: str, at: int) -> int | None:
+    """The strictest spelling in which calls open at `at`, or None; plain tags on any line."""
+    for level in (OFFICIAL, MARKED):
+        tag = _tags(level).match(text, at)
+        is_call = tag is not None and tag["kind"] == "invoke" and _is_real(text, tag)
+        if is_call or _blocks(level).match(text, at):
+            return level
+    is_plain = PLAIN_START.match(text, at) and (BLOCK.match(text, at) or call_at(text, at))
+    return PLAIN if is_plain else None
+
+
+def is_close(text: str, at: int, close: int) -> bool:
+    """Whether the closing tag of a value stands at `at`, in one spelling."""
+    return re.compile(_CLOSES[close]).match(text, at) is not None
+
+
+def ends_value(text: str, at: int, level: int) -> bool:
+    """Whether a tag opens at `at` that ends a value which is not closed before it."""
+    tag = _tags(level).match(text, at)
+    return tag is not None and _is_real(text, tag)
+
+
 def goes_on(text: str, at: int, level: int) -> bool:
     """Whether a closed block goes on at `at`: by a tag, or closed once more without an opening."""
     following = _block_tags(level).search(text, at)

@@ -1,5 +1,7 @@
 """The special tokens of the official encoding, as text."""
 
+import re
+
 BOS = "<｜begin▁of▁sentence｜>"
 EOS = "<｜end▁of▁sentence｜>"
 USER = "<｜User｜>"
@@ -22,3 +24,4 @@ TASKS = {
 # Tokens that end or open something; none of them belongs inside a message's text.
 CONTROL = (BOS, EOS, USER, ASSISTANT, REMINDER, THINK, THINK_END, *TASKS.values())
 CONTROL += ("<｜extracted_url｜>",)
+CONTROL_TOKEN = re.compile("|".join(re.escape(token) for token in CONTROL))
