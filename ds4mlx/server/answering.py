@@ -9,7 +9,7 @@ import contextlib
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.types import Receive
 
@@ -19,6 +19,7 @@ from ds4mlx.engine.scheduler import Answer
 from ds4mlx.errors import DataError
 
 LOG = logging.getLogger("ds4mlx")
+Result = TypeVar("Result")
 
 # Seconds without an event after which a `KeepAlive` comes. Clients give up after 15 or more.
 KEEP_ALIVE = 10.0
@@ -159,7 +160,12 @@ async def paced(answer: AsyncIterator[Any], seconds: float) -> AsyncIterator[Any
 
 async def whole_unless_gone(turn: Turn, receive: Receive) -> Whole | None:
     """The whole answer; None, and the turn given up, where the client leaves before."""
-    answering = asyncio.ensure_future(turn.whole())
+    return await unless_gone(turn, receive, turn.whole())
+
+
+async def unless_gone(turn: Turn, receive: Receive, reading: Awaitable[Result]) -> Result | None:
+    """What reading a turn gives; None, and the turn given up, where the client leaves before."""
+    answering = asyncio.ensure_future(reading)
     leaving = asyncio.ensure_future(_gone(receive))
     try:
         done, _ = await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED)

@@ -18,9 +18,11 @@ from ds4mlx.server.chat_completions import chat_completions, end_thinking
 from ds4mlx.server.completions import completions
 from ds4mlx.server.endpoints import not_served
 from ds4mlx.server.health import health
+from ds4mlx.server.messages import ROUTES as MESSAGES
 from ds4mlx.server.metrics import Counted, Metrics, metrics
 from ds4mlx.server.models import model as one_model
 from ds4mlx.server.models import models
+from ds4mlx.server.responses import ROUTES as RESPONSES
 from ds4mlx.server.safety import ANY, Doors, Guard, KeyGuard, Limits
 from ds4mlx.server.service import Service
 from ds4mlx.store import KVStore
@@ -33,6 +35,8 @@ ROUTES: list[BaseRoute] = [
     Route("/v1/chat/completions", chat_completions, methods=["POST"]),
     Route("/v1/chat/completions/{id}/end_thinking", end_thinking, methods=["POST"]),
     Route("/v1/completions", completions, methods=["POST"]),
+    *MESSAGES,
+    *RESPONSES,
     Route("/v1/models", models, methods=["GET"]),
     Route("/v1/models/{id:path}", one_model, methods=["GET"]),
     Route("/health", health, methods=["GET"]),

@@ -17,6 +17,8 @@ from ds4mlx.engine.sampling import Sampler
 from ds4mlx.engine.scheduler import Scheduler
 from ds4mlx.server.answering import Turn
 from ds4mlx.server.bodies import Bodies
+from ds4mlx.server.kept_responses import KeptResponses
+from ds4mlx.server.roles import settled
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class Service:
     created: int = field(default_factory=lambda: int(time.time()))
     turns: dict[str, Turn] = field(default_factory=dict)
     stopping: bool = False
+    responses: KeptResponses = field(default_factory=KeptResponses)
 
     async def ask(self, question: Question, prefix: str) -> Turn:
         """The answer to a question, once its place is sure. prefix: of the answer's id.
@@ -86,7 +89,7 @@ class Service:
     def render(self, question: Question) -> Prompt:
         """The prompt; calls that were sampled here are written as they were."""
         return encode_segments(
-            question.messages,
+            settled(question.messages),
             question.thinking,
             question.tools or None,
             self.release,

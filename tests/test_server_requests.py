@@ -1,0 +1,370 @@
+"""What Messages and Responses requests become: the messages, tools and wishes given to the model."""
+
+import pytest
+from pydantic import ValidationError
+
+from ds4mlx.chat import encode_segments
+from ds4mlx.errors import DataError
+from ds4mlx.server import messages_request, responses_request
+from ds4mlx.server.kept_responses import KeptResponses
+from ds4mlx.server.offered import Tool, of_messages, of_responses
+from ds4mlx.server.response_object import listed_items
+from ds4mlx.server.roles import settled
+from ds4mlx.server.schemas_messages import CountRequest, MessagesRequest
+from ds4mlx.server.schemas_responses import InputTokensRequest, ResponsesRequest
+from ds4mlx.server.sealed import seal
+
+BILLING = "x-anthropic-billing-header: cc_version=2.1.197.bcf; cc_entrypoint=cli;"
+MOVING = {"cache_control": {"type": "ephemeral"}}
+
+
+def text(words, **more):
+    return {"type": "text", "text": words, **more}
+
+
+def prompt(messages, thinking="high", tools=None):
+    return encode_segments(settled(messages), thinking, tools).text
+
+
+def prompt_of_messages(thinking="high", **body):
+    read = CountRequest.model_validate({"messages": [], **body} | {"messages": body["messages"]})
+    tools = of_messages(read.tools or []).functions
+    return prompt(messages_request.messages_of(read), thinking, tools)
+
+
+def prompt_of_items(items, instructions=None, thinking="high", tools=()):
+    functions = of_responses(tools).functions
+    return prompt(responses_request.messages_of(instructions, items), thinking, functions)
+
+
+def test_the_spelling_of_a_conversation_does_not_show_in_its_prompt():
+    user = {"role": "user"}
+    plain = prompt_of_messages(system="Be.", messages=[user | {"content": "hello"}])
+    assert plain.startswith("<｜begin▁of▁sentence｜>Be.<｜User｜>hello")
+    blocks = [text("hello", **MOVING)]
+    header = [text(BILLING), text("Be.", **MOVING)]
+    for system in ("Be.", header, [text(f"{BILLING}\nBe.")], f"{BILLING}\n\nBe."):
+        assert prompt_of_messages(system=system, messages=[user | {"content": blocks}]) == plain
+    assert BILLING in prompt_of_messages(messages=[user | {"content": BILLING}])
+
+
+def test_a_tool_s_turn_of_messages_is_that_of_chat():
+    thought = {"type": "thinking", "thinking": "See.", "signature": "any"}
+    call = {"type": "tool_use", "id": "call_1", "name": "f", "input": {"x": 1}, "caller": None}
+    result = {"type": "tool_result", "tool_use_id": "call_1", "content": [text("42")]}
+    chat = [
+        {"role": "user", "content": "?"},
+        {
+            "role": "assistant",
+            "reasoning_content": "See.",
+            "content": "Now.",
+            "tool_calls": [
+                {
+                    "id": "call_1",
+                    "type": "function",
+                    "function": {"name": "f", "arguments": '{"x": 1}'},
+                }
+            ],
+        },
+        {"role": "tool", "tool_call_id": "call_1", "content": "42"},
+    ]
+    tools = [{"name": "f", "description": "d", "input_schema": {"type": "object"}, **MOVING}]
+    function = {"name": "f", "description": "d", "parameters": {"type": "object"}}
+    expected = prompt(chat, tools=[{"type": "function", "function": function}])
+    messages = [chat[0], {"role": "assistant", "content": [thought, text("Now."), text(""), call]}]
+    messages.append({"role": "user", "content": [result | {"is_error": False}]})
+    assert prompt_of_messages(messages=messages, tools=tools) == expected
+    hidden = {"type": "thinking", "thinking": "", "signature": seal("See.")}
+    messages[1]["content"][0] = hidden
+    assert prompt_of_messages(messages=messages, tools=tools) == expected
+
+
+def test_a_tool_s_turn_of_responses_is_that_of_messages():
+    thought = {"type": "thinking", "thinking": "See.", "signature": ""}
+    call = {"type": "tool_use", "id": "call_1", "name": "n__f", "input": {"x": 1}}
+    result = {"type": "tool_result", "tool_use_id": "call_1", "content": "42"}
+    messages = [
+        {"role": "user", "content": "?"},
+        {"role": "assistant", "content": [thought, text("Now."), call]},
+        {"role": "user", "content": [result]},
+    ]
+    expected = prompt_of_messages(system="Be.", messages=messages)
+    output = {"type": "output_text", "text": "Now.", "annotations": [], "logprobs": []}
+    function = {"type": "function_call", "id": "fc_1", "call_id": "call_1", "namespace": "n"}
+    items = [
+        {"role": "user", "content": [{"type": "input_text", "text": "?"}]},
+        {
+            "type": "reasoning",
+            "summary": [],
+            "content": [{"type": "reasoning_text", "text": "See."}],
+        },
+        {"type": "message", "id": "msg_1", "role": "assistant", "content": [output]},
+        function | {"name": "f", "arguments": '{"x":1}', "status": "completed"},
+        {"type": "function_call_output", "call_id": "call_1", "output": "42"},
+    ]
+    assert prompt_of_items(items, "Be.") == expected
+    items[1] = {"type": "reasoning", "summary": [], "encrypted_content": seal("See.")}
+    items[4]["output"] = [{"type": "input_text", "text": "42"}]
+    assert prompt_of_items(items, "Be.") == expected
+
+
+def test_those_who_run_the_model_speak_before_everybody_else():
+    developers = [
+        {"role": "developer", "content": "A."},
+        {"role": "system", "content": [text("B.")]},
+    ]
+    late = {"role": "system", "content": "Later."}
+    items = [*developers, {"role": "user", "content": "?"}, late]
+    asked = prompt_of_items(items, "I.")
+    assert asked.startswith(
+        "<｜begin▁of▁sentence｜>I.\n\nA.\n\nB.<｜User｜>?\n\nLater.<｜Assistant｜>"
+    )
+    answered = [*items, {"role": "assistant", "content": "!"}, {"role": "user", "content": "??"}]
+    assert prompt_of_items(answered, "I.", "none").startswith(prompt_of_items(items, "I.", "none"))
+
+
+@pytest.mark.parametrize(
+    ("block", "said"),
+    [
+        ({"type": "image", "source": {"type": "base64", "data": "aa"}}, "[Unsupported image]"),
+        ({"type": "document", "title": "T", "source": {"type": "text", "data": "D"}}, "T\nD"),
+        (
+            {"type": "document", "source": {"type": "content", "content": [text("a"), text("b")]}},
+            "a\nb",
+        ),
+        ({"type": "document", "source": {"type": "base64"}}, "[Unsupported document]"),
+        ({"type": "search_result", "title": "T", "source": "s", "content": [text("r")]}, "T\ns\nr"),
+        ({"type": "tool_reference", "tool_name": "grep"}, "grep"),
+        ({"type": "browser_state"}, "[Unsupported browser_state]"),
+    ],
+)
+def test_what_tools_give_that_is_no_text(block, said):
+    result = {"type": "tool_result", "tool_use_id": "c", "content": [block]}
+    messages = [{"role": "user", "content": [result]}]
+    assert f"<tool_result>{said}</tool_result>" in prompt_of_messages(messages=messages)
+
+
+def test_what_other_models_have_left_is_no_obstacle():
+    left = [
+        {"type": "redacted_thinking", "data": "x"},
+        {"type": "web_search_tool_result"},
+        text("!"),
+    ]
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": left}]
+    messages.append({"role": "user", "content": "go"})
+    assert "[Unsupported web_search_tool_result]\n\n!" in prompt_of_messages(messages=messages)
+    items = [
+        {"type": "web_search_call", "id": "ws_1", "status": "completed"},
+        {"type": "local_shell_call", "call_id": "c", "action": {"command": ["ls"]}},
+        {"type": "local_shell_call_output", "call_id": "c", "output": [{"stdout": "a"}]},
+        {"type": "custom_tool_call", "call_id": "d", "name": "patch", "input": "+"},
+        {"type": "custom_tool_call_output", "call_id": "d", "output": "ok"},
+        {"type": "mcp_call", "id": "e", "name": "find", "arguments": "{}", "output": "all"},
+    ]
+    told = prompt_of_items(items)
+    assert '<｜DSML｜parameter name="command" string="false">["ls"]' in told
+    assert '[{"stdout": "a"}]' in told and 'name="input" string="true">+<' in told
+    assert "<tool_result>all</tool_result>" in told
+
+
+@pytest.mark.parametrize(
+    "content", [3, [3], [{"type": "text", "text": 3}], [{"type": ["text"]}], [{}], {"type": "text"}]
+)
+def test_content_of_a_wrong_type_is_refused(content):
+    for role in ("user", "assistant"):
+        with pytest.raises(DataError, match="message 0"):
+            prompt_of_messages(messages=[{"role": role, "content": content}])
+        with pytest.raises(DataError, match="message 0"):
+            prompt_of_items([{"type": "message", "role": role, "content": content}])
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        {"type": "function_call", "call_id": "c", "name": ["f"], "arguments": "{}"},
+        {"type": "function_call", "call_id": "c", "name": "f", "arguments": 3},
+        {"type": "function_call_output", "call_id": ["c"], "output": "x"},
+        {"type": "message", "role": ["user"], "content": "x"},
+        {"type": "message", "role": "nobody", "content": "x"},
+    ],
+)
+def test_items_of_a_wrong_type_are_refused(item):
+    with pytest.raises(DataError):
+        prompt_of_items([item])
+
+
+@pytest.mark.parametrize(
+    ("body", "thinking"),
+    [
+        ({}, ("none", None)),
+        ({"thinking": {"type": "disabled"}}, ("none", None)),
+        ({"thinking": {"type": "enabled", "budget_tokens": 7}}, ("high", 7)),
+        ({"thinking": {"type": "adaptive"}}, ("high", None)),
+        ({"thinking": {"type": "adaptive"}, "output_config": {"effort": "low"}}, ("low", None)),
+        (
+            {"thinking": {"type": "between_tools"}, "output_config": {"effort": "max"}},
+            ("max", None),
+        ),
+        ({"output_config": {"effort": "max"}}, ("none", None)),
+    ],
+)
+def test_how_hard_messages_thinks(body, thinking):
+    read = CountRequest.model_validate({"messages": [{"role": "user", "content": "?"}], **body})
+    assert messages_request.thinking_of(read) == thinking
+
+
+def test_the_beginning_of_an_answer_is_continued_without_a_thought():
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "{"}]
+    body = {"messages": messages, "thinking": {"type": "adaptive"}}
+    read = CountRequest.model_validate(body)
+    assert messages_request.thinking_of(read) == ("none", None)
+    assert prompt(messages_request.messages_of(read), "none").endswith("</think>{")
+
+
+@pytest.mark.parametrize(
+    ("effort", "thinking"),
+    [(None, "high"), ("none", "none"), ("minimal", "low"), ("xhigh", "high"), ("max", "max")],
+)
+def test_how_hard_responses_thinks(effort, thinking):
+    read = InputTokensRequest.model_validate({"reasoning": {"effort": effort}})
+    assert responses_request.thinking_of(read) == thinking
+
+
+def test_tools_of_every_type_are_taken():
+    function = {"type": "function", "name": "f", "parameters": {"b": 1, "a": 2}, "strict": True}
+    grammar = {"type": "grammar", "syntax": "lark", "definition": "start: /x/"}
+    inner = [{"type": "function", "name": "find"}, {"type": "custom", "name": "patch"}]
+    tools = [
+        function,
+        {"type": "custom", "name": "sql", "description": "Asks.", "format": grammar},
+        {"type": "namespace", "name": "mcp__", "description": "", "tools": inner},
+        {"type": "namespace", "name": "docs", "tools": [inner[0]]},
+        *({"type": kind} for kind in ("web_search", "mcp", "local_shell", "unheard_of")),
+    ]
+    offered = of_responses(tools)
+    names = [tool["function"]["name"] for tool in offered.functions]
+    assert names == ["f", "sql", "mcp__find", "mcp__patch", "docs__find"]
+    assert list(offered.functions[0]["function"]["parameters"]) == ["b", "a"]
+    assert "start: /x/" in offered.functions[1]["function"]["description"]
+    assert offered.find("mcp__patch") == Tool("patch", "mcp__", True)
+    assert offered.find("docs__find") == Tool("find", "docs")
+    assert offered.find("made_up") == Tool("made_up")
+
+
+def test_tools_of_anthropic_s_own_kinds_are_taken():
+    tools = [
+        {"type": "bash_20250124", "name": "bash"},
+        {"type": "text_editor_20250728", "name": "str_replace_based_edit_tool"},
+        {"type": "web_search_20250305", "name": "web_search"},
+        {"type": "custom", "name": "f", "input_schema": {}},
+        {"type": "custom", "name": "g", "input_schema": {"type": "object"}},
+    ]
+    offered = of_messages(tools)
+    assert list(offered.tools) == ["bash", "str_replace_based_edit_tool", "f", "g"]
+
+
+def test_tools_without_a_name_are_refused():
+    for tool in ({"type": "custom", "input_schema": {}}, {"name": 3}):
+        with pytest.raises(DataError, match="tool 0 needs text as its name"):
+            of_messages([tool])
+    for tool in ({"type": "function"}, {"type": "namespace"}, {"type": "custom", "name": []}):
+        with pytest.raises(DataError, match="needs text as its name"):
+            of_responses([tool])
+
+
+def test_which_tool_is_to_be_called():
+    tools = [{"type": "function", "name": "f"}]
+    tools.append({"type": "namespace", "name": "n", "tools": [{"type": "custom", "name": "g"}]})
+    offered = of_responses(tools)
+
+    def choice(wanted):
+        read = InputTokensRequest.model_validate({"tool_choice": wanted})
+        return responses_request.choice_of(read, offered)
+
+    assert [choice(mode) for mode in (None, "auto", "none", "required")] == [
+        "auto",
+        "auto",
+        "none",
+        "required",
+    ]
+    assert choice({"type": "function", "name": "f"}) == ("f",)
+    assert choice({"type": "custom", "name": "g", "namespace": "n"}) == ("n__g",)
+    assert choice({"type": "allowed_tools", "mode": "required", "tools": []}) == "required"
+    assert choice({"type": "web_search_preview"}) == "auto"
+    for wanted in ("any", {"type": "function", "name": "h"}, {"type": "function", "name": 3}):
+        with pytest.raises(DataError, match="tool_choice"):
+            choice(wanted)
+    messages = {"messages": [{"role": "user", "content": "?"}]}
+    for kind, expected in (("any", "required"), ("none", "none"), ("tool", ("f",))):
+        wanted = {"type": kind} | ({"name": "f"} if kind == "tool" else {})
+        read = CountRequest.model_validate({**messages, "tool_choice": wanted})
+        assert messages_request.choice_of(read, offered) == expected
+
+
+@pytest.mark.parametrize(
+    ("schema", "body"),
+    [
+        (MessagesRequest, {"max_tokens": "5"}),
+        (MessagesRequest, {"max_tokens": -1}),
+        (MessagesRequest, {}),
+        (MessagesRequest, {"max_tokens": 1, "messages": "hi"}),
+        (MessagesRequest, {"max_tokens": 1, "messages": []}),
+        (MessagesRequest, {"max_tokens": 1, "thinking": {"type": "enabled", "budget_tokens": 0}}),
+        (MessagesRequest, {"max_tokens": 1, "temperature": "hot"}),
+        (ResponsesRequest, {"input": 3}),
+        (ResponsesRequest, {"input": ["x"]}),
+        (ResponsesRequest, {"store": 1}),
+        (ResponsesRequest, {"top_logprobs": 21}),
+    ],
+)
+def test_wrong_types_are_refused(schema, body):
+    with pytest.raises(ValidationError):
+        schema.model_validate({"messages": [{"role": "user", "content": "?"}], **body})
+
+
+def kept(number, before=(), size=10):
+    output = [
+        {"type": "message", "id": f"msg_{number}", "role": "assistant", "content": "x" * size}
+    ]
+    return {"id": f"resp_{number}", "output": output}
+
+
+def test_responses_are_kept_in_bounded_memory():
+    store = KeptResponses(most=3, characters=3000)
+    for number in range(5):
+        store.add(kept(number), [{"role": "user", "content": str(number)}], None)
+    assert len(store) == 3 and store.get("resp_1") is None and store.item("msg_1") is None
+    assert store.get("resp_2") and store.item("msg_2")
+    store.add(kept(5), [], None)  # 2 was asked for after 3
+    assert store.get("resp_3") is None and store.get("resp_2")
+    store.add(kept(6, size=2500), [], None)
+    assert len(store) < 4 and store.size <= 3000
+    store.add(kept(7, size=5000), [], None)
+    assert store.get("resp_7") is None and store.get("resp_6")
+    assert store.remove("resp_6") and not store.remove("resp_6")
+    for number in range(6):
+        store.remove(f"resp_{number}")
+    assert store.size == 0 and len(store) == 0
+
+
+def test_a_kept_response_knows_its_whole_conversation():
+    store = KeptResponses()
+    store.add(kept(1), [{"role": "user", "content": "a"}], None)
+    store.add(kept(2), [{"role": "user", "content": "b"}], store.get("resp_1"))
+    store.remove("resp_1")
+    found = store.get("resp_2")
+    assert [item.get("content", "")[:1] for item in found.items] == ["a", "x", "b", "x"]
+    page = listed_items(found, {"limit": "2"})
+    assert page["has_more"] and page["data"][0]["content"][0]["text"] == "b"
+    last = listed_items(found, {"after": page["last_id"]})
+    assert not last["has_more"] and last["data"][0]["content"][0]["text"] == "a"
+    assert listed_items(found, {"order": "asc"})["data"][0] == last["data"][0]
+
+
+def test_an_item_is_found_by_its_name():
+    body = InputTokensRequest.model_validate({"input": [{"type": "item_reference", "id": "msg_1"}]})
+    store = KeptResponses()
+    with pytest.raises(DataError, match="there is no item 'msg_1'"):
+        responses_request.items_of(body, store.item)
+    store.add(kept(1), [], None)
+    assert responses_request.items_of(body, store.item) == kept(1)["output"]
