@@ -1,26 +1,30 @@
 """Rules that an answer must obey from the end of its thought on, followed by llguidance.
 
-Owns the only import of llguidance, which the extra `server` installs: a tokenizer in its form, what
-work it may do, and the mask of an answer. `schemas` and `tool_rules` say which rules there are.
+Owns what uses llguidance, which the extra `server` installs and which is imported only when it is
+needed: a tokenizer in its form, the work it may do, and the mask of an answer. What rules there are
+is said in `schemas` and `tool_rules`.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import mlx.core as mx
 import numpy as np
 
+from ds4mlx.chat.tokens import DSML
 from ds4mlx.errors import DataError
 from ds4mlx.text.tokenizer import Tokenizer
 
-# llguidance's bounds, in its units: together well below a second of work at the start, and some
-# tens of milliseconds for a token.
+# What stands in a grammar for the token that marks tool markup, whose id each tokenizer has its own.
+MARK = "<[ds4mlx-mark]>"
+# llguidance's bounds, in its own units: less than a second of work at the start, and some tens of
+# milliseconds for a token, whatever the rule is.
 _LIMITS = {
-    "initial_lexer_fuel": 2_000_000,
-    "step_lexer_fuel": 200_000,
-    "step_max_items": 50_000,
+    "initial_lexer_fuel": 1_000_000,
+    "max_items_in_row": 8_000,
     "max_lexer_states": 50_000,
     "max_grammar_size": 100_000,
     "verbose_errors": False,
@@ -30,24 +34,34 @@ _KNOWN: WeakKeyDictionary[Tokenizer, Any] = WeakKeyDictionary()
 
 @dataclass(frozen=True)
 class Rule:
-    """What an answer must be, in llguidance's grammar; `name` is what errors call it."""
+    """What an answer must be.
+
+    grammar: in llguidance's language, with MARK for the token that marks tool markup. name: what
+    errors call the rule. Raises DataError, with the cause, for one that no answer can follow.
+    """
 
     grammar: str
-    name: str = "the rule"
+    name: str
+
+    def __post_init__(self) -> None:
+        Mask(self, _bytes(), 257).allowed(258)
 
     def start(self, tokenizer: Tokenizer) -> "Mask":
-        """The mask of an answer that begins now. Raises DataError for a rule that is no good."""
-        matcher = _library().LLMatcher(
-            _known(tokenizer), self.grammar, log_level=0, limits=_limits()
-        )
-        return Mask(matcher, self.name)
+        """The mask of an answer that begins now."""
+        return Mask(self, prepare(tokenizer), tokenizer.encoder.token_to_id(DSML))
 
 
 class Mask:
-    """Which tokens may come next, as one answer goes on."""
+    """Which tokens may come next while one answer goes on."""
 
-    def __init__(self, matcher: Any, name: str):
-        self._matcher, self._name = matcher, name
+    def __init__(self, rule: Rule, vocabulary: Any, mark: int | None):
+        self._name = rule.name
+        if mark is None and MARK in rule.grammar:
+            raise DataError(f"{rule.name} cannot be followed: the tokenizer has no token {DSML}")
+        grammar = rule.grammar.replace(MARK, f"<[{mark}]>")
+        library = _library()
+        limits = library.LLParserLimits(**_LIMITS)
+        self._matcher = library.LLMatcher(vocabulary, grammar, log_level=0, limits=limits)
         self._check()
 
     @property
@@ -56,45 +70,79 @@ class Mask:
         return self._matcher.is_stopped()
 
     def allowed(self, vocab: int) -> mx.array:
-        """bool (vocab,): the tokens that may come next; at least one, if only that of the end.
+        """bool (vocab,): the tokens that may come next, be it only the one that ends the answer.
 
-        Raises DataError where the rule asks for more work than is allowed for a token.
+        Raises DataError where that takes more work than a token may.
         """
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         self._check()
-        allowed = np.zeros(vocab, np.bool_)
         known = np.unpackbits(bits, count=min(vocab, 8 * len(bits)), bitorder="little")
-        allowed[: len(known)] = known
-        return mx.array(allowed)  # type: ignore[arg-type]
+        return mx.array(np.pad(known, (0, vocab - len(known)))) != 0
 
     def took(self, token: int) -> None:
-        """Take the token that was drawn, which must be one of those."""
-        if not self._matcher.is_stopped():
+        """Take the token that was drawn, which is one of those."""
+        if not self.done:
             self._matcher.consume_token(token)
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise DataError(
-                f"{self._name} cannot be followed: {one_line(self._matcher.get_error())}"
-            )
+            fault = self._matcher.get_error().strip().split("\n")[0]
+            if fault.startswith("NoExtension"):
+                fault = "nothing fulfils it"
+            raise DataError(f"{self._name} cannot be followed: {fault[:300]}")
 
 
-def compiled(rule: Rule) -> Rule:
-    """The rule, if it is one that can be begun. Raises DataError, naming it and the cause."""
-    fault = _library().LLMatcher.validate_grammar(rule.grammar, None, limits=_limits())
-    if fault and not fault.startswith("WARNING"):
-        raise DataError(f"{rule.name} cannot be used: {one_line(fault)}")
-    return rule
+def prepare(tokenizer: Tokenizer) -> Any:
+    """llguidance's form of a tokenizer; made once, which takes a large one about a second."""
+    if tokenizer not in _KNOWN:
+        ids = range(tokenizer.vocab_size)
+        special = [token for token in ids if tokenizer.is_added(token)]
+        spellings = [tokenizer.token_bytes(token) for token in ids]
+        _KNOWN[tokenizer] = _vocabulary(
+            spellings,
+            special,
+            tokenizer.eos_token_id,
+            lambda text: tokenizer.encode_segments([(text, False)]),
+        )
+    return _KNOWN[tokenizer]
 
 
-def grammar_of_schema(schema: Any, options: dict[str, Any]) -> str:
-    """llguidance's grammar of a JSON schema, which is not checked here."""
+def schema_grammar(schema: str, options: dict[str, Any]) -> str:
+    """llguidance's grammar of a JSON schema in JSON text, which is not checked yet."""
     return _library().LLMatcher.grammar_from_json_schema(schema, overrides=options)
 
 
-def one_line(message: str) -> str:
-    """The beginning of a library's message, without its place in generated text."""
-    return message.strip().split("\n")[0][:300]
+@cache
+def _bytes() -> Any:
+    """A vocabulary of bytes, on which rules are tried: an end at 256, a mark at 257."""
+    tokens = [*(bytes([byte]) for byte in range(256)), b"end", b"mark"]
+    return _vocabulary(tokens, [256, 257], 256, lambda text: list(text.encode()))
+
+
+def _vocabulary(*parts: Any) -> Any:
+    library = _library()
+    return library.LLTokenizer(library.TokenizerWrapper(_Vocabulary(*parts)))
+
+
+class _Vocabulary:
+    """Tokens as llguidance asks for them. A special one matches no text, whatever it spells."""
+
+    def __init__(
+        self,
+        tokens: Sequence[bytes],
+        special: Sequence[int],
+        end: int,
+        encode: Callable[[str], list[int]],
+    ):
+        self.tokens, self.special_token_ids = tokens, special
+        self.eos_token_id, self.bos_token_id = end, None
+        self._encode = encode
+
+    def __call__(self, text: str) -> list[int]:
+        """The tokens of a text; where only one text may follow, it is written in these."""
+        if not isinstance(text, str):
+            raise TypeError("only text, which is how llguidance asks whether bytes would do")
+        return self._encode(text)
 
 
 def _library() -> Any:
@@ -102,39 +150,7 @@ def _library() -> Any:
         import llguidance
     except ImportError:
         raise DataError(
-            "answers by a rule need llguidance, which `pip install 'ds4mlx[server]'` installs"
+            "answers that obey a rule take llguidance: install it with the server,"
+            " pip install 'ds4mlx[server]'"
         ) from None
     return llguidance
-
-
-def _limits() -> Any:
-    from llguidance import LLParserLimits
-
-    return LLParserLimits(**_LIMITS)
-
-
-class _Vocabulary:
-    """A tokenizer as llguidance asks for it; special tokens match no text, whatever the file says."""
-
-    def __init__(self, tokenizer: Tokenizer):
-        self._tokenizer = tokenizer
-        self.eos_token_id, self.bos_token_id = tokenizer.eos_token_id, tokenizer.bos_token_id
-
-    @cached_property
-    def special_token_ids(self) -> list[int]:
-        return [t for t in range(self._tokenizer.vocab_size) if self._tokenizer.is_added(t)]
-
-    @cached_property
-    def tokens(self) -> list[bytes]:
-        return [self._tokenizer.token_bytes(t) for t in range(self._tokenizer.vocab_size)]
-
-    def __call__(self, text: str) -> list[int]:
-        return self._tokenizer.encode_segments([(text, False)])
-
-
-def _known(tokenizer: Tokenizer) -> Any:
-    """The tokenizer in llguidance's form, which takes a second to make."""
-    if tokenizer not in _KNOWN:
-        library = _library()
-        _KNOWN[tokenizer] = library.LLTokenizer(library.TokenizerWrapper(_Vocabulary(tokenizer)))
-    return _KNOWN[tokenizer]
