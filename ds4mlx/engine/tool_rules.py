@@ -8,6 +8,7 @@ JSON by the parameter's schema, or any JSON where that schema cannot be followed
 import json
 import re
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import Any
 
 from ds4mlx.chat.messages import read_tools
@@ -50,7 +51,13 @@ def tool_calls(
     more than one call. Raises DataError for what is no list of tools, or if none of them, or not
     the one that is named, can be called.
     """
-    functions = [json.loads(text) for text in read_tools(list(tools), "the tools")]
+    return _rule(read_tools(list(tools), "the tools"), required, name, single)
+
+
+@lru_cache(maxsize=32)  # agents send the same tools with every request
+def _rule(tools: tuple[str, ...], required: bool, name: str | None, single: bool) -> Rule:
+    """The rule for tools that are given in JSON."""
+    functions = [json.loads(text) for text in tools]
     functions = [each for each in functions if name in (None, each.get("name"))]
     functions = [each for each in functions if _stands_in_a_tag(each.get("name"))]
     if not functions:
@@ -125,13 +132,14 @@ class _Calls:
     def _json(self, schema: dict[str, Any], root: dict[str, Any]) -> str:
         """The way of a value in JSON."""
         shared = {key: root[key] for key in ("$defs", "definitions") if key in root}
-        try:
-            json_schema(whole := {**shared, **schema})
-        except DataError:
-            whole = {"type": schema["type"]}
-        text = json.dumps({**whole, "x-guidance": OPTIONS})
+        text = json.dumps(whole := {**shared, **schema})
         if text not in self._schemas:
-            self._schemas[text] = self._named("json", f"%json {text}")
+            try:
+                json_schema(whole)
+            except DataError:
+                whole = {"type": schema["type"]}
+            grammar = json.dumps({**whole, "x-guidance": OPTIONS})
+            self._schemas[text] = self._named("json", f"%json {grammar}")
         return f'"false\\">" {self._schemas[text]} "</"'
 
 
