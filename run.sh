@@ -94,6 +94,17 @@ install_aids() {
     fi
 }
 
+# The server's page is tried in a browser, which is looked for by the same names in the tests.
+install_chromium() {
+    local name
+    for name in chromium google-chrome chromium-browser; do
+        command -v "$name" >/dev/null && return
+    done
+    if command -v apt-get >/dev/null; then
+        { as_root apt-get update -qq && as_root apt-get install -qq -y chromium; } >/dev/null 2>&1 || true
+    fi
+}
+
 case "${1:-}" in
 demo)
     set_up cpu
@@ -103,6 +114,7 @@ test)
     set_up cpu,test,notebooks,server
     install_clang
     install_aids
+    install_chromium
     .venv/bin/ruff check .
     .venv/bin/ruff format --check .
     .venv/bin/basedpyright
