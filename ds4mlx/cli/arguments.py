@@ -22,6 +22,8 @@ from ds4mlx.engine import machine
 from ds4mlx.errors import DataError
 
 if TYPE_CHECKING:
+    import mlx.core as mx
+
     from ds4mlx.engine.load import Length
     from ds4mlx.engine.sampling import Sampler
     from ds4mlx.model import model as network
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
 # What the sampler calls its values, where the option has another name.
 SAMPLER_OPTIONS = {"temperature": "--temp", "top_p": "--top-p", "top_k": "--top-k"}
 SAMPLER_OPTIONS |= {"min_p": "--min-p", "seed": "--seed"}
+
+Dtype = Literal["float32", "bfloat16"]
 
 
 def _named(model: str | None) -> str | None:
@@ -248,7 +252,7 @@ def announce(named: str | None) -> None:
 
 def open_model(
     named: str | None,
-    dtype: Literal["float32", "bfloat16"] | None = None,
+    dtype: Dtype | None = None,
     *,
     context: int | Length | None = None,
 ) -> tuple[network.Model, Tokenizer]:
@@ -256,14 +260,34 @@ def open_model(
 
     context: see `load`.
     """
-    import mlx.core as mx
-
     from ds4mlx.engine.load import load
+
+    told = partial(progress, "loading", "files")
+    opened = load(find_model(named), activations(dtype), context=context, on_file=told)
+    announce(named)
+    return opened
+
+
+def activations(dtype: Dtype | None) -> mx.Dtype:
+    """The type of activations that was asked for, or the usual one of the device."""
+    import mlx.core as mx
 
     on_cpu = mx.default_device() == mx.cpu  # where bfloat16 is slower and less exact
     usual = mx.float32 if on_cpu else mx.bfloat16
-    taken = {"float32": mx.float32, "bfloat16": mx.bfloat16, None: usual}[dtype]
-    told = partial(progress, "loading", "files")
-    opened = load(find_model(named), taken, context=context, on_file=told)
-    announce(named)
-    return opened
+    return {"float32": mx.float32, "bfloat16": mx.bfloat16, None: usual}[dtype]
+
+
+def context(named: str | None, wanted: int | None, dtype: Dtype | None = None) -> int:
+    """How many tokens a server of a model takes: those wanted, else as many as fit here.
+
+    Raises DataError where they do not fit; nothing is loaded.
+    """
+    from ds4mlx.engine import room
+    from ds4mlx.weights.directory import ModelDirectory
+
+    directory = ModelDirectory.open(find_model(named))
+    most = directory.config.max_position_embeddings
+    asked = None if wanted is None else min(wanted, most)
+    plan = room.plan(directory.config, directory, asked, activations(dtype), saving=True)
+    plan.check()
+    return plan.largest_context() if asked is None else asked

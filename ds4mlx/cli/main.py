@@ -19,6 +19,7 @@ from ds4mlx.cli.bench_commands import bench, synth
 from ds4mlx.cli.doctor import doctor
 from ds4mlx.cli.eval_commands import evaluate
 from ds4mlx.cli.help import Commands
+from ds4mlx.cli.launch import launch
 from ds4mlx.cli.optional import WithOptionalValues
 from ds4mlx.cli.serve import serve
 from ds4mlx.cli.text_commands import chat, generate
@@ -62,6 +63,7 @@ def options(
 for command in (generate, chat, convert, verify, inspect, imatrix, bench, synth, doctor):
     app.command()(debugging.debuggable(command))
 app.command(cls=WithOptionalValues)(debugging.debuggable(serve))
+app.command()(debugging.debuggable(launch))
 app.command("eval")(debugging.debuggable(evaluate))
 for registered in cache_commands.app.registered_commands:
     assert registered.callback is not None

@@ -3,7 +3,7 @@
 import importlib.util
 import logging
 import sys
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
@@ -23,7 +23,8 @@ def serve(
     ctx: Annotated[
         int | None,
         typer.Option(
-            min=2, help="The most tokens of a prompt and its answer; by default the model's own."
+            min=2,
+            help="The most tokens of a prompt and its answer; by default what fits into the memory.",
         ),
     ] = None,
     kv_dir: arg.KvDir = None,
@@ -52,7 +53,7 @@ def serve(
     ] = MOST_TOGETHER,
     max_queue: Annotated[int, typer.Option(min=0, help="The most requests that wait.")] = 32,
     dtype: Annotated[
-        Literal["float32", "bfloat16"] | None,
+        arg.Dtype | None,
         typer.Option(help="What to compute in; by default bfloat16, on a CPU float32."),
     ] = None,
     aligned: Annotated[
@@ -90,7 +91,8 @@ def serve(
     _log_to_stderr()
     limits = Limits()
     with process.open_socket(host, port) as opened:
-        loaded = arg.open_model(model, dtype)
+        ctx = arg.context(model, ctx, dtype)
+        loaded = arg.open_model(model, dtype, context=ctx)
         with arg.open_store(kv_dir, kv, kv_budget, kv_text, loaded, model) as store:
             app = create_app(
                 *loaded,

@@ -1,0 +1,42 @@
+"""A stand-in for a coding agent: writes down how it was started, and ends as it is told.
+
+$RECORD: the file to write. $ASK: whether to ask the server how it is. $WAIT: wait for Ctrl-C.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+
+def files() -> dict[str, str]:
+    """The contents of files that arguments name, by their base names."""
+    named = [Path(word) for word in sys.argv[1:] if word.startswith("/")]
+    return {path.name: path.read_text() for path in named if path.is_file()}
+
+
+def main() -> None:
+    """Record, then do what the variables ask for."""
+    told = {
+        "arguments": sys.argv[1:],
+        "variables": dict(os.environ),
+        "files": files(),
+        "interrupts": signal.getsignal(signal.SIGINT) is signal.default_int_handler,
+    }
+    if os.environ.get("ASK"):
+        with urllib.request.urlopen(f"{os.environ['ASK']}/health", timeout=20) as answer:
+            told["health"] = json.load(answer)
+    Path(os.environ["RECORD"]).write_text(json.dumps(told))
+    if os.environ.get("WAIT"):
+        try:
+            time.sleep(60)
+        except KeyboardInterrupt:
+            sys.exit(3)
+    sys.exit(int(os.environ.get("CODE", "0")))
+
+
+if __name__ == "__main__":
+    main()
