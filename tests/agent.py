@@ -1,4 +1,4 @@
-"""A stand-in for a coding agent: writes down how it was started, and ends as it is told.
+"""A stand-in for a coding agent: writes down how it was started, and may wait.
 
 $RECORD: the file to write. $ASK: whether to ask the server how it is. $WAIT: wait for Ctrl-C.
 """
@@ -29,13 +29,14 @@ def main() -> None:
     if os.environ.get("ASK"):
         with urllib.request.urlopen(f"{os.environ['ASK']}/health", timeout=20) as answer:
             told["health"] = json.load(answer)
-    Path(os.environ["RECORD"]).write_text(json.dumps(told))
+    record = Path(os.environ["RECORD"])
+    record.with_suffix(".part").write_text(json.dumps(told))
+    record.with_suffix(".part").rename(record)
     if os.environ.get("WAIT"):
         try:
             time.sleep(60)
         except KeyboardInterrupt:
             sys.exit(3)
-    sys.exit(int(os.environ.get("CODE", "0")))
 
 
 if __name__ == "__main__":

@@ -200,18 +200,19 @@ def test_an_agent_that_is_not_there(stage, answering, capsys, monkeypatch):
 
 
 @pytest.fixture
-def launched(stage, talker_dir):
-    """Starts `launch` of a client as a process in a session of its own, with a port of its own."""
+def launched(stage):
+    """Starts `launch` as a process in a session of its own; its stand-in waits for Ctrl-C."""
     begun = []
 
     def launched(name, *options, **changes):
-        port = free_port()
-        command = [*processes.COMMAND, "launch", name, "--port", str(port), *options]
-        environment = processes.environment(ASK=f"http://127.0.0.1:{port}", **changes)
+        command = [*processes.COMMAND, "launch", name, *map(str, options)]
+        environment = processes.environment(WAIT=1, **changes)
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        process = subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
-        begun.append(process)
-        return process, port
+        begun.append(subprocess.Popen(command, env=environment, start_new_session=True, **pipes))
+        deadline = time.monotonic() + processes.PATIENCE
+        while not (stage / "record.json").exists() and begun[-1].poll() is None:
+            assert time.monotonic() < deadline
+        return begun[-1]
 
     yield launched
     for process in begun:
@@ -219,44 +220,36 @@ def launched(stage, talker_dir):
         process.communicate()
 
 
-def is_free(port):
-    with socket.socket() as tried:
-        return tried.connect_ex(("127.0.0.1", port)) != 0
-
-
 def test_a_server_is_started_and_ended(launched, stage, talker_dir):
-    before = contents(stage / "home")
-    process, port = launched("claude", "-m", str(talker_dir), "--ctx", "5000", CODE=7)
-    _, err = process.communicate(timeout=processes.PATIENCE)
-    assert process.returncode == 7 and f"started on port {port}" in err.decode()
-    told = recorded(stage)
-    assert told["health"]["model"] == talker_dir.name and told["health"]["context"] == 5000
-    assert told["variables"]["CLAUDE_CODE_AUTO_COMPACT_WINDOW"] == "5000"
-    assert is_free(port) and contents(stage / "home") == before
-
-
-def test_ctrl_c_is_the_agents_affair(launched, stage, talker_dir):
-    process, port = launched("pi", "-m", str(talker_dir), WAIT=1)
-    _wait_for(stage / "record.json")
+    """And Ctrl-C in between is the agent's own affair."""
+    before, port = contents(stage / "home"), free_port()
+    options = ["-m", talker_dir, "--ctx", 5000, "--port", port]
+    process = launched("claude", *options, ASK=f"http://127.0.0.1:{port}")
     os.killpg(process.pid, signal.SIGINT)
-    process.communicate(timeout=processes.PATIENCE)
-    assert process.returncode == 3 and is_free(port)
+    _, err = process.communicate(timeout=processes.PATIENCE)
+    assert process.returncode == 3 and f"started on port {port}" in err.decode()
+    told = recorded(stage)
+    assert (told["health"]["model"], told["health"]["context"]) == (talker_dir.name, 5000)
+    assert told["variables"]["CLAUDE_CODE_AUTO_COMPACT_WINDOW"] == "5000"
+    with socket.socket() as tried:
+        assert tried.connect_ex(("127.0.0.1", port)) != 0
+    assert contents(stage / "home") == before
 
 
-def test_what_ends_launch_ends_the_agent_and_the_server(launched, stage, talker_dir):
-    process, port = launched("codex", "-m", str(talker_dir), WAIT=1)
-    _wait_for(stage / "record.json")
+def test_what_ends_launch_ends_the_agent(launched, answering):
+    process = launched("codex", "--port", answering.server_port)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=processes.PATIENCE)
-    assert process.returncode == 128 + signal.SIGTERM and is_free(port)
+    assert process.returncode == 128 + signal.SIGTERM
 
 
-def test_a_server_that_does_not_start(launched, stage):
-    process, _ = launched("pi", "-m", str(stage / "nothing"))
-    out, err = process.communicate(timeout=processes.PATIENCE)
-    assert process.returncode == 1 and out == b"" and not (stage / "record.json").exists()
-    last = err.decode().splitlines()[-1]
-    assert last.startswith("error: the server did not start: ") and "no such directory" in last
+def test_a_server_that_does_not_start(stage, capsys):
+    missing = str(stage / "nothing")
+    assert run(["launch", "pi", "-m", missing, "--port", str(free_port())]) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and not (stage / "record.json").exists()
+    last = err.splitlines()[-1]
+    assert last == f"error: the server did not start: {missing}: no such directory"
 
 
 def test_the_plan_without_a_server(stage, talker_dir, capsys):
@@ -273,10 +266,3 @@ def test_the_plan_without_a_server(stage, talker_dir, capsys):
     assert "model_context_window=65536" in out and "ds4mlx.name" in out
     assert run(["launch", "codex", "--ctx", "3000", *options]) == 0
     assert "model_context_window=3000" in capsys.readouterr().out
-
-
-def _wait_for(path):
-    deadline = time.monotonic() + processes.PATIENCE
-    while not path.exists() or not path.read_text():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
