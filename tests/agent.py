@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import sys
-import time
 import urllib.request
 from pathlib import Path
 
@@ -34,7 +33,7 @@ def main() -> None:
     record.with_suffix(".part").rename(record)
     if os.environ.get("WAIT"):
         try:
-            time.sleep(60)
+            signal.pause()
         except KeyboardInterrupt:
             sys.exit(3)
 

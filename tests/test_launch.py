@@ -50,7 +50,7 @@ def answering():
     """Something that listens on a port, which `answering.server_port` is."""
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answers) as server:
         server.told, server.status, server.key = FLASH, 200, None
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         yield server
         server.shutdown()
 
