@@ -221,3 +221,27 @@ def begin(small_model, small_tokenizer):
 def decoding(small_model):
     """Sequences of the smallest model that go on together; none yet."""
     return Decoding(small_model)
+
+
+@pytest.fixture(scope="session")
+def embedded(embedded_dir):
+    """The embedded model, which writes short functions, and its tokenizer."""
+    return load(embedded_dir, dtype=mx.float32)
+
+
+@pytest.fixture(scope="session")
+def served(embedded):
+    """A server of the embedded model, for all tests that ask one."""
+    import serving  # needs what only the server needs
+
+    with serving.serving(*embedded) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def endless(talker):
+    """A server whose answers are noise without an end, two at a time and one waiting."""
+    import serving
+
+    with serving.serving(*talker, max_batch=2, max_queue=1) as server:
+        yield server

@@ -7,7 +7,7 @@ and adds a sign of life wherever nothing comes for a while.
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -136,7 +136,7 @@ class Turn:
             LOG.warning("%s: the text of its calls was not kept: %s", self.id, error)
 
 
-async def paced(answer: AsyncIterator[Any], seconds: float) -> AsyncIterator[Any]:
+async def paced(answer: AsyncIterator[Any], seconds: float) -> AsyncGenerator[Any, None]:
     """The events of an iterator, with a `KeepAlive` wherever none comes for so long."""
     iterator = aiter(answer)
     waiting: asyncio.Future[Any] | None = None

@@ -22,6 +22,7 @@ from ds4mlx.server.messages import ROUTES as MESSAGES
 from ds4mlx.server.metrics import Counted, Metrics, metrics
 from ds4mlx.server.models import model as one_model
 from ds4mlx.server.models import models
+from ds4mlx.server.openapi import openapi
 from ds4mlx.server.responses import ROUTES as RESPONSES
 from ds4mlx.server.safety import ANY, Doors, Guard, KeyGuard, Limits
 from ds4mlx.server.service import Service
@@ -41,6 +42,7 @@ ROUTES: list[BaseRoute] = [
     Route("/v1/models/{id:path}", one_model, methods=["GET"]),
     Route("/health", health, methods=["GET"]),
     Route("/metrics", metrics, methods=["GET"]),
+    Route("/openapi.json", openapi, methods=["GET"]),
 ]
 
 

@@ -1,15 +1,37 @@
-"""Which rule an answer must obey, by what protocols say of tools and formats."""
+"""Which rule an answer must obey, by what protocols say of tools and formats.
+
+The prompt is the same with and without one: what the tokens may be is all that changes, so that a
+history keeps its prefix.
+"""
 
 from typing import Any
 
 from ds4mlx.engine.rules import Rule
+from ds4mlx.engine.schemas import json_object, json_schema
+from ds4mlx.engine.tool_rules import no_calls, tool_calls
+from ds4mlx.errors import DataError
 
 
 def rule_of(
     tools: list[dict[str, Any]],
     choice: str | tuple[str],
     parallel: bool | None,
-    schema: Any,
+    schema: dict[str, Any] | bool | None,
 ) -> Rule | None:
-    """The rule, None where the answer is free."""
-    return None
+    """The rule, None where the answer is free.
+
+    tools: OpenAI's list of those offered. choice: auto, none, required, or a tool's name in a tuple.
+    parallel: False for one call at most. schema: of the answer's text; True for any JSON object. A
+    call that is required leaves no text to have a schema.
+    Raises DataError, naming what cannot be obeyed.
+    """
+    named = choice[0] if isinstance(choice, tuple) else None
+    if named is not None or choice == "required":
+        if not tools:
+            raise DataError("a tool must be called, and none is offered")
+        return tool_calls(tools, required=True, name=named, single=parallel is False)
+    if schema is not None:
+        return json_object() if schema is True else json_schema(schema)
+    if choice == "none":
+        return no_calls() if tools else None
+    return tool_calls(tools, single=True) if tools and parallel is False else None

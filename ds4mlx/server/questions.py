@@ -93,17 +93,17 @@ def _choice(choice: str | dict[str, Any] | None) -> str | tuple[str]:
         if choice not in (None, "auto", "none", "required", "any"):
             raise Refusal(400, f"tool_choice cannot be {choice[:80]!r}", param="tool_choice")
         return "required" if choice == "any" else choice or "auto"
-    function = choice.get("function")
-    name = function.get("name") if isinstance(function, dict) else None
     if choice.get("type") == "allowed_tools":
         allowed = choice.get("allowed_tools")
-        return _choice(allowed.get("mode", "auto") if isinstance(allowed, dict) else None)
+        return _choice(allowed.get("mode") if isinstance(allowed, dict) else None)
+    function = choice.get("function")
+    name = function.get("name") if isinstance(function, dict) else None
     if not isinstance(name, str):
         raise Refusal(400, "tool_choice needs the name of a function", param="tool_choice")
     return (name,)
 
 
-def _schema(body: ChatRequest) -> Any:
+def _schema(body: ChatRequest) -> dict[str, Any] | bool | None:
     """The schema that the answer must obey; True for any JSON object, None for any text."""
     form = body.response_format
     if form is None or form.type == "text":

@@ -158,7 +158,7 @@ class _Body:
 
 def is_api(path: str) -> bool:
     """Whether a path is of the interface for programs, and not of the page for people."""
-    return path.startswith("/v1/") or path in ("/v1", "/health", "/metrics")
+    return path.startswith("/v1/") or path in ("/v1", "/health", "/metrics", "/openapi.json")
 
 
 def is_loopback(host: str) -> bool:
