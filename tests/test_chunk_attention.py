@@ -124,6 +124,7 @@ def test_the_model_prefills_by_it(small_model, monkeypatch):
     with on_metal(), dispatch.kernels():
         got = logits()
     assert launched.count("attention_chunk_f32") == 2 * len(small_model.layers)
+    assert {"chunk_scores_bf16", "index_select"} <= set(launched)
     np.testing.assert_allclose(got, logits(), atol=1e-4)
 
 

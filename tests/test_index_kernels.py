@@ -137,7 +137,7 @@ FAULTS = [
     ("index_select", chosen(3000, 7), "+ TOPK - need", ""),
     ("index_select", chosen(3000), f"{BARRIER}\n  sum += simd_sum", "sum += simd_sum"),
     ("index_select_next", chosen(400, each=1), "b += TOPK", "b += 0"),
-    ("index_select_next", chosen(2999, each=1), "chosen[from + (i)]", "chosen[(i)]"),
+    ("index_select_next", chosen(2999, each=1), "chosen[token * many + from + (i)]", "chosen[(i)]"),
 ]
 
 

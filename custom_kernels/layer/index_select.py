@@ -45,11 +45,11 @@ inline uint sum_before(uint v, threadgroup uint* totals, uint lane, uint group) 
 # What a launch selects among: all visible rows, or those that slices chose (-1, of key 0: none).
 _FIRST = """
 #define NUMBER(i) int(from + (i))
-#define KEY(i) key_of(scores[from + (i)])
+#define KEY(i) key_of(scores[token * many + from + (i)])
 """
 _NEXT = """
-#define NUMBER(i) chosen[from + (i)]
-#define KEY(i) ordered[from + (i)]
+#define NUMBER(i) chosen[token * many + from + (i)]
+#define KEY(i) ordered[token * many + from + (i)]
 """
 
 BODY = """
@@ -58,10 +58,11 @@ BODY = """
     threadgroup uint crossed[3];
     uint lane = thread_index_in_simdgroup, group = simdgroup_index_in_threadgroup;
     uint id = thread_index_in_threadgroup, slice = threadgroup_position_in_grid.x;
+    uint token = threadgroup_position_in_grid.y, many = MANY;
     uint from = slice * (EACH * THREADS), count = COUNT;
     count -= min(count, from);
-    device int* best = rows + slice * TOPK;
-    device uint* best_keys = keys + slice * TOPK;
+    device int* best = rows + (token * threadgroups_per_grid.x + slice) * TOPK;
+    device uint* best_keys = keys + (token * threadgroups_per_grid.x + slice) * TOPK;
     if (count <= TOPK) {
         for (uint i = id; i < TOPK; i += THREADS) {
             best[i] = i < count ? NUMBER(i) : -1;
@@ -130,11 +131,12 @@ def kernel(first: bool) -> Kernel:
     """The kernel that selects among all visible rows, or among chosen ones."""
     if first:
         name, inputs, header = "index_select", ["scores", "place"], _FIRST
-        count = "uint(place[0] + 1) / RATIO"
+        count, many = "min((uint(place[0]) + token + 1) / RATIO, many)", "uint(scores_shape[1])"
     else:
         name, inputs, header = "index_select_next", ["chosen", "ordered"], _NEXT
-        count = "uint(chosen_shape[0])"  # in the body, where MLX looks for what it is to hand over
-    body = BODY.replace("COUNT", count)
+        count, many = "many", "uint(chosen_shape[1])"
+    # in the body, where MLX looks for what it is to hand over
+    body = BODY.replace("COUNT", count).replace("MANY", many)
     counters = {"metal": METAL_COUNTERS, "cuda": CUDA_COUNTERS}
     return Kernel(name, inputs, ["rows", "keys"], body, header + HEADER, **counters)
 
@@ -160,23 +162,28 @@ def takes(scores: mx.array, topk: int) -> bool:
 def by_kernel(
     scores: mx.array, place: mx.array, topk: int, ratio: int, each: int = EACH
 ) -> mx.array:
-    """`index_select` in one launch, or in one more for every factor of each * 1024 / topk rows."""
-    slices, among = -(-len(scores) // (each * THREADS)), [scores, place]
+    """`index_select` in one launch, or in one more for every factor of each * 1024 / topk rows.
+
+    Takes scores (L, R) of tokens that follow on the one at `place` too, and gives int32 (L, topk) then.
+    """
+    shape, scores = (*scores.shape[:-1], topk), scores.reshape(-1, scores.shape[-1])
+    tokens, many = scores.shape
+    slices, among = -(-many // (each * THREADS)), [scores, place]
     template = [("THREADS", THREADS), ("EACH", each), ("TOPK", topk), ("RATIO", ratio)]
-    seen = lambda: {"scores": int(place[0] + 1) // ratio / len(scores)}
+    seen = lambda: {"scores": min(1.0, int(place[0] + tokens) // ratio / many)}
     first = True
     while True:
         among = kernel(first)(
             among,
-            [((slices * topk,), mx.int32), ((slices * topk,), mx.uint32)],
-            groups=(slices, 1, 1),
+            [((tokens, slices * topk), type) for type in (mx.int32, mx.uint32)],
+            groups=(slices, tokens, 1),
             threads=THREADS,
             template=template,
             reads=seen if first else None,
         )
         if slices == 1:
-            return among[0]
-        slices, first = -(-len(among[0]) // (each * THREADS)), False
+            return among[0].reshape(shape)
+        slices, first = -(-among[0].shape[1] // (each * THREADS)), False
 
 
 def plain(scores: mx.array, place: mx.array, topk: int, ratio: int) -> mx.array:

@@ -240,33 +240,32 @@ class SparseAttention(HeavyAttention):
         selection, made = context.selection, []
         if selection is None:
             return None
-        length, offset = len(selection.queries), context.span.step.offset
-        size = max(1, SCRATCH // len(context.rows))
+        queries, rows, length = selection.queries, selection.rows, len(selection.queries)
+        launches = self.indexer.launches(queries, rows, selection.form)
+        size = max(1, SCRATCH // len(rows))
         for start in range(0, length, size):
-            positions = offset + mx.arange(start, min(start + size, length))
-            visible = visible_rows(positions, len(context.rows), self.ratio)
+            stop, first = min(start + size, length), context.span.step.offset + start
             if made:  # in turn, so that one block's scores are alive at a time
-                visible = mx.depends([visible], made[-1:])[0]
-            made.append(self.choose(start, start + size, visible, selection, context.span))
+                queries = mx.depends([queries], made[-1:])[0]
+            own = queries[start:stop], selection.weights[start:stop], rows, selection.form
+            if launches:
+                made.append(self.indexer.best(*own, first))
+            else:
+                visible = visible_rows(first + mx.arange(stop - start), len(rows), self.ratio)
+                made.append(self.indexer.select(self.indexer.scores(*own, SCRATCH), visible))
         return mx.concatenate(made).astype(mx.int32)
-
-    def choose(
-        self, start: int, stop: int, visible: mx.array, selection: Selection, span: Span
-    ) -> mx.array:
-        """The indexer's choice for queries start..stop-1, of which it is known what they see."""
-        queries, weights = selection.queries[start:stop], selection.weights[start:stop]
-        scores = self.indexer.scores(queries, weights, selection.rows, selection.form, SCRATCH)
-        scores = tap(self._site, "indexer.scores", scores, span)
-        return tap(self._site, "indexer.chosen", self.indexer.select(scores, visible), span)
 
     def compressed(self, start: int, stop: int, visible: mx.array, context: Context) -> Source:
         """All rows; or the indexer's choice: (L, topk, c), float32, and which are visible."""
         selection = context.selection
         if selection is None:
             return super().compressed(start, stop, visible, context)
-        chosen = self.choose(start, stop, visible, selection, context.span)
-        seen = mx.broadcast_to(visible, (len(chosen), len(context.rows)))
-        mask = mx.take_along_axis(seen, chosen, axis=-1)
+        queries, weights = selection.queries[start:stop], selection.weights[start:stop]
+        scores = self.indexer.scores(queries, weights, selection.rows, selection.form, SCRATCH)
+        scores = tap(self._site, "indexer.scores", scores, context.span)
+        chosen = self.indexer.select(scores, visible)
+        chosen = tap(self._site, "indexer.chosen", chosen, context.span)
+        mask = mx.take_along_axis(mx.broadcast_to(visible, scores.shape), chosen, axis=-1)
         rows = context.form.unpack(context.rows[chosen.flatten()])
         return rows.reshape(*chosen.shape, -1), mask
 

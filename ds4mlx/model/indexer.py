@@ -3,6 +3,7 @@
 import mlx.core as mx
 
 from ds4mlx.config import ModelConfig
+from ds4mlx.custom_kernels.layer import chunk_scores, index_select
 from ds4mlx.custom_kernels.layer.plain import Angles, rotate
 from ds4mlx.model.batch import Span
 from ds4mlx.model.compressor import Compressor
@@ -66,6 +67,24 @@ class Indexer(Module):
             hits = mx.maximum(flat @ form.unpack(block).T, 0).reshape(length, heads, -1)
             parts.append((weights[:, None] @ hits).squeeze(1))
         return mx.concatenate(parts, axis=-1)
+
+    def launches(self, q: mx.array, rows: mx.array, form: RowForm) -> bool:
+        """Whether kernels choose among rows (R, .) for queries (L, heads, width): see `best`."""
+        scores = mx.zeros((1, 1), mx.float32)
+        selects = index_select.takes(mx.broadcast_to(scores, (len(q), len(rows))), self.topk)
+        settles = self.heap_ties and self.settles_on_gpu
+        return selects and not settles and chunk_scores.takes(q, rows, form.layout)
+
+    def best(
+        self, q: mx.array, weights: mx.array, rows: mx.array, form: RowForm, start: int
+    ) -> mx.array:
+        """The `topk` best visible rows for queries from position `start` on, by kernels: int32 (L, topk).
+
+        -1 stands where a query sees fewer.
+        """
+        scores = chunk_scores.by_kernel(q, weights, rows, start, form.layout)
+        place = mx.array([start, 0, 0, 0, 0, 0, 0, 0], dtype=mx.int32)
+        return index_select.by_kernel(scores, place, self.topk, chunk_scores.RATIO)
 
     def select(self, scores: mx.array, visible: mx.array) -> mx.array:
         """The `topk` best visible rows: scores and visible bool (L, R) -> int (L, topk).
