@@ -4,15 +4,24 @@ import asyncio
 
 import numpy as np
 import pytest
+from scheduling import asked, check_kept, settled, text_of, whole
 from steering import Failing
 
 from ds4mlx import DataError
-from ds4mlx.engine.request import Busy, Ended, Failed, Piece, Request, Started, Stopping, TooLong
-from ds4mlx.engine.sampling import Sampler
+from ds4mlx.engine import steps, worker
+from ds4mlx.engine.request import (
+    Busy,
+    Ended,
+    Failed,
+    NoMemory,
+    Piece,
+    Started,
+    Stopping,
+    TooLong,
+)
 from ds4mlx.engine.scheduler import Scheduler
 
-IDS = np.random.default_rng(4).integers(2, 288, 3000).tolist()
-GREEDY = Sampler(temperature=0)
+IDS = np.random.default_rng(4).integers(2, 288, 4000).tolist()
 
 
 @pytest.fixture
@@ -29,22 +38,6 @@ def scheduler(small_model, small_tokenizer):
     yield make
     for each in made:
         each.close(60)
-
-
-def asked(ids, count=8, **options):
-    return Request(list(ids), count, **{"sampler": GREEDY, **options})
-
-
-async def whole(answer):
-    """All events of an answer, and its text."""
-    events = [event async for event in answer]
-    return events, "".join(e.text for e in events if isinstance(e, Piece))
-
-
-async def text_of(scheduler, request):
-    events, text = await whole(await scheduler.submit(request))
-    assert isinstance(events[0], Started) and isinstance(events[-1], Ended), events
-    return text
 
 
 def test_an_answer_has_a_start_pieces_and_an_end(scheduler):
@@ -64,7 +57,7 @@ def test_an_answer_has_a_start_pieces_and_an_end(scheduler):
 
 def test_eight_at_once_say_what_each_says_alone(scheduler):
     requests = [asked(IDS[n : n + 20 + 10 * n], 9, stop=("~",)) for n in range(7)]
-    requests.append(asked(IDS[:550], 9))
+    requests.append(asked(IDS[:520], 9))
 
     async def main():
         together = scheduler(started=False, aligned=True)
@@ -74,28 +67,53 @@ def test_eight_at_once_say_what_each_says_alone(scheduler):
         return texts, [await text_of(together, request) for request in requests]
 
     together, alone = asyncio.run(main())
-    assert [text for _, text in together] == alone
+    assert [text for _, text in together] == alone and len(set(alone)) == 8
 
 
-def test_a_short_request_does_not_wait_for_a_long_prompt(scheduler):
-    first = []
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """Chunks of an eighth of their size, so that short prompts are long."""
+    monkeypatch.setattr(worker, "SHARED_STEP", 64)
+    monkeypatch.setattr(worker, "PREFILL_STEP", 256)
+
+
+@pytest.mark.slow
+def test_a_long_prompt_stops_nobody(scheduler):
+    """With chunks as they are."""
+    check_that_nobody_waits(scheduler, 4000)
+
+
+def test_a_prompt_of_many_chunks_stops_nobody(scheduler, small_chunks):
+    check_that_nobody_waits(scheduler, 500)
+
+
+def check_that_nobody_waits(scheduler, length):
+    """A running answer goes on between a prompt's chunks, and a short request passes it."""
+    order = []
 
     async def read(name, answer, begun=None):
         async for event in answer:
-            if isinstance(event, Started) and begun:
+            order.append((name, type(event)))
+            if begun and isinstance(event, Started if name == "long" else Piece):
                 begun.set()
-            if isinstance(event, Piece | Ended) and name not in first:
-                first.append(name)
 
     async def main():
-        ours, begun = scheduler(), asyncio.Event()
-        long = asyncio.create_task(read("long", await ours.submit(asked(IDS, 3)), begun))
+        ours, going, begun = scheduler(), asyncio.Event(), asyncio.Event()
+        stream = await ours.submit(asked(IDS[7:50], 1000))
+        tasks = [asyncio.create_task(read("stream", stream, going))]
+        await going.wait()
+        long = await ours.submit(asked(IDS[-length:], 1))
+        tasks.append(asyncio.create_task(read("long", long, begun)))
         await begun.wait()
         await read("short", await ours.submit(asked(IDS[50:100], 3)))
-        await long
+        await tasks[1]
+        stream.cancel()
+        await tasks[0]
 
     asyncio.run(main())
-    assert first == ["short", "long"]
+    first, last = order.index(("long", Started)), order.index(("long", Ended))
+    between = order[first:last]
+    assert between.count(("stream", Piece)) >= 7 and ("short", Ended) in between
 
 
 def test_what_cannot_be_is_refused_before_anything_is_done(scheduler):
@@ -169,10 +187,10 @@ def test_a_sampler_that_fails_ends_its_request_only(scheduler, sampler, last):
     asyncio.run(main())
 
 
-def test_cancelling_frees_the_place_wherever_the_request_is(scheduler):
+def test_cancelling_frees_the_place_wherever_the_request_is(scheduler, small_chunks):
     async def main():
         ours = scheduler(started=False, max_batch=1, max_queue=2)
-        answers = [await ours.submit(asked(ids, 10_000)) for ids in (IDS[:50], IDS, IDS[:60])]
+        answers = [await ours.submit(asked(ids, 10_000)) for ids in (IDS[:50], IDS[:600], IDS[:60])]
         answers[2].cancel()  # it waits
         ours.start()
         assert [event async for event in answers[2]] == []
@@ -182,7 +200,64 @@ def test_cancelling_frees_the_place_wherever_the_request_is(scheduler):
         decoding.cancel()
         assert isinstance(await reading.__anext__(), Started)
         reading.cancel()
-        return [await text_of(ours, asked(IDS[:60], 5)) for _ in range(4)]
+        texts = [await text_of(ours, asked(IDS[:60], 5)) for _ in range(4)]
+        assert check_kept(ours) > 1
+        settled(ours)
+        assert ours.status().counters["cancelled"] == 3
+        return texts
 
     texts = asyncio.run(main())
     assert len(set(texts)) == 1
+
+
+def test_a_reader_that_stops_pauses_its_answer_only(scheduler, monkeypatch):
+    monkeypatch.setattr(steps, "MOST_UNREAD", 4)
+    monkeypatch.setattr(steps, "FEW_UNREAD", 2)
+
+    async def main():
+        ours = scheduler()
+        slow = await ours.submit(asked(IDS[:50], 14))
+        other = await text_of(ours, asked(IDS[:60], 14))
+        assert slow.unread <= 8 and ours.status().running == 1
+        events, text = await whole(slow)
+        assert isinstance(events[-1], Ended) and text == await text_of(ours, asked(IDS[:50], 14))
+        assert other == await text_of(ours, asked(IDS[:60], 14))
+
+    asyncio.run(main())
+
+
+def test_a_reader_that_does_not_come_back_is_dropped(scheduler, monkeypatch):
+    monkeypatch.setattr(steps, "MOST_UNREAD", 6)
+    monkeypatch.setattr(steps, "FEW_UNREAD", 3)
+    monkeypatch.setattr(steps, "PATIENCE", 0.0)
+
+    async def main():
+        ours = scheduler()
+        gone = await ours.submit(asked(IDS[:50], 400))
+        while not ours.status().counters.get("failed"):
+            await text_of(ours, asked(IDS[:60], 3))
+        events, _ = await whole(gone)
+        assert isinstance(events[-1], Failed) and "not read" in str(events[-1].error)
+        assert len(events) < 20
+
+    asyncio.run(main())
+
+
+def test_states_that_do_not_fit_are_refused_or_wait(scheduler):
+    async def main():
+        small = scheduler(memory=1000)
+        with pytest.raises(NoMemory, match="GB") as error:
+            await small.submit(asked(IDS[:50]))
+        need = error.value.needed
+        assert need > error.value.available == 1000
+        ours = scheduler(started=False, memory=need * 3 // 2)
+        answers = [await ours.submit(asked(IDS[n : n + 50])) for n in range(3)]
+        ours.start()
+        order = []
+        for answer in answers:
+            events, _ = await whole(answer)
+            order.append(events[-1].reason)
+            assert ours.status().running <= 1
+        assert order == ["length"] * 3
+
+    asyncio.run(main())

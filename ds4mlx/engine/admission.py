@@ -1,8 +1,24 @@
 """Who may come in: places in the queue, and the memory for states."""
 
+import math
 import threading
+import time
+from bisect import bisect_left
+from collections.abc import Callable
 
-from ds4mlx.engine.request import Busy, Stopping
+import mlx.core as mx
+
+from ds4mlx.engine.machine import memory
+from ds4mlx.engine.request import Busy, NoMemory, Stopping
+from ds4mlx.model.model import Model
+from ds4mlx.state.decode_state import state_bytes
+
+# Tokens of an answer for which there must be room when its request begins; more is found on the way.
+RESERVE = 4096
+# The share of the memory that is left by the weights which states may take.
+SHARE = 0.75
+# Bounds of what a client is told to wait, in seconds.
+SOONEST, LATEST = 1, 60
 
 
 class Places:
@@ -14,6 +30,7 @@ class Places:
     def __init__(self, max_batch: int, max_queue: int):
         self.max_batch, self.max_queue = max_batch, max_queue
         self._lock, self._taken, self._closed = threading.Lock(), 0, False
+        self._gap, self._freed_at = 0.0, time.monotonic()
 
     def take(self) -> None:
         """Take a place. Raises Busy, Stopping."""
@@ -21,15 +38,61 @@ class Places:
             if self._closed:
                 raise Stopping
             if self._taken >= self.max_batch + self.max_queue:
-                raise Busy(self.max_queue, 1)
+                wait = min(max(math.ceil(self._gap), SOONEST), LATEST)
+                raise Busy(self.max_queue, wait)
+            if not self._taken:
+                self._freed_at = time.monotonic()  # the time without requests is no wait
             self._taken += 1
 
     def free(self) -> None:
         """Give a place back."""
         with self._lock:
+            now = time.monotonic()
+            gap, self._freed_at = now - self._freed_at, now
+            self._gap = gap if not self._gap else 0.75 * self._gap + 0.25 * gap
             self._taken -= 1
+
+    def while_open(self, act: Callable[[], None]) -> None:
+        """Do something that is never done after `close`. Raises Stopping."""
+        with self._lock:
+            if self._closed:
+                raise Stopping
+            act()
 
     def close(self) -> None:
         """Have nobody come in any more."""
         with self._lock:
             self._closed = True
+
+
+class StateMemory:
+    """How many bytes states take, and how many they may: `budget`, or a share of what is there."""
+
+    def __init__(self, model: Model, context: int, budget: int | None = None):
+        self.budget = _share_left() if budget is None else budget
+        doubled = [1024 << n for n in range(context.bit_length()) if 1024 << n < context]
+        self._lengths = [0, *doubled, context]
+        kind = model.kind
+        self._bytes = [
+            state_bytes(kind.config, length, kind.dtype, kind.rounding) for length in self._lengths
+        ]
+
+    def needed(self, tokens: int) -> int:
+        """Bytes of a state of so many tokens, about."""
+        place = min(max(bisect_left(self._lengths, tokens), 1), len(self._lengths) - 1)
+        first, last = self._lengths[place - 1 : place + 1]
+        less, more = self._bytes[place - 1 : place + 1]
+        return less + (more - less) * (min(tokens, last) - first) // max(last - first, 1)
+
+    def check(self, tokens: int) -> None:
+        """Raises NoMemory where one such state alone is too much."""
+        if self.needed(tokens) > self.budget:
+            raise NoMemory(tokens, self.needed(tokens), self.budget)
+
+
+def _share_left() -> int:
+    """What states may take here, the model being loaded."""
+    here = memory().available
+    if mx.metal.is_available() and mx.default_device() == mx.gpu:
+        here -= mx.get_active_memory()  # what is available there counts what is in use
+    return int(SHARE * max(here, 0))

@@ -8,35 +8,48 @@ import numpy as np
 
 from ds4mlx.engine.answers import Answer
 from ds4mlx.engine.decoding import Taken
-from ds4mlx.engine.request import Ended, Piece, Request, TokenProbs
+from ds4mlx.engine.prefixes import Kept, Plan
+from ds4mlx.engine.request import Ended, Event, Failed, Piece, Request, Started, TokenProbs
 from ds4mlx.engine.sampling import log_probs
 from ds4mlx.engine.sequence import Sequence
 from ds4mlx.state.decode_state import DecodeState
 from ds4mlx.text.tokenizer import Tokenizer
 
 
-@dataclass
+@dataclass(eq=False)
 class Job:
-    """A request that has a place: its token ids, and how many tokens may follow them."""
+    """A request that has a place: its token ids, and how many tokens prompt and answer may have.
+
+    plan: how it will begin, as far as that is known.
+    """
 
     request: Request
     answer: Answer
     ids: list[int]
-    most: int
+    context: int
+    plan: Plan | None = None
 
     @property
-    def reaches_context(self) -> bool:
-        """Whether it is the context that bounds the answer, and not the request."""
-        return self.request.max_tokens is None or self.most < self.request.max_tokens
+    def room(self) -> int:
+        """How many tokens may follow the prompt."""
+        return self.context - len(self.ids)
+
+    @property
+    def most(self) -> int:
+        """How many tokens the answer may have."""
+        asked = self.request.max_tokens
+        return self.room if asked is None else min(self.room, asked)
 
 
 class Running:
-    """A job with a state. The prompt is read first; then its sequence is decoded."""
+    """A job with a state. The prompt is read first; then its sequence is decoded.
 
-    def __init__(self, job: Job, state: DecodeState, tokenizer: Tokenizer):
+    kept: the state as others may share it, if they may.
+    """
+
+    def __init__(self, job: Job, plan: Plan, state: DecodeState, tokenizer: Tokenizer):
         request = job.request
-        options = {"rule": request.rule, "thinking_budget": request.thinking_budget}
-        self.job, self.tokenizer = job, tokenizer
+        self.job, self.plan, self.tokenizer = job, plan, tokenizer
         self.sequence = Sequence(
             job.ids,
             state,
@@ -44,13 +57,15 @@ class Running:
             sampler=request.sampler,
             stop=request.stop,
             max_tokens=job.most,
-            **{name: value for name, value in options.items() if value is not None},
+            rule=request.rule,
+            thinking_budget=request.thinking_budget,
+            guard=True,
         )
+        self.kept: Kept | None = None
         self.cached = state.offset
-        self.reasoning_tokens = 0
-        self.paused_at: float | None = None
+        self.paused_at = 0.0
         self._probs: list[TokenProbs] = []
-        self._begun, self._decoded_from = time.perf_counter(), 0.0
+        self._begun, self._read_at = time.perf_counter(), 0.0
 
     @property
     def state(self) -> DecodeState:
@@ -62,16 +77,22 @@ class Running:
         """How many tokens of the prompt have not been read."""
         return len(self.job.ids) - self.state.offset
 
+    @property
+    def started(self) -> Started:
+        """The event of the beginning."""
+        return Started(len(self.job.ids), self.cached, self.plan.source if self.cached else "")
+
+    def advanced(self) -> None:
+        """The state has moved on: save what has come due."""
+        if self.kept is not None and self.kept.keeper is not None:
+            self.kept.keeper.advanced()
+
     def read(self) -> None:
         """The prompt has been read."""
-        self._decoded_from = time.perf_counter()
+        self._read_at = time.perf_counter()
 
     def took(self, taken: Taken, thinking: bool) -> Piece | None:
-        """What a token brings; None where nothing can be shown yet.
-
-        thinking: whether the sequence was in its thought before it.
-        """
-        self.reasoning_tokens += thinking
+        """What a token brings, in a thought or not; None where nothing can be shown yet."""
         if self.job.request.logprobs is not None and taken.token != self.tokenizer.eos_token_id:
             self._probs.append(self._token_probs(taken, self.job.request.logprobs))
         if not taken.text and not (self._probs and self.sequence.reason):
@@ -82,21 +103,35 @@ class Running:
     def ended(self) -> Ended:
         """The event of the end, with the reason and the speeds."""
         now = time.perf_counter()
-        read_by = self._decoded_from or now
-        fed = len(self.job.ids) - self.cached
+        read_at = self._read_at or now
+        sequence = self.sequence
         return Ended(
             self._reason(),
-            None,
-            self.sequence.drawn,
-            self.reasoning_tokens,
-            fed / max(read_by - self._begun, 1e-9),
-            self.sequence.drawn / max(now - read_by, 1e-9),
+            sequence.stopped_by,
+            sequence.drawn,
+            sequence.thought_tokens,
+            (len(self.job.ids) - self.cached) / max(read_at - self._begun, 1e-9),
+            sequence.drawn / max(now - read_at, 1e-9),
+        )
+
+    def told(self, event: Event | None) -> str:
+        """A line for the log: lengths, where the prefix came from, and the end; no text."""
+        end = self.ended()
+        how = "cancelled" if event is None else end.reason
+        how = f"failed ({type(event.error).__name__})" if isinstance(event, Failed) else how
+        source = f"{self.cached} from {self.plan.source}" if self.cached else "none reused"
+        return (
+            f"{self.job.request.label or 'request'}: prompt {len(self.job.ids)} tokens, {source} "
+            f"({self.plan.why}), {end.prompt_tps:.1f} tokens/s; answer {end.completion_tokens} "
+            f"tokens, {how}, {end.generation_tps:.1f} tokens/s"
         )
 
     def _reason(self) -> str:
-        if self.sequence.reason in (None, "length"):
-            return "context" if self.job.reaches_context else "length"
-        return "stop_sequence" if self.sequence.stops.reached else self.sequence.reason
+        reason = self.sequence.reason or "length"
+        if reason == "length":
+            asked = self.job.request.max_tokens
+            return "context" if asked is None or self.job.most < asked else "length"
+        return "stop_sequence" if self.sequence.stopped_by is not None else reason
 
     def _token_probs(self, taken: Taken, count: int) -> TokenProbs:
         values = np.array(log_probs(taken.logits)[0].astype(mx.float32))

@@ -2,14 +2,17 @@
 
 import asyncio
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Callable
 from functools import partial
 
 import mlx.core as mx
 
 from ds4mlx.chat.segments import Prompt
-from ds4mlx.engine.admission import Places
+from ds4mlx.engine.admission import RESERVE, Places, StateMemory
 from ds4mlx.engine.answers import Answer
+from ds4mlx.engine.prefixes import Prefixes
+from ds4mlx.engine.replay import Replay
 from ds4mlx.engine.request import Request, Status, TooLong
 from ds4mlx.engine.requests import check_count, check_ids
 from ds4mlx.engine.running import Job
@@ -24,11 +27,13 @@ from ds4mlx.text.tokenizer import Tokenizer
 class Scheduler:
     """Runs requests, several at a time, in a thread that owns the model, the states and the store.
 
-    context: most tokens of a prompt and its answer; the model's own unless told. max_batch: how many
-    sequences are worked on together, max_queue: how many more may wait. aligned: prompts are read in
-    chunks that end at multiples of 512 tokens whatever else runs, and no prefix is reused, so that a
-    text does not depend on other requests. reuse: whether prefixes are reused.
-    replay: text by the id of a call in it, as remembered; for the event loop.
+    store: where states outlive memory and process; nobody else may use it. context: most tokens of a
+    prompt and its answer; the model's own unless told. max_batch: how many requests are worked on
+    together, max_queue: how many more may wait. aligned: prompts are read in chunks that end at
+    multiples of 512 tokens whatever else runs, and no prefix is reused, so that an answer does not
+    depend on other requests. reuse: whether prefixes are reused. memory: bytes for states; a share of
+    what is left by the weights unless told.
+    replay: text by the id of a call in it, as remembered. Any thread may read it.
     Raises DataError for options out of range.
     """
 
@@ -43,6 +48,7 @@ class Scheduler:
         max_queue: int = 32,
         aligned: bool = False,
         reuse: bool = True,
+        memory: int | None = None,
     ):
         check_count("max_batch", max_batch, 1, MOST_STEPPED + 1)
         check_count("max_queue", max_queue)
@@ -50,12 +56,15 @@ class Scheduler:
         check_count("context", longest if context is None else context, 2, longest + 1)
         self.context = context or longest
         self._config, self._tokenizer = model.args, tokenizer
-        self._places = Places(max_batch, max_queue)
         # What this thread has not computed yet, another one cannot.
         mx.eval(model.parameters())
-        self._worker = Worker(model, tokenizer, self._places, aligned)
-        self._thread = threading.Thread(target=self._worker.run, name="scheduler", daemon=True)
-        self.replay: Mapping[str, str] = {}
+        self._places = Places(max_batch, max_queue)
+        self._memory = StateMemory(model, self.context, memory)
+        prefixes = Prefixes(model, tokenizer, store)
+        reuse = reuse and not aligned
+        self.worker = Worker(prefixes, self._places, self._memory, aligned, reuse)
+        self.replay = Replay(store.calls.path if store is not None else None)
+        self._thread = threading.Thread(target=self.worker.run, name="scheduler", daemon=True)
 
     def start(self) -> None:
         """Start the thread. Requests may be submitted before."""
@@ -67,9 +76,10 @@ class Scheduler:
         Returns after at most `deadline` seconds.
         """
         self._places.close()
-        self._worker.commands.put(self._worker.stop)
-        if self._thread.is_alive():
-            self._thread.join(deadline)
+        if self._thread.ident is None:
+            self._thread.start()
+        self.worker.commands.put(partial(self.worker.stop, time.monotonic() + deadline))
+        self._thread.join(deadline)
 
     async def submit(self, request: Request) -> Answer:
         """Have a request join the queue; returns as soon as its place is sure.
@@ -79,19 +89,38 @@ class Scheduler:
         self._places.take()
         try:
             job = await self._job(request)
+            self._send(partial(self.worker.enqueue, job))
         except BaseException:
             self._places.free()
             raise
-        self._worker.commands.put(partial(self._worker.enqueue, job))
         return job.answer
 
     async def count(self, prompt: Prompt | list[int]) -> int:
-        """Tokens of a prompt, as its answer will say."""
-        return len(await self._ids(prompt))
+        """Tokens of a prompt, as its answer would say now. Raises Stopping, and DataError."""
+        ids, loop = await self._ids(prompt), asyncio.get_running_loop()
+        counted: asyncio.Future[int] = loop.create_future()
+
+        def count() -> None:
+            try:
+                result = self.worker.count(ids)
+            except DataError as error:
+                loop.call_soon_threadsafe(_settle, counted, error)
+            else:
+                loop.call_soon_threadsafe(_settle, counted, result)
+
+        self._send(count)
+        return await counted
+
+    async def remember(self, ids: list[str], text: str) -> None:
+        """Note, durably where there is a store, the text of the calls with these ids.
+
+        Raises OSError.
+        """
+        await asyncio.to_thread(self.replay.remember, ids, text)
 
     def status(self) -> Status:
         """How it does. Never waits."""
-        return self._worker.status
+        return self.worker.status
 
     async def _job(self, request: Request) -> Job:
         for option in ("max_tokens", "thinking_budget", "logprobs"):
@@ -100,20 +129,38 @@ class Scheduler:
                 check_count(option, value)
         StopStrings(request.stop)
         ids = await self._ids(request.prompt)
-        if not ids:
-            raise DataError("the prompt is empty")
         most = self.context - (request.max_tokens != 0)
         if len(ids) > most:
             raise TooLong(len(ids), most)
-        check_ids(self._config, ids)
-        room = self.context - len(ids)
-        length = room if request.max_tokens is None else min(room, request.max_tokens)
-        return Job(request, Answer(self._wake), ids, length)
+        if request.rule is not None:
+            await asyncio.to_thread(request.rule.start, self._tokenizer)
+        job = Job(request, Answer(self._wake), ids, self.context)
+        self._memory.check(len(ids) + min(job.most, RESERVE))
+        return job
 
     async def _ids(self, prompt: Prompt | list[int]) -> list[int]:
         if isinstance(prompt, Prompt):
-            return await asyncio.to_thread(self._tokenizer.encode_segments, prompt)
-        return [int(token) for token in prompt]
+            ids = await asyncio.to_thread(self._tokenizer.encode_segments, prompt)
+        else:
+            ids = [int(token) for token in prompt]
+        if not ids:
+            raise DataError("the prompt is empty")
+        if len(ids) <= self.context:
+            check_ids(self._config, ids)
+        return ids
+
+    def _send(self, command: Callable[[], None]) -> None:
+        """Have the thread do something, which it surely will. Raises Stopping."""
+        self._places.while_open(partial(self.worker.commands.put, command))
 
     def _wake(self) -> None:
-        self._worker.commands.put(lambda: None)
+        self.worker.commands.put(lambda: None)
+
+
+def _settle(future: "asyncio.Future[int]", result: int | DataError) -> None:
+    if future.done():  # nobody waits any more
+        return
+    if isinstance(result, DataError):
+        future.set_exception(result)
+    else:
+        future.set_result(result)

@@ -1,220 +1,259 @@
-"""The loop of the one thread that owns MLX and the decode states.
+"""The loop of the one thread that owns MLX, the decode states and the KV store.
 
 A turn: what has been asked for meanwhile, one decoding step of all sequences, one chunk of one prompt,
 and the events of it all to their readers.
 """
 
 import logging
-import time
 from collections import deque
 from collections.abc import Callable
 from queue import Empty, SimpleQueue
 
-import mlx.core as mx
-
-from ds4mlx.engine.admission import Places
+from ds4mlx.engine.admission import RESERVE, Places, StateMemory
 from ds4mlx.engine.answers import Outbox
-from ds4mlx.engine.decoding import Decoding, Taken
+from ds4mlx.engine.counts import Counts
 from ds4mlx.engine.prefill import PREFILL_STEP, prefill_chunk
-from ds4mlx.engine.request import Event, Failed, Started, Status, Stopping
+from ds4mlx.engine.prefixes import Plan, Prefixes
+from ds4mlx.engine.request import Event, Failed, NoMemory, Status, Stopping
 from ds4mlx.engine.running import Job, Running
+from ds4mlx.engine.steps import Outcome, Steps, failure
 from ds4mlx.errors import DataError
-from ds4mlx.model.model import Model
-from ds4mlx.text.tokenizer import Tokenizer
 
-LOG = logging.getLogger("ds4mlx.serve")
+LOG = logging.getLogger("ds4mlx")
 
 # Most tokens of a prompt between two steps of sequences that are being decoded.
 SHARED_STEP = 512
-# Unread events with which a sequence pauses, those with which it goes on, and seconds it may pause.
-MOST_UNREAD, FEW_UNREAD, PATIENCE = 256, 128, 60.0
+# Turns between two looks at the memory that growing states take.
+LOOK = 64
 
 
 class Worker:
-    """Everything that only the thread touches."""
+    """Everything that only the thread touches.
 
-    def __init__(self, model: Model, tokenizer: Tokenizer, places: Places, aligned: bool):
-        self.model, self.tokenizer, self.places, self.aligned = model, tokenizer, places, aligned
+    prefixes: the states that are kept. reuse: whether prompts begin with them. aligned: chunks end
+    at multiples of SHARED_STEP whatever else runs.
+    """
+
+    def __init__(
+        self, prefixes: Prefixes, places: Places, memory: StateMemory, aligned: bool, reuse: bool
+    ):
+        self.prefixes, self.places, self.memory = prefixes, places, memory
+        self.aligned, self.reuse = aligned, reuse
         self.commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self.status = Status()
-        self._outbox = Outbox()
+        self._counts, self._outbox = Counts(), Outbox()
         self._waiting: deque[Job] = deque()
         self._reading: deque[Running] = deque()  # prompts, in the order of their turns
-        self._paused: list[Running] = []
-        self._decoding, self._decoded = Decoding(model), list[Running]()
-        self._stopped = False
+        self._steps = Steps(prefixes.model, places.max_batch)
+        self._stopped, self._turns = False, 0
 
     def run(self) -> None:
         """Until `stop` is among the commands."""
         while not self._stopped:
-            self._take_commands()
             try:
+                self._take_commands()
                 self._turn()
             except Exception as error:
                 LOG.exception("a turn of the scheduler failed")
-                self._fail_all(_failure(error))
+                self._fail_all(failure(error))
             self._tell()
 
+    # Commands
+
     def enqueue(self, job: Job) -> None:
-        """A command: have a job wait for its turn."""
+        """Have a job wait for its turn."""
+        self._counts.add("requests")
         self._waiting.append(job)
 
-    def stop(self) -> None:
-        """A command: end everything, and the loop."""
+    def count(self, ids: list[int]) -> int:
+        """Tokens of a prompt as it would be spelled now."""
+        return len(self._plan(ids).ids)
+
+    def stop(self, until: float) -> None:
+        """End everything, save until that time, and end the loop."""
         self._fail_all(Stopping())
+        self._tell()
         self._stopped = True
+        self.prefixes.save_all(until)
 
     def _take_commands(self) -> None:
-        idle = not (self._waiting or self._reading or self._decoded)
+        idle = not (self._waiting or self._reading or self._steps.decoded)
         try:
             if idle:
-                self.commands.get(timeout=1.0 if self._paused else None)()
+                self.commands.get(timeout=1.0 if self._steps.paused else None)()
             while True:
                 self.commands.get_nowait()()
         except Empty:
             pass
 
+    # A turn
+
     def _turn(self) -> None:
         self._drop_cancelled()
         self._admit()
-        self._pause()
-        if self._decoded:
-            self._step()
+        for running in self._steps.pause(self.places.max_batch - self._active()):
+            self._leave(running, Failed(DataError("the answer was not read for too long")))
+        for outcome in self._steps.step():
+            self._took(outcome)
+        self._turns += 1
+        if self._turns % LOOK == 0:
+            self._look_at_memory()
         if self._reading:
             self._tell()  # a chunk takes long
             self._read_on(self._reading.popleft())
 
     def _tell(self) -> None:
-        running = len(self._reading) + len(self._decoded) + len(self._paused)
-        self.status = Status(running=running, waiting=len(self._waiting))
+        running = len(self._all())
+        nbytes = self.prefixes.nbytes + self._busy_bytes()
+        self.status = self._counts.status(running, len(self._waiting), nbytes)
         self._outbox.hand_over()
+
+    def _all(self) -> list[Running]:
+        return [*self._reading, *self._steps.members]
+
+    def _active(self) -> int:
+        return len(self._reading) + len(self._steps.decoded)
 
     # Joining and leaving
 
     def _admit(self) -> None:
-        while self._waiting and self._running() < self.places.max_batch:
-            job = self._waiting.popleft()
-            running = Running(job, self.model.make_cache(), self.tokenizer)
-            self._outbox.put(job.answer, Started(len(job.ids), 0, ""))
-            self._reading.append(running)
+        """Begin with jobs that wait, in order; those whose prefix is being read let others pass."""
+        for job in list(self._waiting):
+            if self._active() >= self.places.max_batch:
+                return
+            if job.plan is not None and job.plan.must_wait:
+                continue
+            try:
+                plan = job.plan = self._plan(job.ids)
+            except Exception as error:  # noqa: BLE001 - it is told and logged
+                self._refuse(job, error)
+                continue
+            if plan.must_wait and plan.awaited is not None:
+                plan.awaited.state.add_boundary(plan.until)
+                continue
+            room = self.memory.budget - self._busy_bytes() - self._needed(job)
+            if room < 0 and self._all():
+                return
+            self._begin(job, plan, max(room, 0))
 
-    def _running(self) -> int:
-        return len(self._reading) + len(self._decoded)
+    def _plan(self, ids: list[int]) -> Plan:
+        return self.prefixes.plan(ids) if self.reuse else Plan(ids)
+
+    def _begin(self, job: Job, plan: Plan, room: int) -> None:
+        if len(plan.ids) < job.context:  # another spelling may be longer
+            job.ids = plan.ids
+        try:
+            state = self.prefixes.begin(plan, room) if job.ids is plan.ids else None
+            state = self.prefixes.model.make_cache() if state is None else state
+            running = Running(job, plan, state, self.prefixes.tokenizer)
+        except Exception as error:  # noqa: BLE001 - it is told and logged
+            self._refuse(job, error)
+            return
+        self._waiting.remove(job)
+        self._reading.append(running)
+        if self.reuse:
+            running.kept = self.prefixes.work_on(running.sequence.tokens, state)
+        self.prefixes.shrink(room)
+        self._counts.add("prompt_tokens", len(job.ids))
+        self._counts.add("cached_tokens", running.cached)
+        self._outbox.put(job.answer, running.started)
+
+    def _refuse(self, job: Job, error: Exception | None) -> None:
+        """Have a job leave that has not begun; without an error nobody waits for it."""
+        event = None
+        if error is not None:
+            if not isinstance(error, DataError):
+                LOG.error("a request could not begin", exc_info=error)
+            event = Failed(failure(error))
+            self._outbox.put(job.answer, event)
+        self._waiting.remove(job)
+        self.places.free()
+        self._counts.ended(event, self.prefixes.store)
 
     def _drop_cancelled(self) -> None:
         for job in [job for job in self._waiting if job.answer.cancelled]:
-            self._waiting.remove(job)
-            self.places.free()
-        for running in [*self._reading, *self._decoded, *self._paused]:
+            self._refuse(job, None)
+        for running in self._all():
             if running.job.answer.cancelled:
                 self._leave(running)
 
     def _leave(self, running: Running, event: Event | None = None) -> None:
         """Have a request end, with its last event unless nobody waits for it."""
-        for held in (self._reading, self._decoded, self._paused):
-            if running in held:
-                held.remove(running)
-        self._decoding.remove(running.sequence)
+        if running in self._reading:
+            self._reading.remove(running)
+        self._steps.remove(running)
+        if running.kept is not None:
+            self.prefixes.rest(running.kept)
+            self.prefixes.shrink(max(self.memory.budget - self._busy_bytes(), 0))
         self.places.free()
+        LOG.info("%s", running.told(event))
+        self._counts.ended(event, self.prefixes.store)
         if event is not None:
             self._outbox.put(running.job.answer, event)
 
     def _fail_all(self, error: DataError) -> None:
-        for running in [*self._reading, *self._decoded, *self._paused]:
+        for running in self._all():
             self._leave(running, Failed(error))
-        for job in self._waiting:
-            self._outbox.put(job.answer, Failed(error))
-            self.places.free()
-        self._waiting.clear()
+        for job in list(self._waiting):
+            self._refuse(job, error)
 
-    def _pause(self) -> None:
-        """Sequences whose readers are behind leave the steps, and come back."""
-        for running in [r for r in self._decoded if r.job.answer.unread > MOST_UNREAD]:
-            self._decoding.remove(running.sequence)
-            self._decoded.remove(running)
-            self._paused.append(running)
-            running.paused_at = time.monotonic()
-            running.job.answer.resume_below = FEW_UNREAD
-        for running in list(self._paused):
-            answer = running.job.answer
-            if answer.unread < FEW_UNREAD and self._running() < self.places.max_batch:
-                self._paused.remove(running)
-                self._join(running)
-            elif time.monotonic() - (running.paused_at or 0) > PATIENCE:
-                self._leave(running, Failed(DataError("the answer was not read for too long")))
+    # Memory
 
-    def _join(self, running: Running, logits: mx.array | None = None, before: int = 0) -> None:
-        self._decoding.add(running.sequence, logits, before)
-        self._decoded.append(running)
+    def _needed(self, job: Job) -> int:
+        return self.memory.needed(len(job.ids) + min(job.most, RESERVE))
 
-    # Reading prompts
+    def _busy_bytes(self) -> int:
+        """What the states that are worked on take, or will soon."""
+        return sum(
+            max(self._needed(r.job), self.memory.needed(len(r.sequence.tokens)))
+            for r in self._all()
+        )
+
+    def _look_at_memory(self) -> None:
+        """Make room for what has grown; where that does not do, the newest request ends."""
+        room = self.memory.budget - self._busy_bytes()
+        self.prefixes.shrink(max(room, 0))
+        if room < 0 and len(self._all()) > 1:
+            newest = self._all()[-1]
+            tokens = len(newest.sequence.tokens)
+            self._leave(newest, Failed(NoMemory(tokens, self.memory.needed(tokens), room)))
+
+    # Work
 
     def _read_on(self, running: Running) -> None:
         """The next chunk of a prompt; after the last one its sequence joins the others."""
         state, ids = running.state, running.job.ids
-        somebody_waits = self._decoded or any(r.left < PREFILL_STEP for r in self._reading)
+        somebody_waits = self._steps.decoded or any(r.left < PREFILL_STEP for r in self._reading)
         step = SHARED_STEP if self.aligned or somebody_waits else PREFILL_STEP
         start, end = state.offset, min(len(ids), (state.offset // step + 1) * step)
         try:
-            logits = prefill_chunk(self.model, ids[start:end], state, end == len(ids))
+            logits = prefill_chunk(self.prefixes.model, ids[start:end], state, end == len(ids))
+            self._counts.add("chunks")
+            running.advanced()
             if logits is None:
                 self._reading.append(running)
                 return
             running.read()
             if running.sequence.max_tokens:
-                self._join(running, logits, running.cached)
+                self._steps.join(running, logits, running.cached)
                 return
         except Exception as error:
             LOG.exception("a chunk of a prompt failed")
-            self._leave(running, Failed(_failure(error)))
+            self._leave(running, Failed(failure(error)))
             return
         self._leave(running, running.ended())
 
-    # Decoding
-
-    def _step(self) -> None:
-        """A token of each sequence. Where the step fails, each is tried alone."""
-        thinking = {id(r.sequence): r.sequence.thinking for r in self._decoded}
-        try:
-            taken = self._decoding.step()
-        except Exception as error:
-            LOG.exception("a decoding step failed")
-            if len(self._decoded) == 1:
-                self._leave(self._decoded[0], Failed(_failure(error)))
-                return
-            taken = self._one_by_one()
-        owner = {id(running.sequence): running for running in self._decoded}
-        for each in taken:
-            running = owner[id(each.sequence)]
-            self._took(running, each, thinking[id(each.sequence)])
-
-    def _one_by_one(self) -> list[Taken]:
-        """A step of each sequence alone; those that fail end."""
-        taken = list[Taken]()
-        for running, alone in zip(list(self._decoded), self._decoding.apart(), strict=True):
-            try:
-                taken += alone.step()
-            except Exception as error:
-                LOG.exception("a decoding step of one sequence failed")
-                self._leave(running, Failed(_failure(error)))
-                continue
-            if alone:
-                self._decoding.add(running.sequence)
-        return taken
-
-    def _took(self, running: Running, taken: Taken, thinking: bool) -> None:
-        if taken.error is not None:
-            self._leave(running, Failed(taken.error))
+    def _took(self, outcome: Outcome) -> None:
+        """Tell what a step brought."""
+        running = outcome.running
+        if outcome.taken is None or outcome.error is not None:
+            error = outcome.error or DataError("no token could be drawn")
+            self._leave(running, Failed(error))
             return
-        piece = running.took(taken, thinking)
+        self._counts.took()
+        running.advanced()
+        piece = running.took(outcome.taken, outcome.thinking)
         if piece is not None:
             self._outbox.put(running.job.answer, piece)
         if running.sequence.reason:
             self._leave(running, running.ended())
-
-
-def _failure(error: Exception) -> DataError:
-    """What a reader is told of an error."""
-    if isinstance(error, DataError):
-        return error
-    return DataError(f"the computation failed: {type(error).__name__}: {error}")

@@ -92,6 +92,11 @@ class Recent:
         self.buffer, self.tail, self.end = rows, None, end
         self.first = self.start = end - len(rows)
 
+    def share(self, other: "Recent") -> None:
+        """Hold the same rows as another one."""
+        self.buffer, self.tail, self.first = other.buffer, other.tail, other.first
+        self.start, self.end, self.settled = other.start, other.end, other.settled
+
     def settle(self) -> None:
         """Have `keep` rows that end at `end` lie in the buffer, and an empty tail behind them."""
         count, blank = min(self.keep, self.end - self.start), self.blank
@@ -204,6 +209,11 @@ class Rows:
     def load(self, buffer: mx.array, count: int) -> None:
         """Hold the first `count` rows of `buffer` (capacity, width)."""
         self.buffer, self.tail, self.count = buffer, None, count
+
+    def share(self, other: "Rows") -> None:
+        """Hold the same rows as another one."""
+        self.buffer, self.tail = other.buffer, other.tail
+        self.count, self.settled = other.count, other.settled
 
     def capacity(self, count: int) -> int:
         """Rows that a buffer grown for `count` rows has room for."""

@@ -183,6 +183,21 @@ class DecodeState:
         if self.stored is not None:
             self.stored = self.stored.cut(tokens)
 
+    def reach(self, tokens: int) -> int:
+        """The longest length up to `tokens` <= offset to which it can go back."""
+        if self._reaches(tokens):
+            return tokens
+        return max((p for p in self.records if p <= tokens), default=0)
+
+    def share(self, other: "DecodeState") -> None:
+        """Become the same as another state of the kind; its arrays are shared until they change."""
+        ours, theirs = [*self.layers, *self.drafts], [*other.layers, *other.drafts]
+        for layer, another in zip(ours, theirs, strict=True):
+            layer.share(another)
+        self.records, self.stored = other.records, other.stored
+        self.drafts.records = other.drafts.records
+        self.boundaries = replace(other.boundaries)
+
     def _unreachable(self, tokens: int) -> RewindError:
         offset = self.offset
         oldest = max(layer.window.start for layer in self.layers)

@@ -94,6 +94,13 @@ class LayerState:
         """
         return False
 
+    def share(self, other: "LayerState") -> None:
+        """Hold the same rows as another one; the arrays are shared until they change."""
+        for mine, theirs in zip(self.recents, other.recents, strict=True):
+            mine.share(theirs)
+        for ours, another in zip(self.compressors, other.compressors, strict=True):
+            ours.rows.share(another.rows)
+
     def truncate(self, tokens: int) -> None:
         """Go back to the state after `tokens` tokens, which must be reachable."""
         self.window.truncate(tokens)

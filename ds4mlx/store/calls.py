@@ -17,6 +17,7 @@ class Calls(Mapping[str, str]):
     """The map; several processes may add to the file."""
 
     def __init__(self, path: Path):
+        self.path = path
         self._journal = Journal(path)
         self._texts: dict[str, str | None] = {}  # None: of an id with two texts
 

@@ -1,4 +1,4 @@
-"""When `generate` and `chat` save, and what; `KVStore.save` itself knows none of this."""
+"""When `generate`, `chat` and `serve` save, and what; `KVStore.save` itself knows none of this."""
 
 import logging
 from collections.abc import Callable
@@ -67,10 +67,14 @@ class Keeper:
 
     def end(self, reason: str) -> None:
         """The state is given up: save as much as the policy allows, and wait for the disk."""
-        length = self.policy.aligned(self.cache.offset)
-        if length:
-            self._save(length, reason)
+        self.leave(reason)
         self.store.flush()
+
+    def leave(self, reason: str) -> None:
+        """Save as much of the state as the policy allows; it is written beside what follows."""
+        length = self.cache.reach(self.policy.aligned(self.cache.offset))
+        if length >= self.policy.min_tokens:
+            self._save(length, reason)
 
     def _following(self, tokens: int) -> int:
         return (tokens // self.policy.interval + 1) * self.policy.interval

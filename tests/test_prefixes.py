@@ -1,0 +1,260 @@
+"""What a prompt finds already read: in memory, being read by another, and in a store."""
+
+import asyncio
+import logging
+
+import numpy as np
+import pytest
+from ahead import NEAR
+from scheduling import asked, check_kept, drawn, settled, text_of, whole
+from steering import Failing
+
+from ds4mlx import KVStore
+from ds4mlx.chat import encode_segments
+from ds4mlx.engine.request import Ended, Failed, Piece, Started
+from ds4mlx.engine.scheduler import Scheduler
+
+IDS = np.random.default_rng(5).integers(2, 288, 3000).tolist()
+OTHER = np.random.default_rng(6).integers(2, 288, 3000).tolist()
+
+
+@pytest.fixture
+def schedulers():
+    """Makes schedulers, each closed in the end, and after it its store."""
+    made, stores = [], []
+
+    def make(model, tokenizer, started=True, path=None, **options):
+        if path is not None:
+            stores.append(KVStore(path, model=model, tokenizer=tokenizer))
+            options["store"] = stores[-1]
+        made.append(Scheduler(model, tokenizer, **options))
+        if started:
+            made[-1].start()
+        return made[-1]
+
+    yield make
+    for each in [*made, *stores]:
+        each.close(60) if isinstance(each, Scheduler) else each.close()
+
+
+@pytest.fixture
+def scheduler(schedulers, small_model, small_tokenizer):
+    return lambda **options: schedulers(small_model, small_tokenizer, **options)
+
+
+def test_what_a_conversation_has_read_is_not_read_again(scheduler):
+    """The next turn, a retry, an edited turn, and the first branch again."""
+
+    async def main():
+        ours = scheduler()
+        start, said = await drawn(ours, IDS[:300], 6)
+        assert start == Started(300, 0, "")
+        history = [*IDS[:300], *said, *OTHER[:20]]
+        assert (await drawn(ours, history))[0] == Started(len(history), 305, "memory")
+        retried = await drawn(ours, IDS[:300], 6)
+        assert retried == (Started(300, 299, "memory"), said)
+        edited = [*IDS[:250], *OTHER[:30]]
+        assert (await drawn(ours, edited))[0] == Started(280, 250, "memory")
+        longer = [*history, *OTHER[20:30]]
+        assert (await drawn(ours, longer))[0].cached_tokens >= len(history)
+        assert check_kept(ours) >= 4
+
+    asyncio.run(main())
+
+
+def test_beyond_what_the_buffers_reach_the_nearest_boundary_counts(
+    scheduler, small_model, monkeypatch, caplog
+):
+    usual = type(small_model).make_cache
+
+    def made(model):
+        state = usual(model)
+        state.boundaries.spacing = NEAR
+        return state
+
+    monkeypatch.setattr(type(small_model), "make_cache", made)
+
+    async def main():
+        ours = scheduler()
+        await drawn(ours, IDS[:450], 0)
+        with caplog.at_level(logging.INFO):
+            return (await drawn(ours, [*IDS[:110], *OTHER[:10]], 2, label="edited"))[0]
+
+    assert asyncio.run(main()) == Started(120, 96, "memory")
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith("edited: prompt 120 tokens, 96 from memory (110 are alike, and 96 is")
+
+
+def test_a_running_state_is_shared_by_those_who_begin_alike(scheduler):
+    """A subagent, while the main conversation goes on; both say what they say alone."""
+
+    async def main():
+        ours, plain = scheduler(), scheduler(reuse=False)
+        request, other = asked(IDS[:200], 30), asked([*IDS[:150], *OTHER[:40]], 10)
+        main = await ours.submit(request)
+        while not isinstance(await anext(main), Piece):
+            pass
+        fork = await ours.submit(other)
+        (_, rest), (events, text) = await asyncio.gather(whole(main), whole(fork))
+        assert events[0] == Started(190, 150, "memory")
+        assert (await text_of(plain, request)).endswith(rest) and rest
+        assert text == await text_of(plain, other)
+        check_kept(ours)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("cancelled", [False, True])
+def test_a_prefix_asked_for_twice_at_once_is_read_once(scheduler, cancelled):
+    """Unless the one who reads it leaves."""
+
+    async def main():
+        ours = scheduler(started=False)
+        prompts = [[*IDS[:200], *OTHER[n : n + 20]] for n in range(3)]
+        answers = [await ours.submit(asked(prompt, 5)) for prompt in prompts]
+        if cancelled:
+            answers[0].cancel()
+        ours.start()
+        return [await whole(answer) for answer in answers[cancelled:]]
+
+    results = asyncio.run(main())
+    assert [events[0].cached_tokens for events, _ in results] == [0, 200, 200][: len(results)]
+    assert all(isinstance(events[-1], Ended) for events, _ in results)
+
+
+def test_a_failed_reader_lets_those_who_wait_for_it_begin(scheduler):
+    async def main():
+        ours = scheduler(started=False)
+        bad = await ours.submit(asked(IDS[:200], 5, sampler=Failing(1)))
+        good = await ours.submit(asked(IDS[:200], 5))
+        ours.start()
+        (events, _), (others, _) = await whole(bad), await whole(good)
+        assert isinstance(events[-1], Failed) and isinstance(others[-1], Ended)
+        assert others[0].cached_tokens == 199
+        check_kept(ours)
+
+    asyncio.run(main())
+
+
+# Conversations
+
+
+def conversation(*texts, system="You are a helpful assistant. " * 8):
+    roles = ("user", "assistant")
+    turns = [{"role": roles[n % 2], "content": text} for n, text in enumerate(texts)]
+    return encode_segments([{"role": "system", "content": system}, *turns], "none")
+
+
+def test_a_compaction_and_an_edited_question_begin_where_they_part(schedulers, talker):
+    """Exactly, however long what follows was."""
+    model, tokenizer = talker
+    long = "What do you think of this? " * 60
+
+    async def main():
+        ours = schedulers(model, tokenizer)
+        first, second = conversation("One.", "Two.", long), conversation("One.", "Two.", "Else?")
+        compacted = conversation("In short: one and two.")
+        starts = [(await drawn(ours, prompt, 3))[0] for prompt in (first, second, compacted)]
+        begin = tokenizer.encode_segments(conversation(""))
+        ids = tokenizer.encode_segments(second)
+        question = len(ids) - ids[::-1].index(tokenizer.encoder.token_to_id("<｜User｜>"))
+        assert starts[1].cached_tokens >= question
+        alike = [a == b for a, b in zip(begin, tokenizer.encode_segments(compacted), strict=False)]
+        assert starts[2].cached_tokens >= alike.index(False) > 40
+
+    asyncio.run(main())
+
+
+def test_an_answer_is_found_by_its_text(schedulers, talker):
+    """Sampled tokens need not be those that the tokenizer makes of their text."""
+    model, tokenizer = talker
+
+    async def main():
+        ours = schedulers(model, tokenizer)
+        said = "a plain answer with several words"
+        prompt = tokenizer.encode_segments(conversation("Hello?"))
+        letters = [tokenizer.encode(letter)[0] for letter in said]
+        assert letters != tokenizer.encode(said)
+        await drawn(ours, [*prompt, *letters], 0)
+        follow = conversation("Hello?", said, "And now?")
+        given = tokenizer.encode_segments(follow)
+        count = await ours.count(follow)
+        start, _ = await drawn(ours, follow, 2)
+        assert start.cached_tokens == len(prompt) + len(letters)
+        assert start.prompt_tokens == count > len(given)
+
+    asyncio.run(main())
+
+
+# Memory and disk
+
+
+def test_what_leaves_memory_comes_back_from_the_store(scheduler, tmp_path):
+    async def main():
+        need = scheduler().worker.memory.needed(560)
+        ours, sources = scheduler(path=tmp_path / "kv", memory=need * 2), []
+        want = (await drawn(ours, IDS[:560], 2))[1]
+        for _ in range(2):
+            await drawn(ours, OTHER[:560], 2)
+            start, again = await drawn(ours, IDS[:560], 2)
+            assert start.cached_tokens == 512 and again == want
+            sources.append(start.source)
+        assert ours.status().state_bytes <= need * 2 and ours.status().store_bytes > 0
+        return sources
+
+    assert asyncio.run(main()) == ["store", "store"]
+
+
+def test_a_restart_goes_on_from_the_store(scheduler, tmp_path):
+    """The prompt that was saved on the way, and the answer, which was saved at the close."""
+
+    async def first():
+        ours = scheduler(path=tmp_path / "kv")
+        await ours.remember(["call_1"], "text of a call")
+        (_, said), other = await drawn(ours, IDS[:760], 20), await drawn(ours, OTHER[:560], 2)
+        ours.close(60)
+        return said, other[1]
+
+    async def second(said, other):
+        ours = scheduler(path=tmp_path / "kv")
+        assert ours.replay["call_1"] == "text of a call" and ours.replay.get("call_2") is None
+        start, _ = await drawn(ours, [*IDS[:760], *said], 2)
+        assert (start.source, start.cached_tokens) == ("store", 768)
+        start, again = await drawn(ours, OTHER[:560], 2)
+        assert start == Started(560, 512, "store") and again == other
+        check_kept(ours)
+
+    asyncio.run(second(*asyncio.run(first())))
+
+
+# Any order of events
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_whatever_happens_kept_states_are_those_of_their_tokens(scheduler, tmp_path, seed):
+    """Requests that share beginnings, cancelled and failing ones, with little memory and a store."""
+    random = np.random.default_rng(seed)
+
+    def prompt():
+        cut, more = random.integers(1, 100), random.integers(1, 30)
+        begin = (IDS if random.random() < 0.7 else OTHER)[: int(cut)]
+        return [*begin, *random.integers(2, 288, int(more)).tolist()]
+
+    async def one(ours):
+        options = {"sampler": Failing(int(random.integers(1, 6)))} if random.random() < 0.3 else {}
+        answer = await ours.submit(asked(prompt(), int(random.integers(0, 9)), **options))
+        stop, seen = int(random.integers(1, 20)), 0
+        async for _ in answer:
+            seen += 1
+            if seen == stop:
+                answer.cancel()
+
+    async def main():
+        need = scheduler().worker.memory.needed(200)
+        ours = scheduler(path=tmp_path / "kv", memory=need * 8, max_batch=3)
+        for _ in range(2):
+            await asyncio.gather(*(one(ours) for _ in range(5)))
+            settled(ours)
+            assert check_kept(ours)
+
+    asyncio.run(main())
