@@ -3,6 +3,7 @@
 from collections import Counter
 
 import mlx.core as mx
+import numpy as np
 import pytest
 
 from ds4mlx.bench.costs import rows_read, weights_read
@@ -11,8 +12,10 @@ from ds4mlx.custom_kernels.dialect import Target
 from ds4mlx.custom_kernels.graph import operations
 from ds4mlx.custom_kernels.layer.attention import SHARES
 from ds4mlx.custom_kernels.recording import recording
+from ds4mlx.model.fused.step import begin
 from ds4mlx.model.linear import Matrix
 from ds4mlx.model.model import Model
+from ds4mlx.model.rope import step_angles
 from ds4mlx.state.blank import fill_blank
 from ds4mlx.state.decode_state import DecodeState
 from ds4mlx.state.tails import settle
@@ -83,6 +86,14 @@ def test_bytes_moved_are_those_of_the_weights(q2):
     launches, others = recorded(q2, [after(q2, 4096)])
     arithmetic = weights_read(q2, 1) + rows_read(q2, 4096)
     assert arithmetic <= sum(each.moved for each in (*launches, *others)) <= 1.15 * arithmetic
+
+
+@pytest.mark.parametrize("position", [0, 4096, 1_048_575])
+def test_what_every_launch_is_told_lies_side_by_side(q2, position):
+    """MLX would copy anything else for every launch that takes it."""
+    told = step_angles(q2._rotary, position)
+    assert told.flags.c_contiguous and told.dtype == np.float32
+    assert memoryview(begin(q2, mx.zeros((3,), mx.int32)).streams.view(mx.uint16)).c_contiguous
 
 
 def test_launches_of_several_sequences(q2):

@@ -39,7 +39,7 @@ if (at < parts * groups) {{
   {planes}
   uint group = at / parts, row = (at % parts * SUBS + sub) * R + group * each;
   if (row < (group + 1) * each)
-    product<{struct}, R, N, U, M, A>(w, x + group * columns, groups * columns, out{i}, groups * each,
+    product<{struct}, R, N, U, M>(w, x + group * columns, groups * columns, out{i}, groups * each,
                                      row, (group + 1) * each, columns, lane);
   return;
 }}
@@ -51,7 +51,7 @@ if (at < parts * groups) {{
   {struct} w;
   {planes}
   uint group = at / parts, row = at % parts * 16 + group * each;
-  tile<{struct}, SUBS, A>(w, x + group * columns, groups * columns, uint(x_shape[0]), out{i},
+  tile<{struct}, SUBS>(w, x + group * columns, groups * columns, uint(x_shape[0]), out{i},
                           groups * each, row, (group + 1) * each, columns, sums, sub, lane);
   return;
 }}
@@ -128,56 +128,42 @@ def _name(formats: Iterable[str], tiled: bool = False) -> str:
     return "_".join(("dense_tiles" if tiled else "dense_matvec", *formats))
 
 
-def _tiled(formats: Iterable[str], x: mx.array, rounds: mx.Dtype | None) -> bool:
+def _tiled(formats: Iterable[str], x: mx.array) -> bool:
     """Whether matrix units multiply x: where they are faster, and bfloat16 has room for all numbers."""
-    exact = (rounds or x.dtype) == mx.bfloat16 and all(name in tiles.FORMATS for name in formats)
+    exact = x.dtype == mx.bfloat16 and all(name in tiles.FORMATS for name in formats)
     fewest = TILED_FROM[target() or "metal"]
     return exact and len(x) >= fewest and x.shape[-1] % CHUNK == 0
 
 
-def dense_matvec(
-    matrices: Matrices,
-    x: mx.array,
-    dtype: mx.Dtype = mx.float32,
-    *,
-    rounds: mx.Dtype | None = None,
-) -> list[mx.array]:
+def dense_matvec(matrices: Matrices, x: mx.array, dtype: mx.Dtype = mx.float32) -> list[mx.array]:
     """x . W^T for every matrix, in one launch: a list of (N, rows) of type `dtype`.
 
     matrices: (format, planes of (rows, columns)); x (N, columns), or (N, G, columns), where row i of
-    a matrix meets group i // (rows / G): a list of (N, G, rows / G). Sums are float32. rounds: the
-    type that x, such as the float32 sums of an earlier product, is rounded to first.
+    a matrix meets group i // (rows / G): a list of (N, G, rows / G). Sums are float32.
     """
-    if takes(matrices, x, rounds=rounds):
-        return by_kernel(matrices, x, dtype, rounds=rounds)
-    return plain(matrices, x, dtype, rounds=rounds)
+    way = by_kernel if takes(matrices, x) else plain
+    return way(matrices, x, dtype)
 
 
-def takes(matrices: Matrices, x: mx.array, *, rounds: mx.Dtype | None = None) -> bool:
+def takes(matrices: Matrices, x: mx.array) -> bool:
     """Whether the kernel multiplies x by the matrices."""
-    return fits([name for name, _ in matrices], x, rounds=rounds)
+    return fits([name for name, _ in matrices], x)
 
 
-def fits(formats: Iterable[str], x: mx.array, *, rounds: mx.Dtype | None = None) -> bool:
+def fits(formats: Iterable[str], x: mx.array) -> bool:
     """Whether the kernel multiplies x (N, columns) or (N, G, columns) by matrices in these formats."""
     kinds = list(dict.fromkeys(formats))
     if len(x) > MOST or not all(kind in text.COLUMNS for kind in kinds):
         return False
     if any(x.shape[-1] % text.COLUMNS[kind] for kind in kinds):
         return False
-    tiled = _tiled(kinds, x, rounds)
-    return dispatch.active(x, *(_name([kind], tiled) for kind in kinds), dtype=rounds)
+    tiled = _tiled(kinds, x)
+    return dispatch.active(x, *(_name([kind], tiled) for kind in kinds))
 
 
-def plain(
-    matrices: Matrices,
-    x: mx.array,
-    dtype: mx.Dtype = mx.float32,
-    *,
-    rounds: mx.Dtype | None = None,
-) -> list[mx.array]:
+def plain(matrices: Matrices, x: mx.array, dtype: mx.Dtype = mx.float32) -> list[mx.array]:
     """`dense_matvec` by MLX's own operations."""
-    x = x.astype(rounds or x.dtype).astype(mx.float32)
+    x = x.astype(mx.float32)
     if x.ndim == 2:
         return [FORMATS[name].matmul(planes, x).astype(dtype) for name, planes in matrices]
     groups, rows = x.shape[1], x.swapaxes(0, 1)
@@ -188,18 +174,12 @@ def plain(
     return results
 
 
-def by_kernel(
-    matrices: Matrices,
-    x: mx.array,
-    dtype: mx.Dtype = mx.float32,
-    *,
-    rounds: mx.Dtype | None = None,
-) -> list[mx.array]:
+def by_kernel(matrices: Matrices, x: mx.array, dtype: mx.Dtype = mx.float32) -> list[mx.array]:
     """`dense_matvec` in one launch; N is at most MOST, columns a multiple of a piece's."""
     tokens, *grouped, _ = x.shape
     groups = (grouped or [1])[0]
     formats = tuple(name for name, _ in matrices)
-    tiled = _tiled(formats, x, rounds)
+    tiled = _tiled(formats, x)
     cut = Cut(tuple(planes["weight"].shape[0] for _, planes in matrices), groups, tokens, tiled)
     return kernel(formats, tiled)(
         [x, *(planes[p] for name, planes in matrices for p in FORMATS[name].layout)],
@@ -207,7 +187,6 @@ def by_kernel(
         groups=(sum(cut.parts()), 1, 1),
         threads=32 * (TILE_SUBS if tiled else SUBS),
         template=[
-            ("A", rounds or x.dtype),
             ("GROUPED", len(grouped)),
             *cut.template(),
         ],

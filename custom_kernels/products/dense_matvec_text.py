@@ -8,16 +8,11 @@ inline void halves(uint w, thread float* v) { v[0] = low(as_half2(w)); v[1] = hi
 inline void brains(uint w, thread float* v) {
   v[0] = as_type<float>(w << 16); v[1] = as_type<float>(w & 0xffff0000u);
 }
-// Activations as they are taken: those of more digits than A has are rounded to it.
-template <typename A> inline void load4(const device float* p, thread float* v) {
+inline void load4(const device float* p, thread float* v) {
   float4 q = *(const device float4*)p;
   v[0] = q.x; v[1] = q.y; v[2] = q.z; v[3] = q.w;
-  if (sizeof(A) < sizeof(float)) {
-    #pragma unroll
-    for (int i = 0; i < 4; i++) v[i] = float(static_cast<A>(v[i]));
-  }
 }
-template <typename A> inline void load4(const device bfloat16_t* p, thread float* v) {
+inline void load4(const device bfloat16_t* p, thread float* v) {
   uint2 q = *(const device uint2*)p;
   brains(q.x, v); brains(q.y, v + 2);
 }
@@ -139,7 +134,7 @@ inline float totals(thread float* v, uint lane, thread uint& which) {
   for (uint b = M; b < 32; b *= 2) sum += simd_shuffle_xor(sum, b);
   return sum;
 }
-template <typename F, int R, int N, int U, int M, typename A, typename T, typename O>
+template <typename F, int R, int N, int U, int M, typename T, typename O>
 inline void product(F w, const device T* x, uint stride, device O* out, uint out_stride, uint row0,
                     uint rows, uint all, uint lane) {
   float y[M];
@@ -170,7 +165,7 @@ inline void product(F w, const device T* x, uint stride, device O* out, uint out
         #pragma unroll
         for (int t = 0; t < N; t++) {
           float a[4];
-          load4<A>(at + t * stride + 4 * q, a);
+          load4(at + t * stride + 4 * q, a);
           #pragma unroll
           for (int r = 0; r < R; r++) {
             float s = q ? sum[r][t] : 0.0f;

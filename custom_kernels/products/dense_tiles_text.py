@@ -81,7 +81,7 @@ inline void fetch(thread Chunk& k, F w, uint upper, uint lower, uint c, uint all
   four_scales(w, upper, c, all, k.scale[0]);
   four_scales(w, lower, c, all, k.scale[1]);
 }
-template <typename F, int SUBS, typename A, typename T, typename O>
+template <typename F, int SUBS, typename T, typename O>
 inline void tile(F w, const device T* x, uint stride, uint tokens, device O* out, uint out_stride,
                  uint row0, uint rows, uint all, threadgroup float* sums, uint sub, uint lane) {
   uint g = lane / 4, q = lane % 4, upper = min(row0 + g, rows - 1), lower = min(row0 + g + 8, rows - 1);
@@ -104,7 +104,7 @@ inline void tile(F w, const device T* x, uint stride, uint tokens, device O* out
         a[0] = pair_of(v[0], v[1]); a[1] = pair_of(v[2], v[3]);
         F::quad(k.codes[1][u], i, v);
         b[0] = pair_of(v[0], v[1]); b[1] = pair_of(v[2], v[3]);
-        load4<A>(own + 128 * c + 32 * u + 4 * i, v);
+        load4(own + 128 * c + 32 * u + 4 * i, v);
         at[0] = pair_of(v[0], v[1]); at[1] = pair_of(v[2], v[3]);
         multiply(block, a, b, at, lane);
       }

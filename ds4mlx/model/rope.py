@@ -44,7 +44,8 @@ def step_angles(tables: dict[int, Rotary], position: int) -> np.ndarray:
     """
     places = position, position, position // 4 * 4, position // 128 * 128
     frequencies = np.stack([tables[ratio].frequencies for ratio in (0, 4, 4, 128)])
-    return turns(np.array(places, np.float32)[:, None] * frequencies).swapaxes(0, 1)
+    angles = turns(np.array(places, np.float32)[:, None] * frequencies)
+    return np.ascontiguousarray(angles.swapaxes(0, 1))  # or every launch would make it so
 
 
 def rotary_tables(config: ModelConfig) -> dict[int, Rotary]:

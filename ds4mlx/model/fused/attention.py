@@ -123,13 +123,11 @@ def core(
 def output(attn: Attention, outs: list[mx.array]) -> mx.array:
     """B times heads (H, c) -> float32 (B, D): each group of heads through wo_a, all through wo_b."""
     count, groups = len(outs), attn._config.o_groups
-    (low,) = dense([attn.wo_a], stacked(outs).reshape(count, groups, -1))
-    (final,) = dense([attn.wo_b], low.reshape(count, -1), rounds=outs[0].dtype)
+    (low,) = dense([attn.wo_a], stacked(outs).reshape(count, groups, -1), outs[0].dtype)
+    (final,) = dense([attn.wo_b], low.reshape(count, -1))
     return final
 
 
-def dense(
-    matrices: Sequence[Matrix], x: mx.array, rounds: mx.Dtype | None = None
-) -> list[mx.array]:
-    """Products of x (B, in), or (B, groups, in), with each matrix: float32 sums."""
-    return dense_matvec([(m.format, m.planes) for m in matrices], x, rounds=rounds)
+def dense(matrices: Sequence[Matrix], x: mx.array, dtype: mx.Dtype = mx.float32) -> list[mx.array]:
+    """Products of x (B, in), or (B, groups, in), with each matrix: float32 sums, rounded to a type."""
+    return dense_matvec([(m.format, m.planes) for m in matrices], x, dtype)

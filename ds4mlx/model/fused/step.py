@@ -165,7 +165,11 @@ def _in_parts(
 
 def begin(model: Stepped, ids: mx.array) -> Carried:
     """The streams of tokens before the first block."""
-    streams = mx.repeat(model.embedded(ids)[:, None], model.args.hc_mult, axis=1)
+    count = model.args.hc_mult
+    if listened():
+        streams = mx.repeat(model.embedded(ids)[:, None], count, axis=1)
+    else:  # looked up so often: a repeated row would be copied for every launch that takes it
+        streams = model.embedded(mx.broadcast_to(ids[:, None], (len(ids), count)))
     return Carried(streams, hyper_mix(streams, model.layers[0].hc_attn.fn))
 
 
