@@ -4,6 +4,7 @@ import contextlib
 import http.client
 import json
 import threading
+import time
 from dataclasses import dataclass
 
 from starlette.applications import Starlette
@@ -60,3 +61,11 @@ def serving(model, tokenizer, limits=None, **options):
         server.should_exit = True
         thread.join(PATIENCE)
         assert not thread.is_alive(), "the server does not stop"
+
+
+def until(condition):
+    """Wait for something that a server does by itself."""
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, "it does not happen"
+        time.sleep(0.01)

@@ -8,12 +8,13 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from starlette.types import Receive
 
 from ds4mlx.chat.streaming import Completion, Content, Delta
+from ds4mlx.chat.tokens import DSML
 from ds4mlx.engine.request import Ended, Failed, Piece, Started, TokenProbs
 from ds4mlx.engine.scheduler import Answer
 from ds4mlx.errors import DataError
@@ -113,7 +114,8 @@ class Turn:
     def _made(self, event: Any) -> list[Event]:
         """What is known with this event, and was not before it."""
         if isinstance(event, Ended) and self.completion is not None:
-            return [*self.completion.finish()]
+            last = self.completion.finish()
+            return [*(last if event.reason == "stop" else self._cut(last))]
         if not isinstance(event, Piece):
             return []
         tokens: list[Event] = [Tokens(event.tokens, event.thinking)] if event.tokens else []
@@ -125,6 +127,18 @@ class Turn:
         self._text.append(text)
         return [Content(text)] if text else []
 
+    def _cut(self, last: list[Delta]) -> list[Delta]:
+        """The last deltas of an answer that was cut, without the markup of calls that it began.
+
+        At an end of its own that is the model's mistake, and shown; here nobody has made one.
+        """
+        message = self.message
+        message["content"] = _before_calls(message["content"])
+        cut = [
+            replace(d, text=_before_calls(d.text)) if isinstance(d, Content) else d for d in last
+        ]
+        return [delta for delta in cut if not isinstance(delta, Content) or delta.text]
+
     async def _remember(self) -> None:
         """Note how calls were written. An answer without that is whole, only its replay is not."""
         if self.completion is None or not self.completion.sampled:
@@ -134,6 +148,16 @@ class Turn:
             await self.remember(ids, self.completion.sampled)
         except (DataError, OSError) as error:
             LOG.warning("%s: the text of its calls was not kept: %s", self.id, error)
+
+
+def _before_calls(text: str) -> str:
+    """A text up to an opening of official calls, or to the beginning of one that ends it."""
+    whole = f"\n\n<{DSML}tool_calls>"
+    before = text.partition(whole)[0]
+    if len(before) < len(text):
+        return before
+    ends = (length for length in range(len(whole) - 1, 2, -1) if text.endswith(whole[:length]))
+    return text[: len(text) - next(ends, 0)]
 
 
 async def paced(answer: AsyncIterator[Any], seconds: float) -> AsyncGenerator[Any, None]:

@@ -9,6 +9,7 @@ from ds4mlx.server.answering import Event, KeepAlive
 from ds4mlx.server.errors import ANTHROPIC, refusal_of
 from ds4mlx.server.schemas_openai import Object
 from ds4mlx.server.sealed import seal
+from ds4mlx.server.usage import messages_usage
 
 _REASONS = {
     "stop": "end_turn",
@@ -45,7 +46,7 @@ class MessageWriter:
         match event:
             case Started():
                 self._started = event
-                self._usage = self._counted(0, 0)
+                self._usage = messages_usage(event, None)
                 return [{"type": "message_start", "message": self.message}]
             case KeepAlive():
                 return [{"type": "ping"}]
@@ -123,18 +124,6 @@ class MessageWriter:
         self._end = {"stop_reason": reason, "stop_sequence": ended.stop if is_stop else None}
         if ended.reason == "repetition":
             self._end["stop_note"] = _REPEATED
-        self._usage = self._counted(ended.completion_tokens, ended.reasoning_tokens)
+        self._usage = messages_usage(self._started, ended)
         delta = {"type": "message_delta", "delta": dict(self._end), "usage": self._usage}
         return [*events, delta, {"type": "message_stop"}]
-
-    def _counted(self, output: int, thought: int) -> Object:
-        """Anthropic's account: what was cached is no part of `input_tokens`."""
-        prompt = self._started.prompt_tokens if self._started else 0
-        cached = self._started.cached_tokens if self._started else 0
-        return {
-            "input_tokens": prompt - cached,
-            "cache_creation_input_tokens": 0,
-            "cache_read_input_tokens": cached,
-            "output_tokens": output,
-            "output_tokens_details": {"thinking_tokens": thought},
-        }

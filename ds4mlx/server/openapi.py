@@ -9,12 +9,18 @@ from starlette.responses import JSONResponse, Response
 
 from ds4mlx import __version__
 from ds4mlx.server.endpoints import endpoint
+from ds4mlx.server.schemas_messages import CountRequest, MessagesRequest
 from ds4mlx.server.schemas_openai import ChatRequest, CompletionRequest
+from ds4mlx.server.schemas_responses import InputTokensRequest, ResponsesRequest
 
 # The body of each path that takes one.
 BODIES: dict[str, type[BaseModel]] = {
     "/v1/chat/completions": ChatRequest,
     "/v1/completions": CompletionRequest,
+    "/v1/messages": MessagesRequest,
+    "/v1/messages/count_tokens": CountRequest,
+    "/v1/responses": ResponsesRequest,
+    "/v1/responses/input_tokens": InputTokensRequest,
 }
 # Every status that a request can be answered with, and when.
 STATUSES = {

@@ -101,6 +101,10 @@ class _Asked:
         self.own = items_of(body, kept.item)
         before: Sequence[Any] = self.previous.items if self.previous else ()
         self.items = [*before, *self.own]
+        if not self.items:
+            raise Refusal(
+                400, "the input is empty", code="missing_required_parameter", param="input"
+            )
         self.offered: Offered = of_responses(tools_of(body, self.items))
 
     def prompt(self, body: InputTokensRequest) -> Question:
@@ -116,6 +120,7 @@ class _Asked:
             messages=messages_of(body.instructions, self.items),
             tools=functions,
             thinking=thinking_of(body),
+            thinking_budget=body.reasoning and body.reasoning.max_tokens,
             max_tokens=body.max_output_tokens,
             sampler=sampler_of(body),
             stop=body.stops,

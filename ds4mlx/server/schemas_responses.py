@@ -12,9 +12,10 @@ from ds4mlx.server.schemas_openai import Common, Count, Name, Object, Strict
 
 
 class Reasoning(Strict):
-    """How hard to think."""
+    """How hard to think, and for how many tokens at most."""
 
     effort: str | None = None
+    max_tokens: Annotated[int, Field(ge=0, lt=1 << 31)] | None = None
     summary: str | None = None
 
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ds4mlx.engine.request import Ended
+from ds4mlx.engine.request import Ended, Started
 from ds4mlx.server.answering import Turn
 
 
@@ -39,3 +39,31 @@ def cause_of(ended: Ended) -> str | None:
     if ended.reason == "stop_sequence":
         return ended.stop
     return ended.reason if ended.reason in ("context", "repetition") else None
+
+
+def responses_usage(started: Started | None, ended: Ended) -> dict[str, Any]:
+    """The same by the names of Responses."""
+    prompt, cached = _prompt(started)
+    return {
+        "input_tokens": prompt,
+        "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": prompt - cached},
+        "output_tokens": ended.completion_tokens,
+        "output_tokens_details": {"reasoning_tokens": ended.reasoning_tokens},
+        "total_tokens": prompt + ended.completion_tokens,
+    }
+
+
+def messages_usage(started: Started | None, ended: Ended | None) -> dict[str, Any]:
+    """Anthropic's usage: what was cached is no part of `input_tokens`; so far, or at the end."""
+    prompt, cached = _prompt(started)
+    return {
+        "input_tokens": prompt - cached,
+        "cache_creation_input_tokens": 0,
+        "cache_read_input_tokens": cached,
+        "output_tokens": ended.completion_tokens if ended else 0,
+        "output_tokens_details": {"thinking_tokens": ended.reasoning_tokens if ended else 0},
+    }
+
+
+def _prompt(started: Started | None) -> tuple[int, int]:
+    return (started.prompt_tokens, started.cached_tokens) if started else (0, 0)
