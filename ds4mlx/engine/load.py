@@ -71,10 +71,10 @@ def load(
 def _build(model: Model) -> None:
     """The graphs of a few tokens, more than are decoded at a time, and of a step: what answers ask for.
 
-    The step comes after so many tokens that the indexer has to choose among the rows.
+    They come after so many tokens that the indexer has to choose among the rows.
     """
-    model.last_logits(mx.zeros((1, dispatch.FEW + 1), mx.int32), model.make_cache())
     deep = fill_blank(model.make_cache(), 4 * (model.args.index_topk + 2))
+    model.last_logits(mx.zeros((1, dispatch.FEW + 1), mx.int32), deep)
     model.step(mx.zeros((1,), mx.int32), [deep])
 
 
