@@ -68,7 +68,7 @@ async function answer() {
     body = { ...options(), messages: history() };
   } catch (error) {
     the("options").open = true;
-    notice.textContent = `The tools are no JSON: ${error.message}`;
+    tell(`The tools are no JSON: ${error.message}`);
     return;
   }
   const turn = new AnswerTurn(retried);
@@ -79,11 +79,12 @@ async function answer() {
   const error = await receive(mine, body);
   turn.end(error);
   if (running === mine) show(null);
+  watch();
   if (turn !== turns.at(-1)) return;
   turn.askResults();
   follow(turn);
   const over = mine.abort.signal.aborted ? "The answer was stopped." : "The answer is complete.";
-  notice.textContent = error ? "The answer failed." : over;
+  tell(error ? "The answer failed." : over);
 }
 
 /** Take an answer as it comes; why it failed, or nothing. */
@@ -142,7 +143,12 @@ function show(now) {
   running = now;
   the("stop").hidden = !now;
   the("answer-now").hidden = !now?.turn.isThinking;
-  if (now) notice.textContent = now.turn.isThinking ? "Thinking…" : "Answering…";
+  if (now) tell(now.turn.isThinking ? "Thinking…" : "Answering…");
+}
+
+/** Say how things stand; readers of the screen hear it once. */
+function tell(text) {
+  if (notice.textContent !== text) notice.textContent = text;
 }
 
 /** Keep the newest text in sight, unless the reader has scrolled away from it. */
@@ -177,7 +183,7 @@ the("answer-now").onclick = () => endThinking(running.id, key());
 the("new").onclick = () => {
   stop();
   for (const turn of turns.splice(0)) turn.element.remove();
-  notice.textContent = "";
+  tell("");
   message.focus();
 };
 
