@@ -230,9 +230,33 @@ def test_a_restart_goes_on_from_the_store(scheduler, tmp_path):
 # Any order of events
 
 
+@pytest.fixture
+def failing_model(small_model, monkeypatch):
+    """A model whose calls fail, every now and then, when they have moved their states on."""
+    random, kind = np.random.default_rng(3), type(small_model)
+
+    def made(usual):
+        def call(*arguments):
+            result = usual(*arguments)
+            if random.random() < failures["share"]:
+                failures["count"] += 1
+                raise RuntimeError("[malloc] Unable to allocate 1000000 bytes.")
+            return result
+
+        return call
+
+    failures = {"share": 0.0, "count": 0}
+    for name in ("last_logits", "streams"):
+        monkeypatch.setattr(kind, name, made(getattr(kind, name)))
+    return failures
+
+
 @pytest.mark.parametrize("seed", range(2))
-def test_whatever_happens_kept_states_are_those_of_their_tokens(scheduler, tmp_path, seed):
-    """Requests that share beginnings, cancelled and failing ones, with little memory and a store."""
+def test_whatever_happens_kept_states_are_those_of_their_tokens(
+    scheduler, failing_model, tmp_path, seed
+):
+    """Requests that share beginnings; cancellations, failures of samplers and of the model, little
+    memory, and a store."""
     random = np.random.default_rng(seed)
 
     def prompt():
@@ -253,8 +277,11 @@ def test_whatever_happens_kept_states_are_those_of_their_tokens(scheduler, tmp_p
         need = scheduler().worker.memory.needed(200)
         ours = scheduler(path=tmp_path / "kv", memory=need * 8, max_batch=3)
         for _ in range(2):
+            failing_model["share"] = 0.15
             await asyncio.gather(*(one(ours) for _ in range(5)))
             settled(ours)
+            failing_model["share"] = 0.0
             assert check_kept(ours)
+        assert failing_model["count"] > 1
 
     asyncio.run(main())

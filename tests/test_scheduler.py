@@ -8,7 +8,7 @@ from scheduling import asked, check_kept, settled, text_of, whole
 from steering import Failing
 
 from ds4mlx import DataError
-from ds4mlx.engine import steps, worker
+from ds4mlx.engine import reading, steps
 from ds4mlx.engine.request import (
     Busy,
     Ended,
@@ -73,8 +73,8 @@ def test_eight_at_once_say_what_each_says_alone(scheduler):
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Chunks of an eighth of their size, so that short prompts are long."""
-    monkeypatch.setattr(worker, "SHARED_STEP", 64)
-    monkeypatch.setattr(worker, "PREFILL_STEP", 256)
+    monkeypatch.setattr(reading, "SHARED_STEP", 64)
+    monkeypatch.setattr(reading, "PREFILL_STEP", 256)
 
 
 @pytest.mark.slow

@@ -6,17 +6,13 @@ import time
 from bisect import bisect_left
 from collections.abc import Callable
 
-import mlx.core as mx
-
-from ds4mlx.engine.machine import memory
+from ds4mlx.engine import room
 from ds4mlx.engine.request import Busy, NoMemory, Stopping
 from ds4mlx.model.model import Model
 from ds4mlx.state.decode_state import state_bytes
 
 # Tokens of an answer for which there must be room when its request begins; more is found on the way.
 RESERVE = 4096
-# The share of the memory that is left by the weights which states may take.
-SHARE = 0.75
 # Bounds of what a client is told to wait, in seconds.
 SOONEST, LATEST = 1, 60
 
@@ -66,10 +62,10 @@ class Places:
 
 
 class StateMemory:
-    """How many bytes states take, and how many they may: `budget`, or a share of what is there."""
+    """How many bytes states take, and how many they may: `budget`, or what the model leaves."""
 
-    def __init__(self, model: Model, context: int, budget: int | None = None):
-        self.budget = _share_left() if budget is None else budget
+    def __init__(self, model: Model, context: int, saving: bool, budget: int | None = None):
+        self.budget = _left(model, context, saving) if budget is None else budget
         doubled = [1024 << n for n in range(context.bit_length()) if 1024 << n < context]
         self._lengths = [0, *doubled, context]
         kind = model.kind
@@ -90,9 +86,7 @@ class StateMemory:
             raise NoMemory(tokens, self.needed(tokens), self.budget)
 
 
-def _share_left() -> int:
-    """What states may take here, the model being loaded."""
-    here = memory().available
-    if mx.metal.is_available() and mx.default_device() == mx.gpu:
-        here -= mx.get_active_memory()  # what is available there counts what is in use
-    return int(SHARE * max(here, 0))
+def _left(model: Model, context: int, saving: bool) -> int:
+    """What the weights and the scratch memory of a chunk leave for states here."""
+    plan = room.of_model(model, context, saving=saving)
+    return max(plan.room - plan.weights - plan.scratch - plan.buffers, 0)

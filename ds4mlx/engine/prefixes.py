@@ -5,15 +5,19 @@ which costs nothing before either is written to. Nobody reads what another one i
 a prompt waits until the other has come to where they part.
 """
 
+import contextlib
+import logging
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
 
 from ds4mlx.chat.tokens import USER
+from ds4mlx.engine.kept import Kept, Plan
 from ds4mlx.engine.respelling import respelled
+from ds4mlx.errors import DataError
 from ds4mlx.model.model import Model
 from ds4mlx.state.decode_state import DecodeState
 from ds4mlx.store import KVStore
@@ -22,67 +26,12 @@ from ds4mlx.store.policy import Keeper, Policy
 from ds4mlx.store.texts import token_texts
 from ds4mlx.text.tokenizer import Tokenizer
 
+LOG = logging.getLogger("ds4mlx")
+
 # Tokens that must be to gain for a prompt to wait until another one has been read.
 WORTH_WAITING = 64
 # Boundaries kept of a state beside its regular ones.
 MOST_POINTS = 6
-
-
-@dataclass(eq=False)
-class Kept:
-    """A state, and the tokens that it has taken; more of them while it is worked on.
-
-    prompt: how many tokens it is known to take, while it is `busy`. used: when it was, in order.
-    """
-
-    tokens: list[int]
-    state: DecodeState
-    keeper: Keeper | None
-    prompt: int = 0
-    busy: bool = True
-    used: int = 0
-    nbytes: int = 0
-    _ids: np.ndarray = field(default_factory=lambda: token_array([]))
-
-    def shared(self, ids: np.ndarray) -> int:
-        """How many tokens at the beginning of `ids` are the same."""
-        if len(self._ids) < len(self.tokens):
-            self._ids = np.append(self._ids, token_array(self.tokens[len(self._ids) :]))
-        count = min(len(ids), len(self.tokens))
-        differing = np.flatnonzero(ids[:count] != self._ids[:count])
-        return int(differing[0]) if len(differing) else count
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How to begin with a prompt: its ids as they are best spelled, and what is there of them.
-
-    length: how many tokens. source: "memory", "store" or "". alike: how many tokens begin some kept
-    or stored state, reachable or not. awaited: whose reading up to `until` to wait for.
-    """
-
-    ids: list[int]
-    length: int = 0
-    kept: Kept | None = None
-    source: str = ""
-    alike: int = 0
-    awaited: Kept | None = None
-    until: int = 0
-
-    @property
-    def must_wait(self) -> bool:
-        """Whether what is awaited has not happened yet."""
-        kept = self.awaited
-        return kept is not None and kept.busy and kept.state.offset < self.until
-
-    @property
-    def why(self) -> str:
-        """Why no more is reused, as a clause."""
-        if self.length == len(self.ids) - 1:
-            return "all but the last token"
-        if self.alike > self.length:
-            return f"{self.alike} are alike, and {self.length} is the nearest boundary below"
-        return "what is kept goes on otherwise" if self.length else "nothing is kept of it"
 
 
 class Prefixes:
@@ -104,9 +53,7 @@ class Prefixes:
 
     def plan(self, ids: list[int]) -> Plan:
         """How to begin with a prompt, spelled so that most of it is there."""
-        spellings = [ids, *self._respelled(ids)]
-        if self.store is not None and self.store.tokenizer is not None:
-            spellings.append(self.store.respelled(ids))
+        spellings = [ids, *self._respelled(ids), *self._respelled_by_store(ids)]
         plans = [self._plan(spelled) for spelled in spellings]
         return max(plans, key=lambda plan: max(plan.length, plan.until))
 
@@ -115,11 +62,11 @@ class Prefixes:
 
         room: bytes that may stay beside it; a kept state that is larger is not copied but taken.
         """
-        if plan.source == "store" and self.store is not None:
-            state, length = self.store.restore(plan.ids[:-1])
-            if length:
+        if plan.source == "store":
+            state = self._restored(plan.ids)
+            if state is not None:
                 return state
-            plan = self._plan(plan.ids, stored=False)  # the file is gone, or damaged
+            plan = self._plan(plan.ids, stored=False)
         kept = plan.kept
         if kept is None:
             return self.model.make_cache()
@@ -167,13 +114,13 @@ class Prefixes:
 
     # Leaving memory
 
-    def shrink(self, most: int) -> None:
+    def shrink(self, most: int, spared: Kept | None = None) -> None:
         """Have the resting states take at most so many bytes: save and drop the oldest."""
         total = self.nbytes
         for kept in sorted(self.kept, key=lambda kept: kept.used):
             if total <= most:
                 return
-            if not kept.busy:
+            if not kept.busy and kept is not spared:
                 self._save(kept, "evict")
                 self.kept.remove(kept)
                 total -= kept.nbytes
@@ -206,11 +153,10 @@ class Prefixes:
                 plan = replace(plan, length=length, kept=kept, source="memory")
             if kept.busy and kept.state.offset < min(shared, kept.prompt) and shared > until:
                 awaited, until = kept, min(shared, kept.prompt)
-        if stored and self.store is not None:
-            length = self.store.longest(most)
-            if length > plan.length:
-                alike = max(plan.alike, length)
-                plan = replace(plan, length=length, kept=None, source="store", alike=alike)
+        length = self._stored(most) if stored else 0
+        if length > plan.length:
+            alike = max(plan.alike, length)
+            plan = replace(plan, length=length, kept=None, source="store", alike=alike)
         if awaited is not None and until >= plan.length + WORTH_WAITING:
             return replace(plan, awaited=awaited, until=until)
         return plan
@@ -226,6 +172,27 @@ class Prefixes:
                 if spelled is not None:
                     yield spelled
 
+    # The store, without which everything goes on
+
+    def _stored(self, ids: np.ndarray) -> int:
+        """Length of the longest stored prefix."""
+        with _passed_over():
+            return self.store.longest(ids) if self.store is not None else 0
+        return 0
+
+    def _restored(self, ids: list[int]) -> DecodeState | None:
+        """The state of the longest stored prefix; None if it has gone meanwhile."""
+        with _passed_over():
+            state, length = self.store.restore(ids[:-1]) if self.store is not None else (None, 0)
+            return state if length else None
+        return None
+
+    def _respelled_by_store(self, ids: list[int]) -> Iterator[list[int]]:
+        """The prompt as a stored prefix that says the same has spelled it."""
+        if self.store is not None and self.store.tokenizer is not None:
+            with _passed_over():
+                yield self.store.respelled(ids)
+
     def _pieces(self, tokens: Sequence[int]) -> list[bytes]:
         return self._texts(token_array(tokens))
 
@@ -235,3 +202,12 @@ class Prefixes:
         questions = np.flatnonzero(token_array(ids) == self._user) + 1 if self._user else []
         ends = [int(questions[0]), int(questions[-1])] if len(questions) else []
         return {point for point in (*ends, len(ids) - 1) if point > 0}
+
+
+@contextlib.contextmanager
+def _passed_over() -> Iterator[None]:
+    """A store that cannot be read holds nothing."""
+    try:
+        yield
+    except (DataError, OSError) as error:
+        LOG.warning("KV store: %s; it is passed over", error)

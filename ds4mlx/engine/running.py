@@ -1,14 +1,14 @@
 """One request while the thread works on it: its sequence, its clock, and the events it makes."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import numpy as np
 
 from ds4mlx.engine.answers import Answer
 from ds4mlx.engine.decoding import Taken
-from ds4mlx.engine.prefixes import Kept, Plan
+from ds4mlx.engine.kept import Kept, Plan
 from ds4mlx.engine.request import Ended, Event, Failed, Piece, Request, Started, TokenProbs
 from ds4mlx.engine.sampling import log_probs
 from ds4mlx.engine.sequence import Sequence
@@ -49,7 +49,9 @@ class Running:
 
     def __init__(self, job: Job, plan: Plan, state: DecodeState, tokenizer: Tokenizer):
         request = job.request
-        self.job, self.plan, self.tokenizer = job, plan, tokenizer
+        # Who else's state it was does not matter any more, and must not be held on to.
+        self.job, self.tokenizer = job, tokenizer
+        self.plan = job.plan = replace(plan, kept=None, awaited=None)
         self.sequence = Sequence(
             job.ids,
             state,
@@ -65,7 +67,7 @@ class Running:
         self.cached = state.offset
         self.paused_at = 0.0
         self._probs: list[TokenProbs] = []
-        self._begun, self._read_at = time.perf_counter(), 0.0
+        self.begun, self._read_at = time.perf_counter(), 0.0
 
     @property
     def state(self) -> DecodeState:
@@ -110,7 +112,7 @@ class Running:
             sequence.stopped_by,
             sequence.drawn,
             sequence.thought_tokens,
-            (len(self.job.ids) - self.cached) / max(read_at - self._begun, 1e-9),
+            (len(self.job.ids) - self.cached) / max(read_at - self.begun, 1e-9),
             sequence.drawn / max(now - read_at, 1e-9),
         )
 

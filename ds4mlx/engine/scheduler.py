@@ -31,8 +31,8 @@ class Scheduler:
     prompt and its answer; the model's own unless told. max_batch: how many requests are worked on
     together, max_queue: how many more may wait. aligned: prompts are read in chunks that end at
     multiples of 512 tokens whatever else runs, and no prefix is reused, so that an answer does not
-    depend on other requests. reuse: whether prefixes are reused. memory: bytes for states; a share of
-    what is left by the weights unless told.
+    depend on other requests. reuse: whether prefixes are reused. memory: bytes for states; what the
+    model leaves of the machine's unless told.
     replay: text by the id of a call in it, as remembered. Any thread may read it.
     Raises DataError for options out of range.
     """
@@ -59,7 +59,7 @@ class Scheduler:
         # What this thread has not computed yet, another one cannot.
         mx.eval(model.parameters())
         self._places = Places(max_batch, max_queue)
-        self._memory = StateMemory(model, self.context, memory)
+        self._memory = StateMemory(model, self.context, store is not None, memory)
         prefixes = Prefixes(model, tokenizer, store)
         reuse = reuse and not aligned
         self.worker = Worker(prefixes, self._places, self._memory, aligned, reuse)

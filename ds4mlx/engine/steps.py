@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from ds4mlx.engine.decoding import Decoding, Taken
+from ds4mlx.engine.machine import memory_told
 from ds4mlx.engine.running import Running
 from ds4mlx.errors import DataError
 from ds4mlx.model.model import Model
@@ -110,7 +111,11 @@ class Steps:
 
 
 def failure(error: Exception) -> DataError:
-    """What a reader is told of an error."""
-    if isinstance(error, DataError):
-        return error
-    return DataError(f"the computation failed: {type(error).__name__}: {error}")
+    """What a reader is told of an error; `OutOfMemory` where that is what it is."""
+    try:
+        with memory_told("the answer cannot go on"):
+            raise error
+    except DataError as told:
+        return told
+    except Exception:  # noqa: BLE001 - the same error
+        return DataError(f"the computation failed: {type(error).__name__}: {error}")

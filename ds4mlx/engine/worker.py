@@ -12,8 +12,10 @@ from queue import Empty, SimpleQueue
 from ds4mlx.engine.admission import RESERVE, Places, StateMemory
 from ds4mlx.engine.answers import Outbox
 from ds4mlx.engine.counts import Counts
-from ds4mlx.engine.prefill import PREFILL_STEP, prefill_chunk
-from ds4mlx.engine.prefixes import Plan, Prefixes
+from ds4mlx.engine.kept import Plan
+from ds4mlx.engine.machine import OutOfMemory
+from ds4mlx.engine.prefixes import Prefixes
+from ds4mlx.engine.reading import Reading
 from ds4mlx.engine.request import Event, Failed, NoMemory, Status, Stopping
 from ds4mlx.engine.running import Job, Running
 from ds4mlx.engine.steps import Outcome, Steps, failure
@@ -21,8 +23,6 @@ from ds4mlx.errors import DataError
 
 LOG = logging.getLogger("ds4mlx")
 
-# Most tokens of a prompt between two steps of sequences that are being decoded.
-SHARED_STEP = 512
 # Turns between two looks at the memory that growing states take.
 LOOK = 64
 
@@ -30,21 +30,22 @@ LOOK = 64
 class Worker:
     """Everything that only the thread touches.
 
-    prefixes: the states that are kept. reuse: whether prompts begin with them. aligned: chunks end
-    at multiples of SHARED_STEP whatever else runs.
+    prefixes: the states that are kept. reuse: whether prompts begin with them. aligned: see
+    `Reading`.
     """
 
     def __init__(
         self, prefixes: Prefixes, places: Places, memory: StateMemory, aligned: bool, reuse: bool
     ):
         self.prefixes, self.places, self.memory = prefixes, places, memory
-        self.aligned, self.reuse = aligned, reuse
+        self.reuse = reuse
         self.commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self.status = Status()
         self._counts, self._outbox = Counts(), Outbox()
         self._waiting: deque[Job] = deque()
-        self._reading: deque[Running] = deque()  # prompts, in the order of their turns
+        self._reading = Reading(prefixes.model, aligned)
         self._steps = Steps(prefixes.model, places.max_batch)
+        self._blocked: Job | None = None  # it waits for memory, so for somebody to leave
         self._stopped, self._turns = False, 0
 
     def run(self) -> None:
@@ -77,7 +78,8 @@ class Worker:
         self.prefixes.save_all(until)
 
     def _take_commands(self) -> None:
-        idle = not (self._waiting or self._reading or self._steps.decoded)
+        wait = bool(self._waiting) and self._blocked is None
+        idle = not (wait or self._reading.members or self._steps.decoded)
         try:
             if idle:
                 self.commands.get(timeout=1.0 if self._steps.paused else None)()
@@ -98,9 +100,9 @@ class Worker:
         self._turns += 1
         if self._turns % LOOK == 0:
             self._look_at_memory()
-        if self._reading:
+        if self._reading.members:
             self._tell()  # a chunk takes long
-            self._read_on(self._reading.popleft())
+            self._read_on()
 
     def _tell(self) -> None:
         running = len(self._all())
@@ -109,10 +111,10 @@ class Worker:
         self._outbox.hand_over()
 
     def _all(self) -> list[Running]:
-        return [*self._reading, *self._steps.members]
+        return [*self._reading.members, *self._steps.members]
 
     def _active(self) -> int:
-        return len(self._reading) + len(self._steps.decoded)
+        return len(self._reading.members) + len(self._steps.decoded)
 
     # Joining and leaving
 
@@ -120,6 +122,8 @@ class Worker:
         """Begin with jobs that wait, in order; those whose prefix is being read let others pass."""
         for job in list(self._waiting):
             if self._active() >= self.places.max_batch:
+                return
+            if job is self._blocked:
                 return
             if job.plan is not None and job.plan.must_wait:
                 continue
@@ -133,6 +137,7 @@ class Worker:
                 continue
             room = self.memory.budget - self._busy_bytes() - self._needed(job)
             if room < 0 and self._all():
+                self._blocked = job
                 return
             self._begin(job, plan, max(room, 0))
 
@@ -150,7 +155,7 @@ class Worker:
             self._refuse(job, error)
             return
         self._waiting.remove(job)
-        self._reading.append(running)
+        self._reading.members.append(running)
         if self.reuse:
             running.kept = self.prefixes.work_on(running.sequence.tokens, state)
         self.prefixes.shrink(room)
@@ -168,6 +173,7 @@ class Worker:
             self._outbox.put(job.answer, event)
         self._waiting.remove(job)
         self.places.free()
+        self._blocked = None
         self._counts.ended(event, self.prefixes.store)
 
     def _drop_cancelled(self) -> None:
@@ -179,13 +185,15 @@ class Worker:
 
     def _leave(self, running: Running, event: Event | None = None) -> None:
         """Have a request end, with its last event unless nobody waits for it."""
-        if running in self._reading:
-            self._reading.remove(running)
+        self._reading.remove(running)
         self._steps.remove(running)
         if running.kept is not None:
             self.prefixes.rest(running.kept)
             self.prefixes.shrink(max(self.memory.budget - self._busy_bytes(), 0))
+        if isinstance(event, Failed) and isinstance(event.error, OutOfMemory):
+            self.prefixes.shrink(self.prefixes.nbytes // 2, running.kept)
         self.places.free()
+        self._blocked = None
         LOG.info("%s", running.told(event))
         self._counts.ended(event, self.prefixes.store)
         if event is not None:
@@ -214,34 +222,33 @@ class Worker:
         room = self.memory.budget - self._busy_bytes()
         self.prefixes.shrink(max(room, 0))
         if room < 0 and len(self._all()) > 1:
-            newest = self._all()[-1]
+            newest = max(self._all(), key=lambda running: running.begun)
             tokens = len(newest.sequence.tokens)
-            self._leave(newest, Failed(NoMemory(tokens, self.memory.needed(tokens), room)))
+            error = NoMemory(tokens, self.memory.needed(tokens), self.memory.budget)
+            self._leave(newest, Failed(error))
 
     # Work
 
-    def _read_on(self, running: Running) -> None:
+    def _read_on(self) -> None:
         """The next chunk of a prompt; after the last one its sequence joins the others."""
-        state, ids = running.state, running.job.ids
-        somebody_waits = self._steps.decoded or any(r.left < PREFILL_STEP for r in self._reading)
-        step = SHARED_STEP if self.aligned or somebody_waits else PREFILL_STEP
-        start, end = state.offset, min(len(ids), (state.offset // step + 1) * step)
-        try:
-            logits = prefill_chunk(self.prefixes.model, ids[start:end], state, end == len(ids))
-            self._counts.add("chunks")
-            running.advanced()
-            if logits is None:
-                self._reading.append(running)
-                return
-            running.read()
-            if running.sequence.max_tokens:
-                self._steps.join(running, logits, running.cached)
-                return
-        except Exception as error:
-            LOG.exception("a chunk of a prompt failed")
-            self._leave(running, Failed(failure(error)))
+        chunk = self._reading.next(bool(self._steps.decoded))
+        running = chunk.running
+        self._counts.add("chunks")
+        if chunk.error is not None:
+            self._leave(running, Failed(chunk.error))
             return
-        self._leave(running, running.ended())
+        running.advanced()
+        if chunk.logits is None:
+            return
+        running.read()
+        if not running.sequence.max_tokens:
+            self._leave(running, running.ended())
+            return
+        try:
+            self._steps.join(running, chunk.logits, running.cached)
+        except Exception as error:
+            LOG.exception("the first token of an answer could not be drawn")
+            self._leave(running, Failed(failure(error)))
 
     def _took(self, outcome: Outcome) -> None:
         """Tell what a step brought."""

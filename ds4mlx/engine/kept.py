@@ -1,0 +1,66 @@
+"""A kept state, and how a prompt is to begin with one."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ds4mlx.state.decode_state import DecodeState
+from ds4mlx.store.keys import token_array
+from ds4mlx.store.policy import Keeper
+
+
+@dataclass(eq=False)
+class Kept:
+    """A state, and the tokens that it has taken; more of them while it is worked on.
+
+    prompt: how many tokens it is known to take, while it is `busy`. used: when it was, in order.
+    """
+
+    tokens: list[int]
+    state: DecodeState
+    keeper: Keeper | None
+    prompt: int = 0
+    busy: bool = True
+    used: int = 0
+    nbytes: int = 0
+    _ids: np.ndarray = field(default_factory=lambda: token_array([]))
+
+    def shared(self, ids: np.ndarray) -> int:
+        """How many tokens at the beginning of `ids` are the same."""
+        if len(self._ids) < len(self.tokens):
+            self._ids = np.append(self._ids, token_array(self.tokens[len(self._ids) :]))
+        count = min(len(ids), len(self.tokens))
+        differing = np.flatnonzero(ids[:count] != self._ids[:count])
+        return int(differing[0]) if len(differing) else count
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to begin with a prompt: its ids as they are best spelled, and what is there of them.
+
+    length: how many tokens. source: "memory", "store" or "". alike: how many tokens begin some kept
+    or stored state, reachable or not. awaited: whose reading up to `until` to wait for.
+    """
+
+    ids: list[int]
+    length: int = 0
+    kept: Kept | None = None
+    source: str = ""
+    alike: int = 0
+    awaited: Kept | None = None
+    until: int = 0
+
+    @property
+    def must_wait(self) -> bool:
+        """Whether what is awaited has not happened yet."""
+        kept = self.awaited
+        return kept is not None and kept.busy and kept.state.offset < self.until
+
+    @property
+    def why(self) -> str:
+        """Why no more is reused, as a clause."""
+        if self.length == len(self.ids) - 1:
+            return "all but the last token"
+        if self.alike > self.length:
+            return f"{self.alike} are alike, and {self.length} is the nearest boundary below"
+        return "what is kept goes on otherwise" if self.length else "nothing is kept of it"
