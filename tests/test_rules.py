@@ -304,6 +304,8 @@ def test_calls_are_official_and_of_the_tools_that_there_are(write, choice):
             assert values.keys() >= set(NAMES[name].get("required", ()))
             if name == "read_file":
                 jsonschema.validate(values, READ)
+            if "odd key" in values:
+                jsonschema.validate(values["odd key"], TREE | {"$defs": {"tree": TREE}})
         if not free:
             assert counts[-1] and message["content"] == ""
         elif begun:
@@ -323,6 +325,20 @@ OFFICIAL = f"""
 
 </{DSML}invoke>
 </{DSML}tool_calls>"""
+
+
+def test_json_by_a_schema_or_calls(write, tokenizer):
+    schema = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
+    rule = tool_calls(TOOLS, schema=schema)
+    for seed in range(6):
+        message = parse_completion(write(rule, seed, "" if seed % 2 else "{"))
+        assert message["malformed"] == []
+        if not message["tool_calls"]:
+            jsonschema.validate(json.loads(message["content"]), schema)
+    assert spelled(tokenizer, rule, '{"n": 3}') and spelled(tokenizer, rule, OFFICIAL)
+    assert not spelled(tokenizer, rule, "text") and not spelled(tokenizer, rule, "{}" + OFFICIAL)
+    with pytest.raises(DataError, match="the JSON schema cannot be followed"):
+        tool_calls(TOOLS, schema={"not": {}})
 
 
 def test_what_the_official_encoding_writes_may_be_written(tokenizer):

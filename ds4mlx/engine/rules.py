@@ -93,7 +93,12 @@ class Mask:
 
 
 def prepare(tokenizer: Tokenizer) -> Any:
-    """llguidance's form of a tokenizer; made once, which takes a large one about a second."""
+    """llguidance's form of a tokenizer; made once, which takes a large one about a second.
+
+    Raises DataError for a tokenizer that has no tokens, which stands in for one that is not there.
+    """
+    if not tokenizer.vocab_size:
+        raise DataError("an answer cannot obey a rule without a tokenizer")
     if tokenizer not in _KNOWN:
         ids = range(tokenizer.vocab_size)
         special = [token for token in ids if tokenizer.is_added(token)]

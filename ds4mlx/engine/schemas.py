@@ -17,7 +17,7 @@ MOST = 100_000  # items, characters or keys that a schema may ask for at least
 MOST_PATTERNS = 8  # that one string must match together; every further one costs fourfold
 # White space between two tokens of JSON: little, as small models write it forever.
 _SPACE = r"\r?\n[ \t]{0,64}|[ \t]{1,4}"
-OPTIONS = {
+_OPTIONS = {
     "item_separator": ",",
     "key_separator": ":",
     "whitespace_pattern": _SPACE,
@@ -48,11 +48,16 @@ def json_schema(schema: Any, name: str = "the JSON schema") -> Rule:
         text = json.dumps(schema, allow_nan=False)
         text.encode()
         checked(schema, text, name)
-        return Rule(schema_grammar(text, OPTIONS), name)
+        return Rule(schema_grammar(text, _OPTIONS), name)
     except RecursionError:
         raise DataError(f"{name} is nested too deeply") from None
     except (TypeError, ValueError) as error:
         raise DataError(f"{name} is not JSON: {error}") from None
+
+
+def guided(schema: Any) -> dict[str, Any]:
+    """A schema that can be followed, as part of a grammar."""
+    return {**(schema if isinstance(schema, dict) else {}), "x-guidance": _OPTIONS}
 
 
 def checked(schema: Any, text: str, name: str) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from ds4mlx.chat.messages import read_tools
 from ds4mlx.engine.rules import MARK, Rule
-from ds4mlx.engine.schemas import OPTIONS, json_schema, target
+from ds4mlx.engine.schemas import guided, json_schema, target
 from ds4mlx.errors import DataError
 
 # What would be read as tool markup: in a value that is text, and in the text of an answer.
@@ -27,6 +27,7 @@ BEFORE: /(?s:.*)\n\n</ & ~/(?s:.*){_CALLS}(?s:.*)/
 VALUE: /(?s:.*)<\// & ~/(?s:.*){_MARKS}(?s:.*)/
 """
 _BLOCK = f'{MARK} "tool_calls>\\n" calls "</" {MARK} "tool_calls>"'
+_FREE = f"start: CONTENT | BEFORE {_BLOCK}"
 _TAG_NAME = re.compile(r'[^"<>\n]+')
 _TEXT = '"true\\">" VALUE'
 _OTHERS = ("object", "array", "number", "integer", "boolean", "null")
@@ -44,28 +45,37 @@ def tool_calls(
     required: bool = False,
     name: str | None = None,
     single: bool = False,
+    schema: Any = None,
 ) -> Rule:
     """Any text, then perhaps calls of these tools, an OpenAI list of them.
 
     required: calls and nothing else. name: one call of this tool and nothing else. single: no
-    more than one call. Raises DataError for what is no list of tools, or if none of them, or not
-    the one that is named, can be called.
+    more than one call. schema: JSON by this schema instead of text, or calls.
+    Raises DataError for what is no list of tools, if none of them, or not the one that is named,
+    can be called, and as `json_schema` does.
     """
-    return _rule(read_tools(list(tools), "the tools"), required, name, single)
+    if schema is not None:
+        json_schema(schema)
+    answer = "" if schema is None else json.dumps(guided(schema))
+    return _rule(read_tools(list(tools), "the tools"), required, name, single, answer)
 
 
 @lru_cache(maxsize=32)  # agents send the same tools with every request
-def _rule(tools: tuple[str, ...], required: bool, name: str | None, single: bool) -> Rule:
-    """The rule for tools that are given in JSON."""
+def _rule(
+    tools: tuple[str, ...], required: bool, name: str | None, single: bool, answer: str
+) -> Rule:
+    """The rule for tools, and for a schema unless it is "", that are given in JSON."""
     functions = [json.loads(text) for text in tools]
     functions = [each for each in functions if name in (None, each.get("name"))]
     functions = [each for each in functions if _stands_in_a_tag(each.get("name"))]
     if not functions:
         raise DataError(f"there is no tool {name:.80} to call" if name else "no tool can be called")
-    alone = required or name is not None
-    head = f'start: "\\n\\n<" {_BLOCK}\n' if alone else f"start: CONTENT | BEFORE {_BLOCK}\n"
-    head += "calls: call\n" if single or name is not None else "calls: call+\n"
-    return Rule(head + _TEXTS + _Calls().grammar(functions), "the choice of tools")
+    head = f'start: "\\n\\n<" {_BLOCK}'
+    if not required and name is None:
+        head = f"{head} | answer\nanswer: %json {answer}" if answer else _FREE
+    count = "calls: call" if single or name is not None else "calls: call+"
+    grammar = "\n".join([head, count, _TEXTS, _Calls().grammar(functions)])
+    return Rule(grammar, "the choice of tools")
 
 
 class _Calls:
@@ -138,8 +148,7 @@ class _Calls:
                 json_schema(whole)
             except DataError:
                 whole = {"type": schema["type"]}
-            grammar = json.dumps({**whole, "x-guidance": OPTIONS})
-            self._schemas[text] = self._named("json", f"%json {grammar}")
+            self._schemas[text] = self._named("json", f"%json {json.dumps(guided(whole))}")
         return f'"false\\">" {self._schemas[text]} "</"'
 
 

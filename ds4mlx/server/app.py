@@ -11,6 +11,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
 
+from ds4mlx.engine.rules import prepare
 from ds4mlx.engine.scheduler import Scheduler
 from ds4mlx.model.model import Model
 from ds4mlx.server.bodies import Bodies
@@ -79,6 +80,8 @@ def create_app(
         reuse=reuse,
     )
     service = Service(scheduler, name, model.args.release, Bodies(limits or Limits()))
+    if tokenizer.vocab_size:
+        prepare(tokenizer)  # or the first answer with a rule would stop all others for a second
     figures = Metrics(scheduler)
     app = Starlette(
         routes=[*ROUTES, *_page()],

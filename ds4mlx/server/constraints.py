@@ -22,7 +22,7 @@ def rule_of(
 
     tools: OpenAI's list of those offered. choice: auto, none, required, or a tool's name in a tuple.
     parallel: False for one call at most. schema: of the answer's text; True for any JSON object. A
-    call that is required leaves no text to have a schema.
+    call that is required leaves no text to have a schema; one that is not may come instead of it.
     Raises DataError, naming what cannot be obeyed.
     """
     named = choice[0] if isinstance(choice, tuple) else None
@@ -30,8 +30,11 @@ def rule_of(
         if not tools:
             raise DataError("a tool must be called, and none is offered")
         return tool_calls(tools, required=True, name=named, single=parallel is False)
-    if schema is not None:
-        return json_object() if schema is True else json_schema(schema)
-    if choice == "none":
+    if choice == "none" or not tools:
+        if schema is not None:
+            return json_object() if schema is True else json_schema(schema)
         return no_calls() if tools else None
-    return tool_calls(tools, single=True) if tools and parallel is False else None
+    if schema is None and parallel is not False:
+        return None
+    schema = {"type": "object"} if schema is True else schema
+    return tool_calls(tools, single=parallel is False, schema=schema)
