@@ -48,6 +48,11 @@ class _Connection(H11Protocol):
         super().data_received(data)
         self._watch_headers()
 
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.conn.trailing_data[0]:  # the next request has begun already
+            self._watch_headers()
+
     def pause_writing(self) -> None:
         super().pause_writing()
         if self._reader_due is None:

@@ -67,7 +67,8 @@ class Doors:
             return
         scheme, _, bearer = headers.get("authorization", "").partition(" ")
         given = bearer.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
-        if not hmac.compare_digest(given.encode(), self.key.encode()):
+        # A header is bytes, which are read as if they were Latin-1.
+        if not hmac.compare_digest(given.encode("latin-1"), self.key.encode()):
             raise Refusal(401, "the API key is missing or wrong", code="invalid_api_key")
 
     def _check_host(self, host: str, scope: Scope) -> None:

@@ -1,0 +1,120 @@
+"""`ds4mlx serve` as a process: where it listens, and how it ends."""
+
+import http.client
+import json
+import re
+import signal
+import socket
+
+import processes
+import pytest
+
+from ds4mlx.cli.main import run
+
+QUESTION = {"messages": [{"role": "user", "content": "x"}], "stream": True}
+
+
+class Serving:
+    """The command, and what it says."""
+
+    def __init__(self, *arguments):
+        self.process = processes.start("serve", "--port", "0", *arguments)
+        line = self.process.stdout.readline().decode()
+        found = re.fullmatch(r"listening on http://127\.0\.0\.1:(\d+)\n", line)
+        assert found, line + self.process.stderr.read().decode()
+        self.port = int(found[1])
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.process.kill()
+        self.process.wait()
+        for stream in (self.process.stdin, self.process.stdout, self.process.stderr):
+            stream.close()
+
+    def stream(self, path="/v1/chat/completions", body=QUESTION):
+        """A stream whose first event is there."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=processes.PATIENCE)
+        headers = {"Content-Type": "application/json"}
+        connection.request("POST", path, json.dumps(body), headers)
+        answer = connection.getresponse()
+        assert answer.status == 200
+        text_of(answer)
+        return answer
+
+    def end(self, *signals):
+        """Send the signals; (exit code, standard output, standard error)."""
+        for number in signals:
+            self.process.send_signal(number)
+        out, err = self.process.communicate(timeout=processes.PATIENCE)
+        return self.process.returncode, out.decode(), err.decode()
+
+
+def text_of(answer):
+    """Read up to an event that brings text."""
+    while line := answer.readline():
+        if b"reasoning_content" in line or b"text_delta" in line:
+            return
+    raise AssertionError("the stream ends without a text")
+
+
+def test_sigterm_ends_the_streams_and_saves(talker_dir, tmp_path):
+    """Each stream ends with an error of its protocol; the states are there for the next server."""
+    message = {"messages": QUESTION["messages"], "stream": True, "max_tokens": 9999}
+    long = QUESTION | {"messages": [{"role": "user", "content": "def f(x): " * 150}]}
+    with Serving("-m", talker_dir, "--kv-dir", tmp_path) as serving:
+        chat = serving.stream(body=long)
+        messages = serving.stream("/v1/messages", message)
+        code, out, err = serving.end(signal.SIGTERM)
+        assert (code, out) == (0, "") and "Traceback" not in err and "def f" not in err
+        last = chat.read().decode().strip().splitlines()[-1]
+        assert "stopping" in json.loads(last.removeprefix("data: "))["error"]["message"]
+        *_, name, last = messages.read().decode().strip().splitlines()
+        assert name == "event: error"
+        assert json.loads(last.removeprefix("data: "))["error"]["type"] == "overloaded_error"
+    with Serving("-m", talker_dir, "--kv-dir", tmp_path) as serving:
+        options = {"stream": False, "max_tokens": 1}
+        connection = http.client.HTTPConnection("127.0.0.1", serving.port)
+        headers = {"Content-Type": "application/json"}
+        connection.request("POST", "/v1/chat/completions", json.dumps(long | options), headers)
+        answer = json.loads(connection.getresponse().read())
+        assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] >= 512
+        assert answer["ds4mlx"]["source"] == "store"
+
+
+@pytest.mark.parametrize(
+    ("signals", "expected"),
+    [((signal.SIGINT,), 130), ((signal.SIGTERM, signal.SIGINT), 130)],
+    ids=["Ctrl-C", "a second signal"],
+)
+def test_other_ends(talker_dir, signals, expected):
+    with Serving("-m", talker_dir) as serving:
+        serving.stream()
+        code, out, err = serving.end(*signals)
+        assert (code, out) == (expected, "") and "Traceback" not in err
+
+
+def test_a_port_that_is_taken(talker_dir, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert run(["serve", "-m", str(talker_dir), "--port", str(port)]) == 1
+    assert capsys.readouterr().err.startswith(f"error: cannot listen on 127.0.0.1:{port}: ")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--max-batch", "9"], "--max-batch"),
+        (["--host", "0.0.0.0"], "--api-key"),
+        (["--host", "::"], "--api-key"),
+        (["--port", "70000"], "--port"),
+        (["--dtype", "float16"], "--dtype"),
+        (["--kv-budget", "much"], "much"),
+        (["--cors", "--max-batch", "0"], "--max-batch"),
+        (["--cors", "https://page.example", "--max-batch", "0"], "--max-batch"),
+    ],
+)
+def test_wrong_usage_is_said_before_a_model_is_loaded(options, words, capsys):
+    assert run(["serve", "-m", "nowhere", *options]) == 2
+    assert words in capsys.readouterr().err
