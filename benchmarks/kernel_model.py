@@ -1,11 +1,12 @@
 """Whole models through the kernels on this GPU, against the same through plain operations.
 
-    MLX_ENABLE_TF32=0 python benchmarks/kernel_model.py [--text FILE] [--tokens N] [--results FILE]
+    MLX_ENABLE_TF32=0 python benchmarks/kernel_model.py [--text FILE] [--tokens N] [--decoded N] [--results FILE]
 
 First the logits in float32 without rounding: of a q2 file by ds4's own quantiser and of the reference
 checkpoint, against the logits of llama.cpp and of the official code, and against plain operations on
 the CPU. Then the embedded model in bfloat16 on a text, as it is and at 2 bits: the mean KL divergence to
-float32 with kernels, without, and with 8-bit activations (which only decoding at 2 bits has).
+float32 with kernels, without, and with 8-bit activations (which only decoding at 2 bits has). Without
+kernels all tokens are fed at once.
 """
 
 import argparse
@@ -33,7 +34,7 @@ from ds4mlx.engine.default_model import EMBEDDED, default_model
 from ds4mlx.model.model import Model
 
 HELD_OUT = Path(__file__).parents[1] / "ds4mlx" / "evaluation" / "held_out.txt"
-PIECE, DECODED = 2048, 256  # tokens of a sequence; of them decoded one by one
+PIECE = 2048  # tokens of a sequence
 
 
 def main() -> None:
@@ -41,6 +42,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--text", type=Path, default=HELD_OUT)
     parser.add_argument("--tokens", type=int, default=16384)
+    parser.add_argument("--decoded", type=int, default=4096, help="of them, one by one")
     parser.add_argument("--results", type=Path)
     arguments = parser.parse_args()
     if dialect.target() is None:
@@ -56,7 +58,7 @@ def main() -> None:
     with dispatch.kernels(), tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         for name, path in models(scratch):
-            found["kl"][name] = divergence(path, text, arguments.tokens)
+            found["kl"][name] = divergence(path, text, arguments.tokens, arguments.decoded)
             keep(name, found["kl"][name])
         for rows in (q2_file(scratch), checkpoint(scratch)):
             found["logits"] += rows
@@ -109,18 +111,21 @@ def compare(name: str, path: Path, ids: np.ndarray, want: np.ndarray) -> list[di
     return rows
 
 
-def divergence(path: Path, text: str, tokens: int) -> dict:
+def divergence(path: Path, text: str, tokens: int, decoded: int) -> dict:
     """Mean KL of bfloat16 to float32, nats a token: by prefill, and decoding the first tokens."""
     exact, tokenizer = load(path, mx.float32)
     half, _ = load(path, mx.bfloat16)
     ids = np.array(tokenizer.encode(text)[:tokens])
-    pieces = [ids[i : i + PIECE] for i in range(0, len(ids), PIECE)]
     return {
         "tokens": len(ids),
-        "prefill": means(exact, half, pieces, []),
-        "decoded": DECODED,
-        "decode": means(exact, half, [ids[:DECODED]], [1] * DECODED),
+        "prefill": means(exact, half, _cut(ids), []),
+        "decoded": decoded,
+        "decode": means(exact, half, _cut(ids[:decoded]), [1] * PIECE),
     }
+
+
+def _cut(ids: np.ndarray) -> list[np.ndarray]:
+    return [ids[i : i + PIECE] for i in range(0, len(ids), PIECE)]
 
 
 def means(exact: Model, half: Model, pieces: list[np.ndarray], lengths: list[int]) -> dict:
@@ -130,13 +135,13 @@ def means(exact: Model, half: Model, pieces: list[np.ndarray], lengths: list[int
     for piece in pieces:
         with dispatch.plain_operations():
             want = reference.run_chunks(exact, piece, [])
-            plain = reference.run_chunks(half, piece, lengths)
+            plain = reference.run_chunks(half, piece, [])
         found["plain"].append(float(reference.kl(want, plain).mean()))
-        got = reference.run_chunks(half, piece, lengths)
+        got = reference.run_chunks(half, piece, lengths[: len(piece)])
         found["kernels"].append(float(reference.kl(want, got).mean()))
         if lengths:
             with dispatch.eight_bit_activations():
-                got = reference.run_chunks(half, piece, lengths)
+                got = reference.run_chunks(half, piece, lengths[: len(piece)])
             found["eight_bits"].append(float(reference.kl(want, got).mean()))
     result = {name: float(np.mean(values)) for name, values in found.items() if values}
     apart = np.subtract(found["kernels"], found["plain"])
