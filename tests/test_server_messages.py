@@ -2,12 +2,15 @@
 
 import asyncio
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import anthropic
 import pytest
 import serving
 from anthropic.types import Message
 from wire_formats import message_of, sse
+
+from ds4mlx.server import answering
 
 ADD = {"role": "user", "content": "Write a function that adds two numbers."}
 GREEDY = {"model": "claude-any", "messages": [ADD], "max_tokens": 40}
@@ -231,3 +234,28 @@ def test_a_client_that_leaves_a_whole_answer_frees_its_place(endless):
     asyncio.run(gone_after_a_moment(endless.url))
     service = endless.app.state.service
     serving.until(lambda: not service.turns and service.scheduler.status().running == 0)
+
+
+def test_a_sign_of_life_where_nothing_comes(served, monkeypatch):
+    monkeypatch.setattr(answering, "KEEP_ALIVE", 0.001)
+    made = events(served, max_tokens=5)
+    assert {"type": "ping"} in made and message_of(made)["content"]
+
+
+def test_a_server_that_stops_says_so_in_the_stream(talker):
+    """Both kinds of answers end with their protocol's own error."""
+    body = {"model": "any", "stream": True, "max_tokens": 30000, "messages": [ADD]}
+    other = {"model": "any", "stream": True, "input": ADD["content"]}
+    with serving.serving(*talker) as server, ThreadPoolExecutor() as pool:
+        asked = [("/v1/messages", body), ("/v1/responses", other)]
+        answers = [pool.submit(server.ask, "POST", *each) for each in asked]
+        scheduler = server.app.state.service.scheduler
+        serving.until(lambda: scheduler.status().running == 2)
+        scheduler.close(serving.PATIENCE)
+        messages, responses = (
+            list(sse(answer.result()[2].decode().split("\n"))) for answer in answers
+        )
+    name, error = messages[-1]
+    assert name == "error" and error["error"]["type"] == "overloaded_error"
+    name, failed = responses[-1]
+    assert name == "response.failed" and "stopping" in failed["response"]["error"]["message"]

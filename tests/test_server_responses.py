@@ -10,6 +10,8 @@ import serving
 from openai.types.responses import Response
 from wire_formats import response_of, sse
 
+from ds4mlx.server import answering
+
 ADD = "Write a function that adds two numbers."
 GREEDY = {"model": "gpt-any", "input": ADD, "temperature": 0, "max_output_tokens": 40}
 SHORT = {"reasoning": {"effort": "high", "max_tokens": 6}}
@@ -224,6 +226,13 @@ def test_what_is_wrong_is_refused_in_the_protocol_s_shape(client, wrong):
     with pytest.raises(openai.BadRequestError) as caught:
         ask(client, **wrong)
     assert caught.value.body["message"] and caught.value.body["type"] == "invalid_request_error"
+
+
+def test_a_sign_of_life_where_nothing_comes(served, monkeypatch):
+    monkeypatch.setattr(answering, "KEEP_ALIVE", 0.001)
+    made = events(served, max_output_tokens=5)
+    assert [event["type"] for event in made].count("response.in_progress") > 1
+    assert response_of(made)["output"]
 
 
 def test_a_client_that_leaves_frees_its_place(endless):

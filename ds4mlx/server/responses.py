@@ -41,7 +41,7 @@ async def responses(request: Request) -> Response:
     """POST: the next response of a conversation."""
     service = service_of(request)
     body = await service.bodies.read(request, ResponsesRequest)
-    asked = _Asked(body, service.responses)
+    asked = Asked(body, service.responses)
     question = await run_in_threadpool(asked.question, body)
     turn = await service.ask(question, "resp_")
     writer = asked.writer(body, response_of(turn.id, body, service.name))
@@ -63,7 +63,7 @@ async def input_tokens(request: Request) -> Response:
     """POST: how many tokens of input a response would be said to have."""
     service = service_of(request)
     body = await service.bodies.read(request, InputTokensRequest)
-    asked = _Asked(body, service.responses)
+    asked = Asked(body, service.responses)
     count = await service.count(await run_in_threadpool(asked.prompt, body))
     return JSONResponse({"object": "response.input_tokens", "input_tokens": count})
 
@@ -86,7 +86,7 @@ async def input_items(request: Request) -> Response:
     return JSONResponse(listed_items(found, request.query_params))
 
 
-class _Asked:
+class Asked:
     """A request with what it goes on from."""
 
     def __init__(self, body: InputTokensRequest, kept: KeptResponses):
@@ -143,7 +143,8 @@ def _found(kept: KeptResponses, response_id: str) -> Kept:
 
 def _missing(response_id: str, status: int, code: str) -> Refusal:
     message = f"there is no response with the id {response_id[:80]!r}; it may have been forgotten"
-    return Refusal(status, message, code=code, param="previous_response_id")
+    param = "previous_response_id" if status == 400 else None
+    return Refusal(status, message, code=code, param=param)
 
 
 ROUTES = [

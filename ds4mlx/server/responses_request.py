@@ -7,7 +7,7 @@ the assistant.
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from ds4mlx.chat.fields import as_json
+from ds4mlx.chat import fields
 from ds4mlx.errors import DataError
 from ds4mlx.server.efforts import USUAL, level
 from ds4mlx.server.errors import Refusal
@@ -95,7 +95,7 @@ def _resolved(item: Object, index: int, find: Callable[[str], Object | None]) ->
 
 
 def _add(messages: list[Object], item: Object, where: str) -> None:
-    kind = item.get("type", "message")
+    kind = fields.text(item.get("type"), "type", where) or "message"
     if kind == "message" and item.get("role") != "assistant":
         messages.append({"role": item.get("role"), "content": _parts(item.get("content"))})
     elif kind == "message":
@@ -119,7 +119,7 @@ def _assistant(messages: list[Object]) -> Object:
     return messages[-1]
 
 
-def _call(item: Object, kind: Any, where: str) -> Object | None:
+def _call(item: Object, kind: str, where: str) -> Object | None:
     """The call of an item; None for an item that the model cannot read, such as a search."""
     if kind in _OWN_CALLS:
         name, key = _OWN_CALLS[kind]
@@ -181,4 +181,4 @@ def _output(output: Any, where: str) -> Any:
     is_parts = isinstance(output, list) and all(
         isinstance(part, dict) and str(part.get("type")).startswith("input_") for part in output
     )
-    return _parts(output) if is_parts else as_json(output, where)
+    return _parts(output) if is_parts else fields.as_json(output, where)

@@ -11,6 +11,7 @@ from starlette.types import Receive
 
 from ds4mlx.engine.request import Ended, Failed
 from ds4mlx.server.answering import Event, Turn, unless_gone
+from ds4mlx.server.errors import refusal_of
 from ds4mlx.server.sse import event
 
 
@@ -40,13 +41,13 @@ async def streamed(
 async def is_written(turn: Turn, writer: Writer, receive: Receive) -> bool:
     """Whether a turn has come to its end; not where its client leaves before.
 
-    Raises the error that it failed with.
+    Raises a Refusal for an answer that failed on its way.
     """
 
     async def read() -> bool:
         async for each in turn:
             if isinstance(each, Failed):
-                raise each.error
+                raise refusal_of(each.error, 500)
             writer.add(each)
             if isinstance(each, Ended):
                 return True
