@@ -259,3 +259,31 @@ def test_convert_verify_inspect(small_source, tmp_path, capsys):
     assert all(component in table for component in found["bytes_by_component"])
     assert run(["convert", str(small_source), str(target), "--recipe", "f32"]) == 1
     assert "--overwrite" in capsys.readouterr().err
+
+
+# generate: what the answer must be
+
+
+def test_the_answer_obeys_a_schema_and_the_reasoning_a_budget(ask, tmp_path):
+    schema = tmp_path / "schema.json"
+    schema.write_text(
+        '{"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"],'
+        ' "additionalProperties": false}'
+    )
+    options = ("--json-schema", schema, "--think", "high", "--think-budget", 4)
+    code, out, _ = ask(PROMPT, *options, "--max-tokens", 40)
+    assert code == 0 and json.loads(out)["a"] in (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "cause"),
+    [("{", "not a JSON schema"), ('{"not": {}}', '"not"'), ("3", "must be an object")],
+)
+def test_a_schema_that_is_none_is_refused_by_its_file(ask, tmp_path, text, cause):
+    schema = tmp_path / "schema.json"
+    schema.write_text(text)
+    code, out, err = ask(PROMPT, "--json-schema", schema)
+    assert (code, out) == (1, "")
+    assert str(schema) in err and cause in err and err.count("\n") == 1
+    missing = tmp_path / "missing.json"
+    assert str(missing) in ask(PROMPT, "--json-schema", missing)[2]

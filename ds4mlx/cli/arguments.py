@@ -6,6 +6,7 @@ Whatever is wrong with an option is wrong usage, so it is said before a model is
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import sys
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     import mlx.core as mx
 
     from ds4mlx.engine.load import Length
+    from ds4mlx.engine.rules import Rule
     from ds4mlx.engine.sampling import Sampler
     from ds4mlx.model import model as network
     from ds4mlx.store import KVStore
@@ -63,6 +65,14 @@ Reasoning = Annotated[
     typer.Option(
         "--reasoning", help="Show the reasoning, or only the answer; by default on a terminal only."
     ),
+]
+ThinkBudget = Annotated[
+    int | None,
+    typer.Option("--think-budget", min=0, help="The most tokens of reasoning before the answer."),
+]
+JsonSchema = Annotated[
+    Path | None,
+    typer.Option("--json-schema", help="A file with a JSON schema, which the answer obeys."),
 ]
 MaxTokens = Annotated[
     int, typer.Option("--max-tokens", min=0, help="The longest answer, in tokens.")
@@ -115,6 +125,19 @@ def stop_strings(stop: list[str] | None) -> None:
     """Wrong usage for an empty stop string."""
     if stop and not all(stop):
         raise typer.BadParameter("an empty text ends nothing", param_hint="--stop")
+
+
+def rule(json_schema: Path | None) -> Rule | None:
+    """What the answer must be, by a file with a JSON schema. Raises DataError, naming the file."""
+    if json_schema is None:
+        return None
+    from ds4mlx.engine import schemas
+
+    try:
+        schema = json.loads(json_schema.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{json_schema}: not a JSON schema: {error}") from None
+    return schemas.json_schema(schema, f"{json_schema}, a JSON schema,")
 
 
 def shown(reasoning: Literal["show", "hide"] | None) -> bool | None:

@@ -39,6 +39,7 @@ def generate(
     ] = False,
     system: arg.System = None,
     think: arg.Think = "high",
+    think_budget: arg.ThinkBudget = None,
     reasoning: arg.Reasoning = None,
     max_tokens: arg.MaxTokens = 4096,
     temp: arg.Temp = 1.0,
@@ -50,6 +51,7 @@ def generate(
         list[str] | None,
         typer.Option(help="A text that ends the answer and is left out; may be repeated."),
     ] = None,
+    json_schema: arg.JsonSchema = None,
     logprobs: Annotated[
         Path | None,
         typer.Option(help="Write a file of JSON lines: each token with its log-probabilities."),
@@ -74,6 +76,7 @@ def generate(
     arg.stop_strings(stop)
     arg.size(kv_budget)
     asked = arg.prompt_text(text, prompt, prompt_file, raw)
+    rule = arg.rule(json_schema)
 
     from ds4mlx.chat import encode_segments
     from ds4mlx.cli.answer import show
@@ -108,6 +111,8 @@ def generate(
             stop=stop or (),
             on_prefill=partial(progress, "prompt", "tokens"),
             store=store,
+            rule=rule,
+            thinking_budget=think_budget,
         )
         printer = Printer(sys.stdout, not raw and think != "none", arg.shown(reasoning))
         keep = LogProbs(log, tokenizer).add if log else None
@@ -120,6 +125,7 @@ def chat(
     model: arg.Model = None,
     system: arg.System = None,
     think: arg.Think = "high",
+    think_budget: arg.ThinkBudget = None,
     reasoning: arg.Reasoning = None,
     max_tokens: arg.MaxTokens = 4096,
     temp: arg.Temp = 1.0,
@@ -145,7 +151,7 @@ def chat(
 
     loaded = arg.open_model(model)
     with arg.open_store(kv_dir, kv, kv_budget, kv_text, loaded, model) as store:
-        conversation = Conversation(*loaded, sampler, think, system, store)
+        conversation = Conversation(*loaded, sampler, think, system, store, think_budget)
         try:
             interact(Chat(conversation, max_tokens, arg.shown(reasoning)), arg.model_name(model))
         finally:

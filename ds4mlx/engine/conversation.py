@@ -30,8 +30,9 @@ class Conversation:
         thinking: str = "high",
         system: str | None = None,
         store: KVStore | None = None,
+        thinking_budget: int | None = None,
     ):
-        self.store = store
+        self.store, self.thinking_budget = store, thinking_budget
         self.model, self.tokenizer, self.sampler = model, tokenizer, sampler
         self.thinking, self.system = thinking, system
         self._forget_state()
@@ -99,7 +100,12 @@ class Conversation:
         tokens = len(ids) + max_tokens
         room.of_model(self.model, tokens, saving=self.store is not None).check()
         sequence = Sequence(
-            ids, self.cache, self.tokenizer, sampler=self.sampler, max_tokens=max_tokens
+            ids,
+            self.cache,
+            self.tokenizer,
+            sampler=self.sampler,
+            max_tokens=max_tokens,
+            thinking_budget=self.thinking_budget,
         )
         keeper = None
         if self.store is not None:

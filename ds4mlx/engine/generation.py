@@ -13,6 +13,7 @@ from ds4mlx.engine import room
 from ds4mlx.engine.decoding import Decoding
 from ds4mlx.engine.prefill import PREFILL_STEP, prefill
 from ds4mlx.engine.requests import check_count, check_prompt
+from ds4mlx.engine.rules import Rule
 from ds4mlx.engine.sampling import Sampler, log_probs
 from ds4mlx.engine.sequence import Sequence
 from ds4mlx.errors import DataError
@@ -93,6 +94,8 @@ def stream_generate(
     on_prefill: Callable[[int, int], None] | None = None,
     store: KVStore | None = None,
     policy: Policy | None = None,
+    rule: Rule | None = None,
+    thinking_budget: int | None = None,
 ) -> Generator[Response, None, None]:
     """Continue `prompt`, text, pieces of it or token ids, one token at a time.
 
@@ -102,6 +105,7 @@ def stream_generate(
     end-of-sentence token ends the answer.
     store: where the longest stored prefix of the prompt is taken up, and saves are made as `policy`
     says; not together with a cache, whose tokens are not known here.
+    rule, thinking_budget: what the answer must be, and the longest thought, as of a `Sequence`.
 
     The cache moves on by the prompt and by every token given out but the last: it takes a token
     when the next one is asked for. That is computed ahead, while the last one is being used, and
@@ -121,7 +125,15 @@ def stream_generate(
     if store is not None:
         state, _ = take_up(store, ids, state, 0)
     sequence = Sequence(
-        ids, state, tokenizer, sampler=sampler, stop=stop, max_tokens=max_tokens, first=first
+        ids,
+        state,
+        tokenizer,
+        sampler=sampler,
+        stop=stop,
+        max_tokens=max_tokens,
+        first=first,
+        rule=rule,
+        thinking_budget=thinking_budget,
     )
     options = {"prefill_step": prefill_step, "on_prefill": on_prefill}
     if store is None:
