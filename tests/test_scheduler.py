@@ -116,6 +116,38 @@ def check_that_nobody_waits(scheduler, length):
     assert between.count(("stream", Piece)) >= 7 and ("short", Ended) in between
 
 
+def test_a_thought_is_ended_by_its_reader(talker):
+    model, tokenizer = talker
+    prompt = tokenizer.encode("<｜User｜>Why?<｜Assistant｜><think>")
+
+    async def main(ours):
+        ours.start()
+        answer, text = await ours.submit(asked(prompt, 24, thinking="high")), ""
+        async for event in answer:
+            if isinstance(event, Piece):
+                assert event.thinking == ("</think>" not in text)
+                text += event.text
+                answer.end_thinking()
+        assert text.count("</think>") == 1
+        assert 0 < event.reasoning_tokens < event.completion_tokens == 24
+        await asyncio.to_thread(ours.close, 60)
+
+    asyncio.run(main(Scheduler(model, tokenizer)))
+
+
+def test_readers_whose_event_loop_has_closed_are_given_up(scheduler):
+    ours = scheduler(max_batch=1, max_queue=1)
+
+    async def leave():
+        await anext(await ours.submit(asked(IDS[:50], 10_000)))
+        await ours.submit(asked(IDS[:60], 10_000))
+
+    asyncio.run(leave())
+    settled(ours)
+    assert ours.status().counters["cancelled"] == 2
+    assert asyncio.run(text_of(ours, asked(IDS[:50], 3)))
+
+
 def test_what_cannot_be_is_refused_before_anything_is_done(scheduler):
     async def main():
         ours = scheduler(started=False, max_batch=1, max_queue=1, context=100)

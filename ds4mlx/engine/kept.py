@@ -33,6 +33,15 @@ class Kept:
         differing = np.flatnonzero(ids[:count] != self._ids[:count])
         return int(differing[0]) if len(differing) else count
 
+    def covers(self, other: "Kept") -> bool:
+        """Whether the state can go back to all that another one has taken."""
+        length = len(other.tokens)
+        return (
+            length <= self.state.offset
+            and self.state.reach(length) == length
+            and self.tokens[:length] == other.tokens
+        )
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -63,4 +72,4 @@ class Plan:
             return "all but the last token"
         if self.alike > self.length:
             return f"{self.alike} are alike, and {self.length} is the nearest boundary below"
-        return "what is kept goes on otherwise" if self.length else "nothing is kept of it"
+        return "nothing that is kept begins alike for longer"

@@ -100,7 +100,10 @@ class Prefixes:
         return kept
 
     def rest(self, kept: Kept) -> None:
-        """Nobody works on a state any more. One that cannot be computed is dropped."""
+        """Nobody works on a state any more.
+
+        One that cannot be computed is dropped, and so are those that this one can go back to.
+        """
         state = kept.state
         kept.tokens, kept.busy = kept.tokens[: state.offset], False
         self._touch(kept)
@@ -111,6 +114,9 @@ class Prefixes:
             state.rewind(0)
         if not state.offset:
             self.kept.remove(kept)
+        others = [other for other in self.kept if other is not kept and not other.busy]
+        for other in filter(kept.covers, others):
+            self.kept.remove(other)
 
     # Leaving memory
 
