@@ -1,6 +1,6 @@
 """The real coding agents, two turns each, on a server whose model follows a script.
 
-    python benchmarks/agents.py [--results FILE]
+    python benchmarks/launched_agents.py [--results FILE]
 
 Those that are on $PATH are run by `ds4mlx launch` in a home of their own, which has a configuration of
 each: a question for which a file has to be read, then a second one in the same session. The model is
