@@ -30,6 +30,10 @@ inline uint as_uint(half2 v) { return as_type<uint>(v); }
 inline half2 fill2(float v) { return half2(half(v)); }
 inline half2 pair2(float a, float b) { return half2(half(a), half(b)); }
 inline half2 mad2(half2 a, half2 b, half2 c) { return fma(a, b, c); }
+inline uint two_bf16(float a, float b) {
+  return uint(as_type<ushort>(static_cast<bfloat16_t>(a))) |
+         uint(as_type<ushort>(static_cast<bfloat16_t>(b))) << 16;
+}
 inline float low(half2 v) { return float(v.x); }
 inline float high(half2 v) { return float(v.y); }
 inline int dot4(uint a, uint b, int c) {
@@ -88,6 +92,10 @@ inline uint as_uint(half2 v) { return as_type<uint>(v); }
 inline half2 fill2(float v) { return __float2half2_rn(v); }
 inline half2 pair2(float a, float b) { return __floats2half2_rn(a, b); }
 inline half2 mad2(half2 a, half2 b, half2 c) { return __hfma2(a, b, c); }
+inline uint two_bf16(float a, float b) {
+  __nv_bfloat162 v = __floats2bfloat162_rn(a, b);
+  return as_type<uint>(v);
+}
 inline float low(half2 v) { return __low2float(v); }
 inline float high(half2 v) { return __high2float(v); }
 inline int dot4(uint a, uint b, int c) { return __dp4a(int(a), int(b), c); }

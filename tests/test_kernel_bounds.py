@@ -34,6 +34,7 @@ def taken(count=8, rows=128, columns=128, topk=2, stored="mxfp4", dtype=mx.float
         ({"count": 1024}, {"count": 1025}),
         ({"rows": 192}, {"rows": 160}),
         ({"columns": 192}, {"columns": 160}),
+        ({"columns": 192, "tokens": 9}, {"columns": 192, "tokens": 9, "dtype": mx.bfloat16}),
         ({"stored": "iq2_xxs"}, {"stored": "q2_k"}),
         ({"dtype": mx.bfloat16}, {"dtype": mx.float16}),
         ({"tokens": 1}, {"tokens": 0}),
@@ -171,8 +172,8 @@ def test_a_half_without_kernels_meets_a_half_with_them(monkeypatch):
         x = mx.random.normal((tokens, 64))
         chosen = mx.array(np.random.default_rng(0).integers(0, 4, (tokens, 2)))
         weights = mx.ones((tokens, 2))
-        ways = [experts.Pairs(chosen, None, None)]
-        ways.append(experts.Pairs(chosen, mx.argsort(chosen.flatten()), None))
+        ways = [experts.Pairs(chosen, None)]
+        ways.append(experts.Pairs(chosen, mx.argsort(chosen.flatten())))
         outs = []
         for pairs in ways:
             hidden = experts.plain_up(module.w1, module.w3, x, pairs, weights, 7.0)

@@ -64,6 +64,10 @@ def test_routed_experts(tokens, format, metal):
     assert len(metal) == (2 if tokens <= dispatch.FEW else 4)
     with dispatch.plain_operations():
         close(got, module(x, experts, weights))
+    if tokens > dispatch.FEW:
+        close(module(x.astype(mx.bfloat16), experts, weights), got, 1e-2)
+        names = [f"experts_{side}_fragments_{format[side == 'down']}_32" for side in ("up", "down")]
+        assert metal[4:] == ["expert_tiles", *names, "experts_sum"]
 
 
 @pytest.mark.parametrize("length", [1, 12])

@@ -12,7 +12,14 @@ from spoiling import assert_caught, assert_two_each, executor_only, fault_ids, h
 
 from ds4mlx.custom_kernels.cases import index, routed
 from ds4mlx.custom_kernels.cases import modules as cases
-from ds4mlx.custom_kernels.cases.modules import MANY_DOWN, MANY_UP, ODD_DOWN, ODD_UP
+from ds4mlx.custom_kernels.cases.modules import (
+    LESS_DOWN,
+    LESS_UP,
+    MANY_DOWN,
+    MANY_UP,
+    ODD_DOWN,
+    ODD_UP,
+)
 
 pytestmark = executor_only
 
@@ -36,12 +43,28 @@ def down8(format):
     return partial(cases.down, format, F32, ODD_DOWN, eight=True)
 
 
-def up_sorted(format, dtype=F32):
-    return partial(cases.up_sorted, format, dtype, MANY_UP)
+def up_sorted(format):
+    return partial(cases.up_sorted, format, F32, MANY_UP)
 
 
-def down_sorted(format, dtype=F32):
-    return partial(cases.down_sorted, format, dtype, MANY_DOWN)
+def down_sorted(format):
+    return partial(cases.down_sorted, format, F32, MANY_DOWN)
+
+
+def many_up(format):
+    return partial(cases.up_sorted, format, BF16, MANY_UP)
+
+
+def less_up(format):
+    return partial(cases.up_sorted, format, BF16, LESS_UP)
+
+
+def many_down(format):
+    return partial(cases.down_sorted, format, BF16, MANY_DOWN)
+
+
+def less_down(format):
+    return partial(cases.down_sorted, format, BF16, LESS_DOWN)
 
 
 tiles = partial(cases.runs, [3, 0, 64, 65, 0], 64)
@@ -96,9 +119,9 @@ FAULTS = [
         "sign_pairs(group.w.x, ",
     ),
     ("experts_up_sorted_q4_k", up_sorted("q4_k"), ">= SPAN / 2)", ">= SPAN / 4)"),
-    ("experts_up_sorted_q4_k", up_sorted("q4_k", BF16), f"k++) {{\n        {BARRIER}", "k++) {"),
-    ("experts_up_sorted_mxfp4", up_sorted("mxfp4"), "at[4] *= scale;", ""),
-    ("experts_up_sorted_mxfp4", up_sorted("mxfp4"), "own + 256, lane)", "own, lane)"),
+    ("experts_up_sorted_q4_k", up_sorted("q4_k"), f"k++) {{\n        {BARRIER}", "k++) {"),
+    ("experts_up_sorted_mxfp4", up_sorted("mxfp4"), "v[i + 4] *= scale;", ""),
+    ("experts_up_sorted_mxfp4", up_sorted("mxfp4"), "c[i][j + across / 2].v", "c[i][j].v"),
     (
         "experts_down_sorted_q2_k",
         down_sorted("q2_k"),
@@ -109,21 +132,15 @@ FAULTS = [
     (
         "experts_down_sorted_q4_k",
         down_sorted("q4_k"),
-        "i / 4 * 8 + i % 4, 4)",
-        "i / 4 * 8 + i % 4, 3)",
+        "group.least, v + i, 4)",
+        "group.least, v + i, 3)",
     ),
     ("experts_down_sorted_q4_k", down_sorted("q4_k"), "rows - 1)", "rows - 2)"),
     ("experts_down_sorted_mxfp4", down_sorted("mxfp4"), "/ TALL) * 16", "/ TALL) * 8"),
-    (
-        "experts_down_sorted_mxfp4",
-        down_sorted("mxfp4", BF16),
-        "simdgroup_barrier(mem_flags::mem_threadgroup);\n            uint r",
-        "uint r",
-    ),
-    ("experts_down_sorted_mxfp4", down_sorted("mxfp4"), "w[i / 4], i % 4", "w[i / 4], i % 3"),
+    ("experts_down_sorted_mxfp4", down_sorted("mxfp4"), "j == 2 ? group.w.z", "j == 3 ? group.w.z"),
     ("experts_sum", down_sorted("q2_k"), "k < TOPK", "k < TOPK - 1"),
     ("experts_sum", down_sorted("q2_k"), "token * TOPK + k", "token + k"),
-    ("experts_down_sorted_q4_k", down_sorted("q4_k"), f"copied();\n        {BARRIER}", "copied();"),
+    ("experts_down_sorted_q4_k", down_sorted("q4_k"), f"{BARRIER}\n        group = ", "group = "),
     (
         "experts_down_sorted_q4_k",
         down_sorted("q4_k"),
@@ -136,6 +153,38 @@ FAULTS = [
         "right + 16 * j) * LD",
         "right + 8 * j) * LD",
     ),
+    (
+        "experts_up_fragments_iq2_xxs",
+        many_up("iq2_xxs"),
+        "weights[order[row0 + r]]",
+        "weights[row0 + r]",
+    ),
+    (
+        "experts_up_fragments_iq2_xxs",
+        less_up("iq2_xxs"),
+        f"copied<STAGES - 2>();\n            {BARRIER}",
+        "",
+    ),
+    ("experts_up_fragments_iq2_xxs", less_up("iq2_xxs"), "w.y, j / 2)", "w.y, j % 2)"),
+    ("experts_up_fragments_q4_k", many_up("q4_k"), "column < HIDDEN)", "true)"),
+    ("experts_up_fragments_q4_k", less_up("q4_k"), "rows - 1)) * C", "rows - 2)) * C"),
+    ("experts_up_fragments_q4_k", less_up("q4_k"), "min(chunk + 1, ", "min(chunk, "),
+    ("experts_up_fragments_mxfp4", many_up("mxfp4"), "2 * s + j, v", "2 * j + s, v"),
+    ("experts_up_fragments_mxfp4", less_up("mxfp4"), "sum(c[1][t], 1, e)", "sum(c[1][t], 0, e)"),
+    ("experts_up_fragments_mxfp4", less_up("mxfp4"), "lane / 16 * 4 + ", "lane / 16 + "),
+    (
+        "experts_down_fragments_q2_k",
+        less_down("q2_k"),
+        "place = order[row0 + r]",
+        "place = row0 + r",
+    ),
+    ("experts_down_fragments_q2_k", many_down("q2_k"), "if (r >= rows) continue;", ""),
+    ("experts_down_fragments_q2_k", many_down("q2_k"), "j % 2 ? w >> 16 : w", "w"),
+    ("experts_down_fragments_q4_k", many_down("q4_k"), "from + 128, lane", "from, lane"),
+    ("experts_down_fragments_q4_k", less_down("q4_k"), "if (column < WIDTH)", ""),
+    ("experts_down_fragments_mxfp4", many_down("mxfp4"), "piece % 2 * 8;", "piece % 2 * 16;"),
+    ("experts_down_fragments_mxfp4", less_down("mxfp4"), "k + STAGES - 1 < ", "k + STAGES < "),
+    ("experts_down_fragments_mxfp4", less_down("mxfp4"), "p < 2 * u + 2", "p < 2 * u + 1"),
     ("expert_tiles", tiles, "< at + s)", "<= at + s)"),
     ("expert_tiles", tiles, f"{BARRIER}\n        ends[at] = sum;", "ends[at] = sum;"),
     ("expert_tiles", tiles, "+ TALL - 1) / TALL : 0", ") / TALL : 0"),
@@ -171,8 +220,8 @@ COMPUTED = [
     down("q2_k", BF16),
 ]
 COMPUTED += [up8("iq2_xxs"), down8("q2_k"), down8("q4_k")]
-COMPUTED += [up_sorted("iq2_xxs", BF16), down_sorted("q2_k", BF16), down_sorted("q4_k")]
-COMPUTED += [up_sorted("mxfp4", BF16), up_sorted("q4_k", BF16)]
+COMPUTED += [many_up("iq2_xxs"), less_up("iq2_xxs"), many_down("q2_k"), down_sorted("q4_k")]
+COMPUTED += [many_up("mxfp4"), many_up("q4_k"), many_down("q4_k"), up_sorted("iq2_xxs")]
 COMPUTED += [router, hashed, partial(cases.pre, BF16, 96, 2), partial(cases.post, BF16, 288, 2)]
 COMPUTED += [
     partial(index.scores, BF16, kind, index.TALKER, (96, 8), 284, 67) for kind in ("index", "plain")

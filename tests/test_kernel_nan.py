@@ -14,8 +14,10 @@ from ds4mlx.custom_kernels.cases.base import normal
 from ds4mlx.custom_kernels.codes import staging
 from ds4mlx.custom_kernels.layer import hyper_post, hyper_pre, router
 from ds4mlx.custom_kernels.products import (
+    experts,
     experts_down,
     experts_down_sorted,
+    experts_fragments,
     experts_up,
     experts_up_sorted,
     swiglu,
@@ -25,7 +27,7 @@ from ds4mlx.formats import FORMATS
 
 F32, BF16 = mx.float32, mx.bfloat16
 LIMIT = 0.7
-EXPERTS, ROWS, COLUMNS = 3, 5, 256
+EXPERTS, ROWS, COLUMNS = 3, 6, 256
 
 
 @pytest.fixture(autouse=True)
@@ -80,9 +82,14 @@ def run_up(stored: str, ordered: bool, operands: dict) -> tuple[mx.array, mx.arr
     want = experts_up.reference(FORMATS[stored], **operands)
     if not ordered:
         return experts_up.experts_up(stored, **operands), want
-    order, jobs = cases.sorted_pairs(CHOSEN, EXPERTS, operands["x"].dtype)
+    tall = experts.tall(operands["x"].dtype, CHOSEN.size, EXPERTS)
+    order, jobs = cases.sorted_pairs(CHOSEN, EXPERTS, tall)
     sides = {name: side for name, side in operands.items() if name != "experts"}
-    got = experts_up_sorted.experts_up_sorted(stored, order=order, jobs=jobs, **sides)
+    sides |= {"order": order, "jobs": jobs}
+    if operands["x"].dtype == F32:
+        got = experts_up_sorted.experts_up_sorted(stored, **sides)
+    else:
+        got = experts_fragments.experts_up_fragments(stored, **sides, tall=tall)
     return got, want[order]
 
 
@@ -127,17 +134,22 @@ def test_activations_as_bytes(stored, value):
 
 
 @pytest.mark.parametrize("stored", ["q2_k", "mxfp4"])
-@pytest.mark.parametrize("way", ["few", "sorted", "bytes"])
+@pytest.mark.parametrize("way", ["few", "sorted", "fragments", "bytes"])
 def test_hidden_values_of_down(stored, way):
     if way == "bytes" and stored == "mxfp4":
         pytest.skip("MXFP4 has no product of bytes")
     planes = random_planes(stored, (EXPERTS, ROWS, COLUMNS), 1)
-    hidden = spoilt(normal((6, COLUMNS), F32, 4), mx.nan, 3, 200)
+    dtype = BF16 if way == "fragments" else F32
+    hidden = spoilt(normal((6, COLUMNS), dtype, 4), mx.nan, 3, 200)
     want = experts_down.reference(FORMATS[stored], planes, hidden, CHOSEN)
-    if way == "sorted":
-        order, jobs = cases.sorted_pairs(CHOSEN, EXPERTS, F32)
+    if way in ("sorted", "fragments"):
+        tall = experts.tall(dtype, CHOSEN.size, EXPERTS)
+        order, jobs = cases.sorted_pairs(CHOSEN, EXPERTS, tall)
         sides = hidden[order], order, jobs, 2
-        got = experts_down_sorted.experts_down_sorted(stored, planes, *sides)
+        if way == "sorted":
+            got = experts_down_sorted.experts_down_sorted(stored, planes, *sides)
+        else:
+            got = experts_fragments.experts_down_fragments(stored, planes, *sides, tall)
     else:
         got = experts_down.experts_down(stored, planes, hidden, CHOSEN, way == "bytes")
         if way == "bytes":

@@ -20,10 +20,11 @@ from ds4mlx.custom_kernels.products import (
     expert_tiles,
     experts_down,
     experts_down_sorted,
+    experts_fragments,
     experts_up,
     experts_up_sorted,
-    tiles,
 )
+from ds4mlx.custom_kernels.products import experts as routed
 from ds4mlx.custom_kernels.random_weights import random_planes, random_words
 from ds4mlx.formats import FORMATS
 
@@ -41,6 +42,10 @@ class Shape:
     tokens: int
     topk: int
 
+    def tall(self, dtype: mx.Dtype) -> int:
+        """Rows of a tile of the sorted tokens."""
+        return routed.tall(dtype, self.tokens * self.topk, self.experts)
+
     def __str__(self) -> str:
         sizes = f"{self.experts}x{self.hidden}x{self.width}"
         return f"{sizes}, {self.tokens} tokens of {self.topk}"
@@ -51,6 +56,11 @@ TINY = Shape(5, 256, 256, 3, 2)
 ODD_UP, ODD_DOWN = Shape(5, 21, 2304, 3, 2), Shape(5, 1280, 21, 3, 3)
 FLASH_UP, FLASH_DOWN = Shape(3, 19, 4096, 1, 2), Shape(8, 2048, 21, 1, 6)
 MANY_UP, MANY_DOWN = Shape(4, 90, 256, 110, 2), Shape(4, 256, 90, 110, 2)
+# Fewer rows an expert, so that tiles are less tall: of the first the last tile of an expert has few.
+LESS_UP, LESS_DOWN = Shape(7, 90, 256, 80, 2), Shape(7, 256, 90, 80, 2)
+MIDDLE_UP, MIDDLE_DOWN = Shape(4, 90, 256, 65, 2), Shape(4, 256, 90, 65, 2)
+THIRDS_UP, THIRDS_DOWN = Shape(12, 2, 384, 9, 3), Shape(2, 384, 130, 9, 3)
+WIDE_UP, WIDE_DOWN = Shape(3, 34, 4096, 9, 2), Shape(8, 2048, 34, 9, 6)
 PRO_UP, PRO_DOWN = Shape(3, 17, 7168, 2, 2), Shape(8, 3072, 18, 1, 6)
 
 
@@ -87,9 +97,9 @@ def down(
     return [(got, experts_down.reference(FORMATS[format], planes, hidden, experts))]
 
 
-def sorted_pairs(experts: mx.array, count: int, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
-    """Order of the pairs by expert, and the tiles they are cut into for activations of a type."""
-    order, tall = mx.argsort(experts.flatten()), tiles.rows(dtype)
+def sorted_pairs(experts: mx.array, count: int, tall: int) -> tuple[mx.array, mx.array]:
+    """Order of the pairs by expert, and the tiles of at most `tall` rows that they are cut into."""
+    order = mx.argsort(experts.flatten())
     return order, expert_tiles.expert_tiles(experts.flatten()[order], count, tall)
 
 
@@ -98,8 +108,12 @@ def up_sorted(format: str, dtype: mx.Dtype, shape: Shape) -> Pairs:
     gate, rise = random_planes(format, sizes, 1), random_planes(format, sizes, 2)
     experts, weights = chosen(shape, 3)
     x = normal((shape.tokens, shape.width), dtype, 4)
-    order, jobs = sorted_pairs(experts, shape.experts, dtype)
-    got = experts_up_sorted.experts_up_sorted(format, gate, rise, x, order, jobs, weights, LIMIT)
+    order, jobs = sorted_pairs(experts, shape.experts, tall := shape.tall(dtype))
+    sides = x, order, jobs, weights, LIMIT
+    if dtype == mx.float32:
+        got = experts_up_sorted.experts_up_sorted(format, gate, rise, *sides)
+    else:
+        got = experts_fragments.experts_up_fragments(format, gate, rise, *sides, tall)
     operands = gate, rise, x, experts, weights, LIMIT
     return [(got, experts_up.reference(FORMATS[format], *operands)[order])]
 
@@ -108,10 +122,12 @@ def down_sorted(format: str, dtype: mx.Dtype, shape: Shape) -> Pairs:
     planes = random_planes(format, (shape.experts, shape.width, shape.hidden), 1)
     experts, _ = chosen(shape, 3)
     hidden = normal((experts.size, shape.hidden), dtype, 4)
-    order, jobs = sorted_pairs(experts, shape.experts, dtype)
-    got = experts_down_sorted.experts_down_sorted(
-        format, planes, hidden[order], order, jobs, shape.topk
-    )
+    order, jobs = sorted_pairs(experts, shape.experts, tall := shape.tall(dtype))
+    sides = hidden[order], order, jobs, shape.topk
+    if dtype == mx.float32:
+        got = experts_down_sorted.experts_down_sorted(format, planes, *sides)
+    else:
+        got = experts_fragments.experts_down_fragments(format, planes, *sides, tall)
     return [(got, experts_down.reference(FORMATS[format], planes, hidden, experts))]
 
 
@@ -189,6 +205,14 @@ def _experts(dtype: mx.Dtype) -> Iterator[Case]:
     for format in DOWN:
         yield _case(down, "experts_down", format, dtype, ODD_DOWN)
         yield _case(down_sorted, "experts_down_sorted", format, dtype, MANY_DOWN)
+    if dtype == mx.bfloat16:
+        for up_shape, down_shape in ((LESS_UP, LESS_DOWN), (MIDDLE_UP, MIDDLE_DOWN)):
+            for each in UP:
+                yield _case(up_sorted, "experts_up_sorted", each, dtype, up_shape)
+            for each in DOWN:
+                yield _case(down_sorted, "experts_down_sorted", each, dtype, down_shape)
+        yield _case(up_sorted, "experts_up_sorted", "mxfp4", dtype, THIRDS_UP)
+        yield _case(down_sorted, "experts_down_sorted", "mxfp4", dtype, THIRDS_DOWN)
 
 
 def _others(dtype: mx.Dtype) -> Iterator[Case]:
@@ -216,6 +240,8 @@ def wide() -> Iterator[Case]:
         yield from (_case(up, "experts_up", s, mx.bfloat16, shape) for s in UP)
     for shape in (FLASH_DOWN, PRO_DOWN):
         yield from (_case(down, "experts_down", s, mx.bfloat16, shape) for s in DOWN)
+    yield _case(up_sorted, "experts_up_sorted", "iq2_xxs", mx.bfloat16, WIDE_UP)
+    yield _case(down_sorted, "experts_down_sorted", "q2_k", mx.bfloat16, WIDE_DOWN)
     yield _case(up, "experts_up", "iq2_xxs", mx.float32, PRO_UP)
     yield _case(down, "experts_down", "q2_k", mx.float32, PRO_DOWN)
     yield Case("router 256x7168", mx.bfloat16, lambda: route(mx.bfloat16, 256, 7168, 1, False))

@@ -56,16 +56,14 @@ inline Group load_group(const device uint* weight, const device float16_t* d, ui
   group.d = d[row * (columns / 256) + g / 8];
   return group;
 }
-inline void values(Group group, thread float* v, const threadgroup uint4* lut) {
+inline void eight(Group group, int j, thread float* v, const threadgroup uint4* lut) {
   float scale = scaled(float(group.d), group.w.y);
-  for (int k = 0; k < 4; k++) {
-    uint4 point = lut[(group.w.x >> (8 * k)) & 255u];
-    uint s = sign_pairs(group.w.y, k / 2);
-    put(signed_pair(point.x, s, k % 2, 0), scale, 0, v + 8 * k, 4);
-    put(signed_pair(point.y, s, k % 2, 1), scale, 0, v + 8 * k + 1, 4);
-    put(signed_pair(point.z, s, k % 2, 2), scale, 0, v + 8 * k + 2, 4);
-    put(signed_pair(point.w, s, k % 2, 3), scale, 0, v + 8 * k + 3, 4);
-  }
+  uint4 point = lut[(group.w.x >> (8 * j)) & 255u];
+  uint s = sign_pairs(group.w.y, j / 2);
+  put(signed_pair(point.x, s, j % 2, 0), scale, 0, v, 4);
+  put(signed_pair(point.y, s, j % 2, 1), scale, 0, v + 1, 4);
+  put(signed_pair(point.z, s, j % 2, 2), scale, 0, v + 2, 4);
+  put(signed_pair(point.w, s, j % 2, 3), scale, 0, v + 3, 4);
 }
 """
 

@@ -55,13 +55,14 @@ inline Group load_group(const device uint* weight, const device uchar* scales,
   group.d = ((const device uint*)d)[row * (columns / 256) + g / 8];
   return group;
 }
-inline void values(Group group, thread float* v, const threadgroup uint4*) {
-  for (int s = 0; s < 2; s++) {
-    uint w = s ? group.w.y : group.w.x, byte = (uint(group.scales) >> (8 * s)) & 255u;
-    float d = low(as_half2(group.d)) * float(byte & 15u);
-    float least = -high(as_half2(group.d)) * float(byte >> 4);
-    for (int i = 0; i < 8; i++) put(codes(w, i), d, least, v + 16 * s + i, 8);
-  }
+inline void eight(Group group, int j, thread float* v, const threadgroup uint4*) {
+  uint w = j / 2 ? group.w.y : group.w.x, byte = (uint(group.scales) >> (8 * (j / 2))) & 255u;
+  float d = low(as_half2(group.d)) * float(byte & 15u);
+  float least = -high(as_half2(group.d)) * float(byte >> 4);
+  // The four low and the four high codes of 16 bits, as those of two words' lowest bytes.
+  w = j % 2 ? w >> 16 : w;
+  w = (w & 0xffu) | ((w & 0xff00u) << 8);
+  for (int i = 0; i < 4; i++) put(codes(w, i), d, least, v + i, 4);
 }
 """
 
@@ -122,28 +123,24 @@ inline float dot_group(Pack p, uint h, const thread pair* x, float scale, float 
 """
 
 Q4_K_VALUES = """
-struct Group { uint4 w; uint s, m, rest, d, g; };
+struct Group { uint4 w; float d, least; };
 inline Group load_group(const device uint* weight, const device uint* scales,
                         const device float16_t* d, uint row, uint g, uint columns) {
   Group group;
-  uint block = row * (columns / 256) + g / 8;
+  uint block = row * (columns / 256) + g / 8, shift = 8 * (g % 4);
   group.w = ((const device uint4*)weight)[row * (columns / 32) + g];
-  group.s = scales[3 * block];
-  group.m = scales[3 * block + 1];
-  group.rest = scales[3 * block + 2];
-  group.d = ((const device uint*)d)[block];
-  group.g = g;
-  return group;
-}
-inline void values(Group group, thread float* v, const threadgroup uint4*) {
-  uint shift = 8 * (group.g % 4);
-  uint s = group.s >> shift, m = group.m >> shift, rest = group.rest >> shift;
-  bool late = group.g % 8 > 3;
+  uint s = scales[3 * block] >> shift, m = scales[3 * block + 1] >> shift;
+  uint rest = scales[3 * block + 2] >> shift, ds = ((const device uint*)d)[block];
+  bool late = g % 8 > 3;
   s = late ? (rest & 15u) | ((s & 0xc0u) >> 2) : s & 63u;
   m = late ? ((rest >> 4) & 15u) | ((m & 0xc0u) >> 2) : m & 63u;
-  float d = low(as_half2(group.d)) * float(s), least = -high(as_half2(group.d)) * float(m);
-  uint w[4] = {group.w.x, group.w.y, group.w.z, group.w.w};
-  for (int i = 0; i < 16; i++) put(codes(w[i / 4], i % 4), d, least, v + i / 4 * 8 + i % 4, 4);
+  group.d = low(as_half2(ds)) * float(s);
+  group.least = -high(as_half2(ds)) * float(m);
+  return group;
+}
+inline void eight(Group group, int j, thread float* v, const threadgroup uint4*) {
+  uint w = j == 0 ? group.w.x : j == 1 ? group.w.y : j == 2 ? group.w.z : group.w.w;
+  for (int i = 0; i < 4; i++) put(codes(w, i), group.d, group.least, v + i, 4);
 }
 """
 

@@ -3,7 +3,7 @@
 A Pack is what one lane loads of one row: 16-byte words of codes and their scales. `dot_group` is the
 product of 32 of its columns with a staged group; codes are made half2 exactly, two at a time, by
 placing their bits in a half's mantissa. For tiles there is less at a time: Group g of a row are its
-columns from 32 g on, and `values` makes them float.
+columns from 32 g on, and `eight` makes those from 8 j on float, `values` all of them.
 """
 
 from dataclasses import dataclass
@@ -17,6 +17,14 @@ _PUT = """
 inline void put(half2 code, float scale, float least, thread float* v, int apart) {
   v[0] = fma(low(code), scale, least);
   v[apart] = fma(high(code), scale, least);
+}
+"""
+
+
+# All 32 columns of a group.
+_VALUES = """
+inline void values(Group group, thread float* v, const threadgroup uint4* lut) {
+  for (int j = 0; j < 4; j++) eight(group, j, v + 8 * j, lut);
 }
 """
 
@@ -38,7 +46,7 @@ class Packing:
     @property
     def decoding(self) -> str:
         """Text for kernels that decode into tiles."""
-        return self.loading + _PUT + self.values
+        return self.loading + _PUT + self.values + _VALUES
 
     def names(self, matrix: str) -> list[str]:
         """The kernel's inputs that hold a matrix."""

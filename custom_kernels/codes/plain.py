@@ -23,13 +23,13 @@ inline Group load_group(const device uint* weight, const device uchar* scales, u
   group.scale = scales[at];
   return group;
 }
-inline void values(Group group, thread float* v, const threadgroup uint4*) {
+inline void eight(Group group, int j, thread float* v, const threadgroup uint4*) {
   float scale = power(group.scale);
-  uint w[8] = {group.w0.x, group.w0.y, group.w0.z, group.w0.w,
-               group.w1.x, group.w1.y, group.w1.z, group.w1.w};
-  for (int i = 0; i < 16; i++) {
+  for (int i = 0; i < 4; i++) {
+    uint4 w = j / 2 ? group.w1 : group.w0;
+    uint four = j % 2 ? (i / 2 ? w.w : w.z) : (i / 2 ? w.y : w.x);
     thread float* at = v + i / 2 * 4 + i % 2;
-    put(codes(w[i / 2] >> (8 * (i % 2))), 256.0f, 0, at, 2);
+    put(codes(four >> (8 * (i % 2))), 256.0f, 0, at, 2);
     at[0] *= scale;
     at[2] *= scale;
   }
@@ -81,14 +81,13 @@ inline Group load_group(const device uint* weight, const device uchar* scales, u
   group.scale = scales[at];
   return group;
 }
-inline void values(Group group, thread float* v, const threadgroup uint4*) {
+inline void eight(Group group, int j, thread float* v, const threadgroup uint4*) {
   float scale = power(group.scale);
-  uint w[4] = {group.w.x, group.w.y, group.w.z, group.w.w};
-  for (int i = 0; i < 16; i++) {
-    thread float* at = v + i / 4 * 8 + i % 4;
-    put(codes(w[i / 4], i % 4), 16384.0f, 0, at, 4);
-    at[0] *= scale;
-    at[4] *= scale;
+  uint w = j == 0 ? group.w.x : j == 1 ? group.w.y : j == 2 ? group.w.z : group.w.w;
+  for (int i = 0; i < 4; i++) {
+    put(codes(w, i), 16384.0f, 0, v + i, 4);
+    v[i] *= scale;
+    v[i + 4] *= scale;
   }
 }
 """
@@ -141,10 +140,11 @@ inline Group load_group(const device int8_t* weight, const device float16_t* d, 
   group.d = d[at];
   return group;
 }
-inline void values(Group group, thread float* v, const threadgroup uint4*) {
-  uint w[8] = {group.w0.x, group.w0.y, group.w0.z, group.w0.w,
-               group.w1.x, group.w1.y, group.w1.z, group.w1.w};
-  for (int i = 0; i < 16; i++)
-    put(codes(w[i / 2], i % 2), float(group.d), 0, v + i / 2 * 4 + i % 2, 2);
+inline void eight(Group group, int j, thread float* v, const threadgroup uint4*) {
+  uint4 w = j / 2 ? group.w1 : group.w0;
+  for (int i = 0; i < 4; i++) {
+    uint four = j % 2 ? (i / 2 ? w.w : w.z) : (i / 2 ? w.y : w.x);
+    put(codes(four, i % 2), float(group.d), 0, v + i / 2 * 4 + i % 2, 2);
+  }
 }
 """

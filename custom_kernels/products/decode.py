@@ -48,12 +48,11 @@ BODY = """
 def kernel(format: str, dtype: mx.Dtype) -> Kernel:
     """The kernel of a format, for values of a type."""
     packing, found = PACKINGS[format], FORMATS[format]
-    metal, cuda, common = tiles.headers(dtype)
     planes, per = packing.names("w"), 256 // found.widths(256)["weight"]
     defined = f"#define W {', '.join(planes)}\n#define PER {per}\n#define WORDS {2 * dtype.size}\n"
     name = f"decode_{format}_{'f32' if dtype == mx.float32 else 'bf16'}"
-    text = defined + common + packing.decoding
-    return Kernel(name, ["table", *planes], ["out"], BODY, text, metal=metal, cuda=cuda)
+    text = defined + (tiles.FLOAT if dtype == mx.float32 else tiles.BF16) + packing.decoding
+    return Kernel(name, ["table", *planes], ["out"], BODY, text)
 
 
 def decode(format: str, planes: Planes, dtype: mx.Dtype) -> mx.array:

@@ -17,9 +17,11 @@ from ds4mlx.custom_kernels.products import (
     expert_tiles,
     experts_down,
     experts_down_sorted,
+    experts_fragments,
     experts_up,
     experts_up_sorted,
-    tiles,
+    fragments,
+    matmul,
 )
 from ds4mlx.custom_kernels.products.swiglu import swiglu
 from ds4mlx.formats import Planes
@@ -59,7 +61,8 @@ class Pairs:
 
     experts: mx.array
     order: mx.array | None  # pair t * k + slot of each sorted place, uint32 (N * k,)
-    jobs: mx.array | None  # `expert_tiles` of the sorted pairs, for kernels
+    jobs: mx.array | None = None  # `expert_tiles` of the sorted pairs, for kernels
+    tall: int = 0  # rows that those have at most
 
 
 def routed_experts(
@@ -109,6 +112,8 @@ def takes(side: Side, stack: Operand, x: mx.array, experts: mx.array) -> bool:
     suits = rows % staging.CHUNK == 0 and columns % staging.CHUNK == 0
     suits = suits and count <= expert_tiles.THREADS and experts.shape[1] <= dispatch.MOST_CHOSEN
     suits = suits and stack.format in side.formats
+    if len(x) > dispatch.FEW and x.dtype != mx.float32:
+        suits = suits and columns % fragments.COLUMNS == 0
     return suits and dispatch.active(x, *kernels(side, stack.format, x))
 
 
@@ -116,7 +121,8 @@ def kernels(side: Side, stored: str, x: mx.array) -> list[str]:
     """The names of those that multiply tokens x (N, D) by a stack in a format."""
     if len(x) <= dispatch.FEW:
         return [f"experts_{side.name}_{stored}_{staging.arithmetic(x.dtype, eight(stored))}"]
-    names = [f"experts_{side.name}_sorted_{stored}", "expert_tiles"]
+    way = "sorted" if x.dtype == mx.float32 else "fragments"
+    names = [f"experts_{side.name}_{way}_{stored}", "expert_tiles"]
     return [*names, "experts_sum"] if side is DOWN else names
 
 
@@ -124,13 +130,19 @@ def paired(experts: mx.array, x: mx.array, stack: Operand | None) -> Pairs:
     """The pairs, sorted if there are many; `stack`: one that kernels read, if there is one."""
     many = len(x) > dispatch.FEW if stack else experts.size >= SORT_FROM
     if not many:
-        return Pairs(experts, None, None)
+        return Pairs(experts, None)
     flat = experts.flatten()
     order = mx.argsort(flat)
     if stack is None:
-        return Pairs(experts, order, None)
-    tall = tiles.rows(x.dtype)
-    return Pairs(experts, order, expert_tiles.expert_tiles(flat[order], stack.shape[0], tall))
+        return Pairs(experts, order)
+    count = stack.shape[0]
+    rows = tall(x.dtype, experts.size, count)
+    return Pairs(experts, order, expert_tiles.expert_tiles(flat[order], count, rows), rows)
+
+
+def tall(dtype: mx.Dtype, pairs: int, experts: int) -> int:
+    """Rows of a tile of so many pairs, sorted by expert, of tokens of a type."""
+    return matmul.TALL if dtype == mx.float32 else fragments.tall(pairs / experts)
 
 
 def _up(
@@ -149,7 +161,9 @@ def _up(
     if pairs.order is not None:
         assert pairs.jobs is not None
         sides = x, pairs.order, pairs.jobs, weights, limit
-        return experts_up_sorted.experts_up_sorted(stored, gates, ups, *sides)
+        if x.dtype == mx.float32:
+            return experts_up_sorted.experts_up_sorted(stored, gates, ups, *sides)
+        return experts_fragments.experts_up_fragments(stored, gates, ups, *sides, pairs.tall)
     sides = x, pairs.experts, weights, limit, eight(stored)
     return experts_up.experts_up(stored, gates, ups, *sides)
 
@@ -186,7 +200,9 @@ def _down(down: Stack, falling: list[Operand], hidden: mx.array, pairs: Pairs) -
     if pairs.order is not None:
         assert pairs.jobs is not None
         sides = hidden, pairs.order, pairs.jobs, topk
-        return experts_down_sorted.experts_down_sorted(stored, planes, *sides)
+        if hidden.dtype == mx.float32:
+            return experts_down_sorted.experts_down_sorted(stored, planes, *sides)
+        return experts_fragments.experts_down_fragments(stored, planes, *sides, pairs.tall)
     return experts_down.experts_down(stored, planes, hidden, experts, eight(stored))
 
 

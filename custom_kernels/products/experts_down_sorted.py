@@ -1,4 +1,4 @@
-"""Down of many tokens, sorted by expert, and the sum over each token's experts: two launches.
+"""Down of many float32 tokens, sorted by expert, and the sum over each token's experts: two launches.
 
 The first is a grouped tiled product that puts each row back in its pair's place; the second adds a
 token's rows in float32.
@@ -28,17 +28,13 @@ BODY = (
     for (uint i = 0; i < 2; i++) {
         #pragma unroll
         for (uint j = 0; j < across; j++) {
-            store(c[i][j], own, lane);
-            simdgroup_barrier(mem_flags::mem_threadgroup);
             uint r = down + TALL / 2 * i + lane / 2;
             uint column = column0 + right + 16 * j + lane % 2 * 8;
             if (r < rows) {
                 uint place = order[row0 + r];
                 for (uint n = 0; n < 8 && column + n < WIDTH; n++)
-                    parts[place * WIDTH + column + n] =
-                        static_cast<T>(own[lane / 2 * 16 + lane % 2 * 8 + n]);
+                    parts[place * WIDTH + column + n] = c[i][j].v[n];
             }
-            simdgroup_barrier(mem_flags::mem_threadgroup);
         }
     }
 """
@@ -61,13 +57,13 @@ SUM = """
 
 
 @lru_cache
-def kernel(format: str, dtype: mx.Dtype) -> Kernel:
-    """The product for experts in a format and hidden values of a type."""
+def kernel(format: str) -> Kernel:
+    """The product for experts in a format."""
     down = PACKINGS[format].names("down")
     defined = f"#define DOWN {', '.join(down)}\n" + DEFINED
     inputs = ["x", "order", "tiles", "table", *down]
     name = "experts_down_sorted"
-    return matmul.kernel(name, format, dtype, inputs, "parts", BODY, defined)
+    return matmul.kernel(name, format, inputs, "parts", BODY, defined)
 
 
 @lru_cache
@@ -79,19 +75,25 @@ def sum_kernel() -> Kernel:
 def experts_down_sorted(
     format: str, down: Planes, hidden: mx.array, order: mx.array, jobs: mx.array, topk: int
 ) -> mx.array:
-    """Like experts_down, from hidden (N * k, H) in the order of the sorted pairs; float32 (N, D).
+    """Like experts_down, from hidden float32 (N * k, H) in the order of the sorted pairs; float32 (N, D).
 
     order uint32 (N * k,): pair t * k + slot of each sorted row; jobs: `expert_tiles`.
     """
     packing, (pairs, columns) = PACKINGS[format], hidden.shape
     width = down["weight"].shape[-2]
-    (parts,) = kernel(format, hidden.dtype)(
+    (parts,) = kernel(format)(
         [hidden, order, jobs, lut(format), *(down[p] for p in packing.planes)],
-        [((pairs, width), hidden.dtype)],
+        [((pairs, width), mx.float32)],
         groups=(-(-width // matmul.WIDE), jobs.shape[0], 1),
         threads=matmul.THREADS,
-        template=[("T", hidden.dtype), ("WIDTH", width), ("COLUMNS", columns)],
+        template=[("WIDTH", width), ("COLUMNS", columns)],
     )
+    return summed(parts, topk)
+
+
+def summed(parts: mx.array, topk: int) -> mx.array:
+    """Sums over each token's `topk` rows of parts (N * k, D), float32 (N, D)."""
+    pairs, width = parts.shape
     return sum_kernel()(
         [parts],
         [((pairs // topk, width), mx.float32)],

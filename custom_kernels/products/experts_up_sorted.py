@@ -1,4 +1,4 @@
-"""Gate and up of many tokens, sorted by expert: a grouped tiled product, one launch.
+"""Gate and up of many float32 tokens, sorted by expert: a grouped tiled product, one launch.
 
 A threadgroup takes up to TALL rows of one expert; of the weight rows that it decodes, each SIMD-group's
 share is half gate and half up, so that clamp, SwiGLU and weight are applied where both are.
@@ -30,19 +30,15 @@ BODY = (
     for (uint i = 0; i < 2; i++) {
         #pragma unroll
         for (uint j = 0; j < across / 2; j++) {
-            store(c[i][j], own, lane);
-            store(c[i][j + across / 2], own + 256, lane);
-            simdgroup_barrier(mem_flags::mem_threadgroup);
-            uint r = down + TALL / 2 * i + lane / 2, e = lane / 2 * 16 + lane % 2 * 8;
+            uint r = down + TALL / 2 * i + lane / 2;
             if (r < rows) {
                 float weight = float(weights[order[row0 + r]]);
                 uint column = column0 + right / 2 + 16 * j + lane % 2 * 8;
                 for (uint n = 0; n < 8 && column + n < HIDDEN; n++) {
-                    float y = swiglu(own[e + n], own[256 + e + n], limit);
-                    hidden[(row0 + r) * HIDDEN + column + n] = static_cast<T>(y * weight);
+                    float y = swiglu(c[i][j].v[n], c[i][j + across / 2].v[n], limit);
+                    hidden[(row0 + r) * HIDDEN + column + n] = y * weight;
                 }
             }
-            simdgroup_barrier(mem_flags::mem_threadgroup);
         }
     }
 """
@@ -58,8 +54,8 @@ DEFINED = """
 
 
 @lru_cache
-def kernel(format: str, dtype: mx.Dtype) -> Kernel:
-    """The kernel for experts in a format and activations of a type."""
+def kernel(format: str) -> Kernel:
+    """The kernel for experts in a format."""
     packing = PACKINGS[format]
     gate, up, picked = (packing.names(matrix) for matrix in ("gate", "up", "picked"))
     picks = [
@@ -69,9 +65,7 @@ def kernel(format: str, dtype: mx.Dtype) -> Kernel:
     names = f"#define PICKED {', '.join(picked)}\n#define PICK_PLANES {'; '.join(picks)}\n"
     inputs = ["x", "order", "tiles", "weights", "table", *gate, *up]
     name = "experts_up_sorted"
-    return matmul.kernel(
-        name, format, dtype, inputs, "hidden", BODY, swiglu.HEADER + names + DEFINED
-    )
+    return matmul.kernel(name, format, inputs, "hidden", BODY, swiglu.HEADER + names + DEFINED)
 
 
 def experts_up_sorted(
@@ -86,19 +80,18 @@ def experts_up_sorted(
 ) -> mx.array:
     """Like experts_up, in the order of the sorted pairs.
 
-    x (N, D); order uint32 (N * k,): pair t * k + slot of each sorted row; jobs: `expert_tiles`; weights
-    float32 (N, k) -> (N * k, H) in x's type.
+    x float32 (N, D); order uint32 (N * k,): pair t * k + slot of each sorted row; jobs: `expert_tiles`; weights
+    float32 (N, k) -> (N * k, H).
     """
     packing, (count, columns) = PACKINGS[format], x.shape
     hidden = gate["weight"].shape[-2]
     planes = [m[p] for m in (gate, up) for p in packing.planes]
-    return kernel(format, x.dtype)(
+    return kernel(format)(
         [x, order, jobs, weights, lut(format), *planes],
-        [((order.size, hidden), x.dtype)],
+        [((order.size, hidden), mx.float32)],
         groups=(-(-hidden // (matmul.WIDE // 2)), jobs.shape[0], 1),
         threads=matmul.THREADS,
         template=[
-            ("T", x.dtype),
             ("HIDDEN", hidden),
             ("COLUMNS", columns),
             ("TOPK", order.size // count),

@@ -1,4 +1,4 @@
-"""The tiled product that prefill uses: TALL rows of activations by 128 rows of a stored weight.
+"""A tiled product in float32: TALL rows of activations by 128 rows of a stored weight.
 
 A kernel says which rows of activations and of the weight a threadgroup takes and what becomes of the
 tiles; this file owns what is between: DEEP columns at a time are laid into threadgroup memory, of the
@@ -6,21 +6,20 @@ weight decoded, 32 columns by a thread, and eight SIMD-groups multiply 32 x SPAN
 Neighbouring threads take neighbouring columns, so that a load meets few cache lines.
 """
 
-import mlx.core as mx
-
 from ds4mlx.custom_kernels.codes.packs import PACKINGS
 from ds4mlx.custom_kernels.dialect import Kernel
 from ds4mlx.custom_kernels.products import tiles
 
-WIDE = 128  # rows of the weight in a threadgroup's tile
+TALL, WIDE = 64, 128  # rows of activations and of the weight in a threadgroup's tile
 THREADS = 256
 
-# Words a kernel defines: COLUMNS, A_ROW(i) and GROUP(b, g), Group g of weight row b of the tile. So that
+# Afterwards lane l has in c[i][j].v row l / 2 and columns 8 (l % 2) .. + 7 of the tile. Words a kernel
+# defines: COLUMNS, A_ROW(i) and GROUP(b, g), Group g of weight row b of the tile. So that
 # all SIMD-groups have a share of a tile with few rows, each takes 16 of its upper and of its lower half.
 LOOP = """
-    threadgroup uint4 words[(TALL + WIDE) * LD * sizeof(element) / 16];
-    threadgroup element* as = (threadgroup element*)words;
-    threadgroup element* bs = as + TALL * LD;
+    threadgroup uint4 words[(TALL + WIDE) * LD / 4];
+    threadgroup float* as = (threadgroup float*)words;
+    threadgroup float* bs = as + TALL * LD;
     threadgroup uint4 lut[LUT];
     if (LUT > 1) {
         for (uint i = at; i < LUT; i += 256) lut[i] = ((const device uint4*)table)[i];
@@ -54,7 +53,6 @@ LOOP = """
             #pragma unroll
             for (uint i = 0; i < 4; i++) put8(bs + b * LD + 32 * g + 8 * i, v + 8 * i);
         }
-        copied();
         threadgroup_barrier(mem_flags::mem_threadgroup);
         group = GROUP(b, groups * min(k + 1, uint(COLUMNS / DEEP - 1)) + g);
         if (down >= rows) continue;
@@ -72,8 +70,6 @@ LOOP = """
             }
         }
     }
-    threadgroup_barrier(mem_flags::mem_threadgroup);
-    threadgroup float* own = (threadgroup float*)words + sg * 512;
 """
 
 START = """
@@ -85,15 +81,12 @@ START = """
 def kernel(
     name: str,
     format: str,
-    dtype: mx.Dtype,
     inputs: list[str],
     output: str,
     body: str,
     defined: str,
 ) -> Kernel:
-    """A kernel around LOOP for weights in a format and activations of a type."""
-    metal, cuda, common = tiles.headers(dtype)
-    sizes = f"#define WIDE {WIDE}\n#define SPAN (WIDE * TALL / 256)\n"
-    text = sizes + defined + common + PACKINGS[format].decoding
-    name = f"{name}_{format}_{'f32' if dtype == mx.float32 else 'bf16'}"
-    return Kernel(name, inputs, [output], body, text, metal=metal, cuda=cuda)
+    """A kernel around LOOP for weights in a format."""
+    sizes = f"#define TALL {TALL}\n#define WIDE {WIDE}\n#define SPAN (WIDE * TALL / 256)\n"
+    text = sizes + defined + tiles.FLOAT + tiles.PRODUCTS + PACKINGS[format].decoding
+    return Kernel(f"{name}_{format}", inputs, [output], body, text)

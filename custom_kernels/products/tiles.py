@@ -1,31 +1,26 @@
 """16 x 16 tiles of a matrix product, kept by a SIMD-group: how each target multiplies them.
 
 The bfloat16 tiles are Metal's SIMD-group matrices, or CUDA's tensor cores (mma.sync on tiles that
-ldmatrix reads); the float tiles are plain arithmetic, for float32 activations. A and B lie in
-threadgroup memory as rows of LD elements, or as many as is said, both along the summed axis.
+ldmatrix reads); PRODUCTS are plain arithmetic, for float32 activations. A and B lie in threadgroup
+memory as rows of LD elements, or as many as is said, both along the summed axis.
 """
-
-import mlx.core as mx
 
 from ds4mlx.custom_kernels import dialect
 
 METAL_BF16 = """
 #include <metal_simdgroup_matrix>
 typedef bfloat16_t element;
-#define TALL 64
-#define DEEP 64
-#define LD 72
 struct TileA { simdgroup_matrix<bfloat16_t, 8, 8> m[2][2]; };
 typedef TileA TileB;
 struct TileC { simdgroup_matrix<float, 8, 8> m[2][2]; };
 inline void zero(thread TileC& c) {
   for (int i = 0; i < 4; i++) c.m[i / 2][i % 2] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
 }
-inline void load_a(thread TileA& a, const threadgroup bfloat16_t* p, uint, uint ld = LD) {
+inline void load_a(thread TileA& a, const threadgroup bfloat16_t* p, uint, uint ld) {
   for (int i = 0; i < 4; i++)
     simdgroup_load(a.m[i / 2][i % 2], p + i / 2 * 8 * ld + i % 2 * 8, ld);
 }
-inline void load_b(thread TileB& b, const threadgroup bfloat16_t* p, uint, uint ld = LD) {
+inline void load_b(thread TileB& b, const threadgroup bfloat16_t* p, uint, uint ld) {
   for (int i = 0; i < 4; i++)
     simdgroup_load(b.m[i / 2][i % 2], p + i % 2 * 8 * ld + i / 2 * 8, ld, ulong2(0, 0), true);
 }
@@ -42,28 +37,21 @@ inline void copy8(threadgroup bfloat16_t* to, const device bfloat16_t* from) {
   *(threadgroup uint4*)to = *(const device uint4*)from;
 }
 inline void copied() {}
-inline uint two_bf16(float a, float b) {
-  return uint(as_type<ushort>(static_cast<bfloat16_t>(a))) |
-         uint(as_type<ushort>(static_cast<bfloat16_t>(b))) << 16;
-}
 """
 
 CUDA_BF16 = """
 typedef bfloat16_t element;
-#define TALL 128
-#define DEEP 64
-#define LD 72
 struct TileA { uint r[4]; };
 typedef TileA TileB;
 struct TileC { float v[8]; };
 inline void zero(TileC& c) { for (int i = 0; i < 8; i++) c.v[i] = 0; }
 // Four 8 x 8 corners: upper left, lower left, upper right, lower right.
-inline void load_a(TileA& a, const bfloat16_t* p, uint lane, uint ld = LD) {
+inline void load_a(TileA& a, const bfloat16_t* p, uint lane, uint ld) {
   uint at = (uint)__cvta_generic_to_shared(p + lane % 16 * ld + lane / 16 * 8);
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(a.r[0]), "=r"(a.r[1]), "=r"(a.r[2]), "=r"(a.r[3]) : "r"(at) : "memory");
 }
-inline void load_b(TileB& b, const bfloat16_t* p, uint lane, uint ld = LD) {
+inline void load_b(TileB& b, const bfloat16_t* p, uint lane, uint ld) {
   load_a(b, p, lane, ld);
 }
 inline void mma8(float* c, const TileA& a, uint b0, uint b1) {
@@ -86,10 +74,6 @@ inline void copy8(bfloat16_t* to, const bfloat16_t* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" : : "r"(at), "l"(from) : "memory");
 }
 inline void copied() { asm volatile("cp.async.wait_all;" : : : "memory"); }
-inline uint two_bf16(float a, float b) {
-  __nv_bfloat162 v = __floats2bfloat162_rn(a, b);
-  return as_type<uint>(v);
-}
 """
 
 # Eight numbers of a row, as 16-byte words.
@@ -105,8 +89,13 @@ inline void put8(threadgroup bfloat16_t* p, const thread float* v) {
 FLOAT = (
     dialect.LOAD8
     + """
-typedef float element;
-#define TALL 64
+inline void put8(threadgroup float* p, const thread float* v) {
+  for (int i = 0; i < 8; i++) p[i] = v[i];
+}
+"""
+)
+
+PRODUCTS = """
 #define DEEP 32
 #define LD 36
 struct TileA { const threadgroup float* p; };
@@ -122,29 +111,9 @@ inline void mma(thread TileC& c, thread TileA& a, thread TileB& b, uint lane) {
     for (int k = 0; k < 16; k++) c.v[i] = fma(row[k], column[k], c.v[i]);
   }
 }
-inline void store(thread TileC& c, threadgroup float* p, uint lane) {
-  for (uint i = 0; i < 8; i++) p[lane / 2 * 16 + lane % 2 * 8 + i] = c.v[i];
-}
-inline void put8(threadgroup float* p, const thread float* v) {
-  for (int i = 0; i < 8; i++) p[i] = v[i];
-}
 inline void copy8(threadgroup float* to, const device float* from) {
   float v[8];
   load8(from, v);
   put8(to, v);
 }
-inline void copied() {}
 """
-)
-
-
-def headers(dtype: mx.Dtype) -> tuple[str, str, str]:
-    """(Metal's, CUDA's, common) header text for activations of a type."""
-    if dtype == mx.float32:
-        return "", "", FLOAT
-    return METAL_BF16, CUDA_BF16, BF16
-
-
-def rows(dtype: mx.Dtype) -> int:
-    """TALL: rows of activations in a threadgroup's tile, as threadgroup memory allows."""
-    return 128 if dtype != mx.float32 and dialect.target() == "cuda" else 64
