@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from ds4mlx.engine import room
 from ds4mlx.engine.request import Busy, NoMemory, Stopping
+from ds4mlx.engine.running import Job
 from ds4mlx.model.model import Model
 from ds4mlx.state.decode_state import state_bytes
 
@@ -80,10 +81,14 @@ class StateMemory:
         less, more = self._bytes[place - 1 : place + 1]
         return less + (more - less) * (min(tokens, last) - first) // max(last - first, 1)
 
-    def check(self, tokens: int) -> None:
-        """Raises NoMemory where one such state alone is too much."""
-        if self.needed(tokens) > self.budget:
-            raise NoMemory(tokens, self.needed(tokens), self.budget)
+    def of_job(self, job: Job) -> int:
+        """Bytes of a request's state: with all of its prompt, and what its answer needs at first."""
+        return self.needed(max(job.tokens, len(job.ids) + min(job.most, RESERVE)))
+
+    def check(self, job: Job) -> None:
+        """Raises NoMemory where one such request alone is too much."""
+        if self.of_job(job) > self.budget:
+            raise NoMemory(len(job.ids), self.of_job(job), self.budget)
 
 
 def _left(model: Model, context: int, saving: bool) -> int:

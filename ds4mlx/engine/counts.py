@@ -4,7 +4,6 @@ import time
 from collections import deque
 
 from ds4mlx.engine.request import Ended, Event, Status
-from ds4mlx.store import KVStore
 
 # Seconds over which the speed is measured.
 SPAN = 5.0
@@ -31,12 +30,11 @@ class Counts:
         self.add("completion_tokens")
         self._times.append(time.monotonic())
 
-    def ended(self, event: Event | None, store: KVStore | None) -> None:
+    def ended(self, event: Event | None, stored_bytes: int) -> None:
         """A request has ended with this event, None if it was cancelled."""
         kind = "ended" if isinstance(event, Ended) else "failed"
         self.add("cancelled" if event is None else kind)
-        if store is not None:
-            self._store_bytes = store.nbytes
+        self._store_bytes = stored_bytes
 
     def status(self, running: int, waiting: int, state_bytes: int) -> Status:
         """All of it."""

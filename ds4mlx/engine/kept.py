@@ -1,5 +1,7 @@
 """A kept state, and how a prompt is to begin with one."""
 
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -7,6 +9,8 @@ import numpy as np
 from ds4mlx.state.decode_state import DecodeState
 from ds4mlx.store.keys import token_array
 from ds4mlx.store.policy import Keeper
+
+LOG = logging.getLogger("ds4mlx")
 
 
 @dataclass(eq=False)
@@ -32,6 +36,16 @@ class Kept:
         count = min(len(ids), len(self.tokens))
         differing = np.flatnonzero(ids[:count] != self._ids[:count])
         return int(differing[0]) if len(differing) else count
+
+    def save(self, act: Callable[[Keeper], None]) -> None:
+        """Have the keeper save something. If that fails, nothing more is saved."""
+        if self.keeper is None:
+            return
+        try:
+            act(self.keeper)
+        except Exception as error:  # noqa: BLE001 - the answer goes on without
+            LOG.warning("KV store: a state is not saved: %s", error)
+            self.keeper = None
 
     def covers(self, other: "Kept") -> bool:
         """Whether the state can go back to all that another one has taken."""

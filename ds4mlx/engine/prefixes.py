@@ -49,6 +49,13 @@ class Prefixes:
         """Bytes of the states that nobody works on."""
         return sum(kept.nbytes for kept in self.kept if not kept.busy)
 
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the files in the store's directory."""
+        with _passed_over():
+            return self.store.nbytes if self.store is not None else 0
+        return 0
+
     # From a prompt to a state
 
     def plan(self, ids: list[int]) -> Plan:
@@ -85,13 +92,13 @@ class Prefixes:
 
     def work_on(self, tokens: list[int], state: DecodeState) -> Kept:
         """Keep a state that begins to take a prompt; whoever drives it appends to the tokens."""
-        keeper = None
         for point in self._points(tokens):
             if point > state.offset:
                 state.add_boundary(point)
         points = sorted(p for p in state.records if p % state.boundaries.spacing.dense)
         for point in points[1 : -MOST_POINTS + 1]:
             state.drop_boundary(point)
+        keeper = None
         if self.store is not None:
             keeper = Keeper(self.store, tokens, state, self._policy)
         kept = Kept(tokens, state, keeper, len(tokens))
@@ -141,8 +148,7 @@ class Prefixes:
             self.store.flush()
 
     def _save(self, kept: Kept, reason: str) -> None:
-        if kept.keeper is not None:
-            kept.keeper.leave(reason)
+        kept.save(lambda keeper: keeper.leave(reason))
 
     def _touch(self, kept: Kept) -> None:
         self._clock += 1

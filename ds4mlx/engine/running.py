@@ -20,7 +20,7 @@ from ds4mlx.text.tokenizer import Tokenizer
 class Job:
     """A request that has a place: its token ids, and how many tokens prompt and answer may have.
 
-    plan: how it will begin, as far as that is known.
+    plan: how it will begin, as far as that is known. tokens: how many there are by now.
     """
 
     request: Request
@@ -28,6 +28,7 @@ class Job:
     ids: list[int]
     context: int
     plan: Plan | None = None
+    tokens: int = 0
 
     @property
     def room(self) -> int:
@@ -86,8 +87,9 @@ class Running:
 
     def advanced(self) -> None:
         """The state has moved on: save what has come due."""
-        if self.kept is not None and self.kept.keeper is not None:
-            self.kept.keeper.advanced()
+        self.job.tokens = len(self.sequence.tokens)
+        if self.kept is not None:
+            self.kept.save(lambda keeper: keeper.advanced())
 
     def read(self) -> None:
         """The prompt has been read."""

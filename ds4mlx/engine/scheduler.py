@@ -9,7 +9,7 @@ from functools import partial
 import mlx.core as mx
 
 from ds4mlx.chat.segments import Prompt
-from ds4mlx.engine.admission import RESERVE, Places, StateMemory
+from ds4mlx.engine.admission import Places, StateMemory
 from ds4mlx.engine.answers import Answer
 from ds4mlx.engine.prefixes import Prefixes
 from ds4mlx.engine.replay import Replay
@@ -135,7 +135,7 @@ class Scheduler:
         if request.rule is not None:
             await asyncio.to_thread(request.rule.start, self._tokenizer)
         job = Job(request, Answer(self._wake), ids, self.context)
-        self._memory.check(len(ids) + min(job.most, RESERVE))
+        self._memory.check(job)
         return job
 
     async def _ids(self, prompt: Prompt | list[int]) -> list[int]:

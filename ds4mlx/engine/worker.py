@@ -5,11 +5,10 @@ and the events of it all to their readers.
 """
 
 import logging
-from collections import deque
 from collections.abc import Callable
 from queue import Empty, SimpleQueue
 
-from ds4mlx.engine.admission import RESERVE, Places, StateMemory
+from ds4mlx.engine.admission import Places, StateMemory
 from ds4mlx.engine.answers import Outbox
 from ds4mlx.engine.counts import Counts
 from ds4mlx.engine.kept import Plan
@@ -19,6 +18,7 @@ from ds4mlx.engine.reading import Reading
 from ds4mlx.engine.request import Event, Failed, NoMemory, Status, Stopping
 from ds4mlx.engine.running import Job, Running
 from ds4mlx.engine.steps import Outcome, Steps, failure
+from ds4mlx.engine.waiting import Waiting
 from ds4mlx.errors import DataError
 
 LOG = logging.getLogger("ds4mlx")
@@ -42,10 +42,9 @@ class Worker:
         self.commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self.status = Status()
         self._counts, self._outbox = Counts(), Outbox()
-        self._waiting: deque[Job] = deque()
+        self._waiting = Waiting(self._plan)
         self._reading = Reading(prefixes.model, aligned)
         self._steps = Steps(prefixes.model, places.max_batch)
-        self._blocked: Job | None = None  # it waits for memory, so for somebody to leave
         self._stopped, self._turns = False, 0
 
     def run(self) -> None:
@@ -64,7 +63,7 @@ class Worker:
     def enqueue(self, job: Job) -> None:
         """Have a job wait for its turn."""
         self._counts.add("requests")
-        self._waiting.append(job)
+        self._waiting.jobs.append(job)
 
     def count(self, ids: list[int]) -> int:
         """Tokens of a prompt as it would be spelled now."""
@@ -78,7 +77,7 @@ class Worker:
         self.prefixes.save_all(until)
 
     def _take_commands(self) -> None:
-        wait = bool(self._waiting) and self._blocked is None
+        wait = bool(self._waiting.jobs) and not self._waiting.blocked
         idle = not (wait or self._reading.members or self._steps.decoded)
         try:
             if idle:
@@ -106,8 +105,8 @@ class Worker:
 
     def _tell(self) -> None:
         running = len(self._all())
-        nbytes = self.prefixes.nbytes + self._busy_bytes()
-        self.status = self._counts.status(running, len(self._waiting), nbytes)
+        nbytes = self.prefixes.nbytes + self.memory.budget - self._room()
+        self.status = self._counts.status(running, len(self._waiting.jobs), nbytes)
         self._outbox.hand_over()
 
     def _all(self) -> list[Running]:
@@ -119,65 +118,45 @@ class Worker:
     # Joining and leaving
 
     def _admit(self) -> None:
-        """Begin with jobs that wait, in order; those whose prefix is being read let others pass."""
-        for job in list(self._waiting):
-            if self._active() >= self.places.max_batch:
+        """Begin with jobs that wait."""
+        while self._active() < self.places.max_batch:
+            job = self._waiting.next(lambda job: self._room_beside(job) >= 0 or not self._all())
+            if job is None:
                 return
-            if job is self._blocked:
-                return
-            if job.plan is not None and job.plan.must_wait:
-                continue
+            self._waiting.remove(job)
             try:
-                plan = job.plan = self._plan(job.ids)
+                self._begin(job, max(self._room_beside(job), 0))
             except Exception as error:  # noqa: BLE001 - it is told and logged
                 self._refuse(job, error)
-                continue
-            if plan.must_wait and plan.awaited is not None:
-                plan.awaited.state.add_boundary(plan.until)
-                continue
-            room = self.memory.budget - self._busy_bytes() - self._needed(job)
-            if room < 0 and self._all():
-                self._blocked = job
-                return
-            self._begin(job, plan, max(room, 0))
 
     def _plan(self, ids: list[int]) -> Plan:
         return self.prefixes.plan(ids) if self.reuse else Plan(ids)
 
-    def _begin(self, job: Job, plan: Plan, room: int) -> None:
-        if len(plan.ids) < job.context:  # another spelling may be longer
-            job.ids = plan.ids
-        try:
-            state = self.prefixes.begin(plan, room) if job.ids is plan.ids else None
-            state = self.prefixes.model.make_cache() if state is None else state
-            running = Running(job, plan, state, self.prefixes.tokenizer)
-        except Exception as error:  # noqa: BLE001 - it is told and logged
-            self._refuse(job, error)
-            return
-        self._waiting.remove(job)
-        self._reading.members.append(running)
+    def _begin(self, job: Job, room: int) -> None:
+        plan = job.plan or Plan(job.ids)
+        if len(plan.ids) >= job.context:  # the spelling that is kept has more tokens than fit
+            plan = Plan(job.ids)
+        job.ids = plan.ids
+        state = self.prefixes.begin(plan, room)
+        running = Running(job, plan, state, self.prefixes.tokenizer)
         if self.reuse:
             running.kept = self.prefixes.work_on(running.sequence.tokens, state)
+        self._reading.members.append(running)
         self.prefixes.shrink(room)
         self._counts.add("prompt_tokens", len(job.ids))
         self._counts.add("cached_tokens", running.cached)
         self._outbox.put(job.answer, running.started)
 
     def _refuse(self, job: Job, error: Exception | None) -> None:
-        """Have a job leave that has not begun; without an error nobody waits for it."""
-        event = None
-        if error is not None:
-            if not isinstance(error, DataError):
-                LOG.error("a request could not begin", exc_info=error)
-            event = Failed(failure(error))
-            self._outbox.put(job.answer, event)
-        self._waiting.remove(job)
-        self.places.free()
-        self._blocked = None
-        self._counts.ended(event, self.prefixes.store)
+        """Have a job end that never began; without an error nobody waits for it."""
+        event = None if error is None else Failed(failure(error))
+        if error is not None and not isinstance(error, DataError):
+            LOG.error("a request could not begin", exc_info=error)
+        self._end(job, event)
 
     def _drop_cancelled(self) -> None:
-        for job in [job for job in self._waiting if job.answer.cancelled]:
+        for job in [job for job in self._waiting.jobs if job.answer.cancelled]:
+            self._waiting.remove(job)
             self._refuse(job, None)
         for running in self._all():
             if running.job.answer.cancelled:
@@ -187,44 +166,45 @@ class Worker:
         """Have a request end, with its last event unless nobody waits for it."""
         self._reading.remove(running)
         self._steps.remove(running)
+        LOG.info("%s", running.told(event))
+        self._end(running.job, event)
         if running.kept is not None:
             self.prefixes.rest(running.kept)
-            self.prefixes.shrink(max(self.memory.budget - self._busy_bytes(), 0))
+            self.prefixes.shrink(max(self._room(), 0))
         if isinstance(event, Failed) and isinstance(event.error, OutOfMemory):
             self.prefixes.shrink(self.prefixes.nbytes // 2, running.kept)
+
+    def _end(self, job: Job, event: Event | None) -> None:
+        """Give a job's place back, and tell its reader, if there is one."""
         self.places.free()
-        self._blocked = None
-        LOG.info("%s", running.told(event))
-        self._counts.ended(event, self.prefixes.store)
+        self._waiting.somebody_left()
         if event is not None:
-            self._outbox.put(running.job.answer, event)
+            self._outbox.put(job.answer, event)
+        self._counts.ended(event, self.prefixes.stored_bytes)
 
     def _fail_all(self, error: DataError) -> None:
         for running in self._all():
             self._leave(running, Failed(error))
-        for job in list(self._waiting):
+        for job in list(self._waiting.jobs):
+            self._waiting.remove(job)
             self._refuse(job, error)
 
     # Memory
 
-    def _needed(self, job: Job) -> int:
-        return self.memory.needed(len(job.ids) + min(job.most, RESERVE))
+    def _room(self) -> int:
+        """Bytes that those who are worked on leave, with what they will need soon."""
+        return self.memory.budget - sum(self.memory.of_job(running.job) for running in self._all())
 
-    def _busy_bytes(self) -> int:
-        """What the states that are worked on take, or will soon."""
-        return sum(
-            max(self._needed(r.job), self.memory.needed(len(r.sequence.tokens)))
-            for r in self._all()
-        )
+    def _room_beside(self, job: Job) -> int:
+        return self._room() - self.memory.of_job(job)
 
     def _look_at_memory(self) -> None:
         """Make room for what has grown; where that does not do, the newest request ends."""
-        room = self.memory.budget - self._busy_bytes()
+        room = self._room()
         self.prefixes.shrink(max(room, 0))
         if room < 0 and len(self._all()) > 1:
             newest = max(self._all(), key=lambda running: running.begun)
-            tokens = len(newest.sequence.tokens)
-            error = NoMemory(tokens, self.memory.needed(tokens), self.memory.budget)
+            error = NoMemory(newest.job.tokens, self.memory.of_job(newest.job), self.memory.budget)
             self._leave(newest, Failed(error))
 
     # Work
