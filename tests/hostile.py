@@ -63,7 +63,7 @@ BAD_LENGTHS = ["-1", "1.5", '"9"', "[]", "{}", "true", "1e999", "9" * 5000, "429
 def bodies(description, count, seed):
     """`count` pairs of a path and the bytes of a body: good ones with some things wrong."""
     source = random.Random(seed)
-    paths = [path for path in description["paths"] if path in GOOD]
+    paths = list(description["paths"])
     for _ in range(count):
         path = source.choice(paths)
         yield path, _body(source, path, _fields(description, path))

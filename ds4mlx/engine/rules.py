@@ -32,12 +32,16 @@ _LIMITS = {
 _KNOWN: WeakKeyDictionary[Tokenizer, Any] = WeakKeyDictionary()
 
 
+class RuleError(DataError):
+    """A rule that no answer can follow, or only with more work than is allowed."""
+
+
 @dataclass(frozen=True)
 class Rule:
     """What an answer must be.
 
     grammar: in llguidance's language, with MARK for the token that marks tool markup. name: what
-    errors call the rule. Raises DataError, with the cause, for one that no answer can follow.
+    errors call the rule. Raises RuleError, with the cause, for one that no answer can follow.
     """
 
     grammar: str
@@ -72,7 +76,7 @@ class Mask:
     def allowed(self, vocab: int) -> mx.array:
         """bool (vocab,): the tokens that may come next, be it only the one that ends the answer.
 
-        Raises DataError where that takes more work than a token may.
+        Raises RuleError where that takes more work than a token may.
         """
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         self._check()
@@ -89,7 +93,7 @@ class Mask:
             fault = self._matcher.get_error().strip().split("\n")[0]
             if fault.startswith("NoExtension"):
                 fault = "nothing fulfils it"
-            raise DataError(f"{self._name} cannot be followed: {fault[:300]}")
+            raise RuleError(f"{self._name} cannot be followed: {fault[:300]}")
 
 
 def prepare(tokenizer: Tokenizer) -> Any:

@@ -18,6 +18,7 @@ from ds4mlx.chat.tokens import DSML
 from ds4mlx.engine.request import Ended, Failed, Piece, Started, TokenProbs
 from ds4mlx.engine.scheduler import Answer
 from ds4mlx.errors import DataError
+from ds4mlx.server.errors import refusal_of
 
 LOG = logging.getLogger("ds4mlx")
 Result = TypeVar("Result")
@@ -87,13 +88,13 @@ class Turn:
         return self._events()
 
     async def whole(self) -> Whole:
-        """The answer at its end. Raises the error that it failed with."""
+        """The answer at its end. Raises Refusal where it fails."""
         tokens: list[TokenProbs] = []
         async for event in self:
             if isinstance(event, Tokens) and not event.thinking:
                 tokens += event.tokens
             elif isinstance(event, Failed):
-                raise event.error
+                raise refusal_of(event.error, 500) from event.error
             elif isinstance(event, Ended):
                 return Whole(self.message, event, tuple(tokens))
         raise asyncio.CancelledError

@@ -84,7 +84,7 @@ def create_app(
         prepare(tokenizer)  # or the first answer with a rule would stop all others for a second
     figures = Metrics(scheduler)
     app = Starlette(
-        routes=[*ROUTES, *_page()],
+        routes=[*ROUTES, Mount("/", StaticFiles(directory=PAGE, html=True))],
         middleware=_middleware(Doors(key, hosts, origins), figures),
         exception_handlers={HTTPException: not_served, Exception: not_served},
         lifespan=_lifespan,
@@ -109,11 +109,6 @@ def _middleware(doors: Doors, figures: Metrics) -> list[Middleware]:
         *([cors] if doors.origins else []),
         Middleware(KeyGuard, doors=doors),
     ]
-
-
-def _page() -> list[BaseRoute]:
-    """The page for people, from its folder."""
-    return [Mount("/", StaticFiles(directory=PAGE, html=True))] if PAGE.is_dir() else []
 
 
 @asynccontextmanager

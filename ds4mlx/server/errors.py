@@ -12,7 +12,9 @@ from typing import Any
 from pydantic import ValidationError
 from starlette.responses import JSONResponse
 
+from ds4mlx.engine.machine import OutOfMemory
 from ds4mlx.engine.request import Busy, NoMemory, Stopping, TooLong
+from ds4mlx.engine.rules import RuleError
 from ds4mlx.errors import DataError
 
 LOG = logging.getLogger("ds4mlx")
@@ -77,8 +79,10 @@ def refusal_of(error: BaseException, status: int = 400) -> Refusal:
     if isinstance(error, Busy):
         wait = max(1, round(error.retry_after))
         return Refusal(429, str(error), code="rate_limit_exceeded", retry_after=wait)
-    if isinstance(error, NoMemory | Stopping):
+    if isinstance(error, NoMemory | OutOfMemory | Stopping):
         return Refusal(503, str(error), code="overloaded", retry_after=RETRY)
+    if isinstance(error, RuleError):
+        return Refusal(400, str(error), code="invalid_value")
     if isinstance(error, DataError):
         return Refusal(status, str(error), code="invalid_value" if status == 400 else None)
     LOG.error("a request failed", exc_info=error)
