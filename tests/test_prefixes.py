@@ -1,12 +1,14 @@
 """What a prompt finds already read: in memory, being read by another, and in a store."""
 
 import asyncio
+import gc
 import logging
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from ahead import NEAR
-from scheduling import asked, check_kept, drawn, settled, text_of, whole
+from scheduling import asked, check_kept, drawn, in_thread, settled, text_of, whole
 from steering import Failing
 
 from ds4mlx import KVStore
@@ -189,6 +191,24 @@ def test_an_answer_is_found_by_its_text(schedulers, talker):
 
 
 # Memory and disk
+
+
+def test_what_leaves_memory_is_freed_at_once(scheduler):
+    """Not only when Python looks for what refers to itself."""
+
+    async def main():
+        need = scheduler().worker.memory.needed(100)
+        ours, taken = scheduler(memory=need * 2), []
+        for n in range(6):
+            await drawn(ours, IDS[n * 90 : n * 90 + 90], 3)
+            taken.append(in_thread(ours, mx.get_active_memory))
+        assert max(taken) - taken[0] < need * 2
+
+    gc.disable()
+    try:
+        asyncio.run(main())
+    finally:
+        gc.enable()
 
 
 @pytest.fixture

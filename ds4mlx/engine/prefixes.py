@@ -120,10 +120,11 @@ class Prefixes:
         except Exception:  # noqa: BLE001 - the device says why elsewhere
             state.rewind(0)
         if not state.offset:
-            self.kept.remove(kept)
+            self._drop(kept)
+            return
         others = [other for other in self.kept if other is not kept and not other.busy]
         for other in filter(kept.covers, others):
-            self.kept.remove(other)
+            self._drop(other)
 
     # Leaving memory
 
@@ -135,7 +136,7 @@ class Prefixes:
                 return
             if not kept.busy and kept is not spared:
                 self._save(kept, "evict")
-                self.kept.remove(kept)
+                self._drop(kept)
                 total -= kept.nbytes
                 mx.clear_cache()
 
@@ -146,6 +147,14 @@ class Prefixes:
                 self._save(kept, "shutdown")
         if self.store is not None:
             self.store.flush()
+
+    def give_up(self, state: DecodeState) -> None:
+        """Free the memory of a state at once, not only when Python finds that it is not used."""
+        state.share(self.model.make_cache())
+
+    def _drop(self, kept: Kept) -> None:
+        self.kept.remove(kept)
+        self.give_up(kept.state)
 
     def _save(self, kept: Kept, reason: str) -> None:
         kept.save(lambda keeper: keeper.leave(reason))

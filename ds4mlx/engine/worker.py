@@ -171,6 +171,8 @@ class Worker:
         if running.kept is not None:
             self.prefixes.rest(running.kept)
             self.prefixes.shrink(max(self._room(), 0))
+        else:
+            self.prefixes.give_up(running.state)
         if isinstance(event, Failed) and isinstance(event.error, OutOfMemory):
             self.prefixes.shrink(self.prefixes.nbytes // 2, running.kept)
 
