@@ -201,10 +201,8 @@ def test_sealed_thoughts_come_back(text):
     assert unseal(seal(text)) == text
 
 
-@pytest.mark.parametrize("foreign", [None, 3, "", "EqRkLm==", seal("x")[:-3], seal("x") + "é"])
+@pytest.mark.parametrize(
+    "foreign", [None, 3, "", "EqRkLm==", seal("x")[:-3], seal("x") + "é", seal("é")[:-4] + "w6=="]
+)
 def test_what_was_sealed_elsewhere_says_nothing(foreign):
     assert unseal(foreign) == ""
-
-
-def test_a_sealed_thought_cannot_fill_memory():
-    assert len(unseal(seal("a" * (20 << 20)))) == 8 << 20

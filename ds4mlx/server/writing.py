@@ -47,7 +47,7 @@ async def is_written(turn: Turn, writer: Writer, receive: Receive) -> bool:
     async def read() -> bool:
         async for each in turn:
             if isinstance(each, Failed):
-                raise refusal_of(each.error, 500)
+                raise refusal_of(each.error, 500) from each.error
             writer.add(each)
             if isinstance(each, Ended):
                 return True
