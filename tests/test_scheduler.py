@@ -2,12 +2,15 @@
 
 import asyncio
 
+import mlx.core as mx
 import numpy as np
 import pytest
-from scheduling import asked, check_kept, settled, text_of, whole
+from scheduling import asked, check_kept, in_thread, settled, text_of, whole
 from steering import Failing
 
 from ds4mlx import DataError
+from ds4mlx.custom_kernels.codes.packs import PACKINGS
+from ds4mlx.custom_kernels.codes.tables import lut
 from ds4mlx.engine import reading, steps
 from ds4mlx.engine.request import (
     Busy,
@@ -169,6 +172,13 @@ def test_what_cannot_be_is_refused_before_anything_is_done(scheduler):
         assert (await whole(await ours.submit(asked(IDS[:100], 0))))[0][-1].reason == "length"
 
     asyncio.run(main())
+
+
+def test_constants_of_kernels_are_good_for_any_thread(scheduler):
+    """Whoever loads a model asks for them first."""
+    kept = [lut(name, eight) for name in PACKINGS for eight in (False, True)]
+    ours = scheduler()
+    in_thread(ours, lambda: mx.eval([table + 0 for table in kept]))
 
 
 def test_closing_ends_all_and_refuses_more(scheduler):

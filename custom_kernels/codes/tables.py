@@ -19,10 +19,11 @@ def bits(value: float) -> int:
 def lut(format: str, eight: bool = False) -> mx.array:
     """uint32: a grid's 256 points as four words of two halves, columns (i, i + 4); else unused.
 
-    For products of bytes two words of four bytes, and two of nothing.
+    For products of bytes two words of four bytes, and two of nothing. It is there, and not yet to be
+    computed, since another thread than the first one to ask could not do that.
     """
     if not PACKINGS[format].lut:
-        return mx.zeros((8,), mx.uint32)
+        return mx.array(np.zeros(8, np.uint32))
     if eight:
         words = np.array(iq2_grid()).astype(np.uint8).view(np.uint32)
         return mx.array(np.pad(words, ((0, 0), (0, 2))).reshape(-1))
