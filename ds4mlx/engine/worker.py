@@ -81,7 +81,9 @@ class Worker:
         idle = not (wait or self._reading.members or self._steps.decoded)
         try:
             if idle:
-                self.commands.get(timeout=1.0 if self._steps.paused else None)()
+                # The speed that the status shows falls to nothing, and patience ends.
+                looks = self._steps.paused or self.status.tokens_per_second
+                self.commands.get(timeout=1.0 if looks else None)()
             while True:
                 self.commands.get_nowait()()
         except Empty:
