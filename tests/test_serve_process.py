@@ -10,6 +10,7 @@ import processes
 import pytest
 
 from ds4mlx.cli.main import run
+from ds4mlx.engine.scheduler import Scheduler
 
 QUESTION = {"messages": [{"role": "user", "content": "x"}], "stream": True}
 
@@ -93,6 +94,15 @@ def test_other_ends(talker_dir, signals, expected):
         serving.stream()
         code, out, err = serving.end(*signals)
         assert (code, out) == (expected, "") and "Traceback" not in err
+
+
+def test_a_scheduler_that_is_closed(talker):
+    """Only then may its store be closed, too."""
+    scheduler = Scheduler(*talker)
+    scheduler.start()
+    assert not scheduler.closed
+    scheduler.close(processes.PATIENCE)
+    assert scheduler.closed
 
 
 def test_a_port_that_is_taken(talker_dir, capsys):

@@ -219,13 +219,12 @@ def spoken(reasoning, calls):
 
 def test_the_choice_of_tools_is_obeyed(client):
     named = {"type": "function", "function": {"name": "list_files"}}
-    asked = PLAIN | {"tools": [TOOL, OTHER]}
+    asked = PLAIN | {"tools": [TOOL, OTHER], "max_tokens": 30}
     choice = client.chat.completions.create(**asked, tool_choice=named).choices[0]
     (call,) = choice.message.tool_calls
     assert (call.function.name, choice.finish_reason) == ("list_files", "tool_calls")
-    for free in ("none", "auto"):
-        choice = client.chat.completions.create(**asked, tool_choice=free).choices[0]
-        assert not choice.message.tool_calls and choice.finish_reason == "stop"
+    free = client.chat.completions.create(**asked, tool_choice="none").choices[0]
+    assert not free.message.tool_calls and free.message.content
 
 
 def test_tools_of_other_types_are_passed_over(client):

@@ -81,6 +81,11 @@ class Scheduler:
         self.worker.commands.put(partial(self.worker.stop, time.monotonic() + deadline))
         self._thread.join(deadline)
 
+    @property
+    def closed(self) -> bool:
+        """Whether the thread has ended, so that nothing uses the model or the store any more."""
+        return self._thread.ident is not None and not self._thread.is_alive()
+
     async def submit(self, request: Request) -> Answer:
         """Have a request join the queue; returns as soon as its place is sure.
 

@@ -24,6 +24,7 @@ from ds4mlx.server.connection import protocol_of
 from ds4mlx.server.safety import Limits
 from ds4mlx.server.service import Service
 
+LOG = logging.getLogger("ds4mlx")
 INTERRUPTED = 130
 # Seconds that an idle connection is kept, and that the last bytes have after everything is saved.
 _IDLE, _LAST_BYTES = 75, 3
@@ -104,10 +105,14 @@ def run(app: Starlette, opened: socket.socket, limits: Limits) -> int:
 
     server = Server(config_of(app, limits), app.state.service, announce)
     server.run(sockets=[opened])
-    return INTERRUPTED if server.ended_by == signal.SIGINT else 0
+    code = INTERRUPTED if server.ended_by == signal.SIGINT else 0
+    if not app.state.service.scheduler.closed:  # what it still uses must not be taken from it
+        LOG.warning("what was read last is not saved, as the time was up")
+        _leave_at_once(code)
+    return code
 
 
-def leave_at_once(code: int) -> None:
+def _leave_at_once(code: int) -> None:
     """End the process although a thread still works."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):
