@@ -89,20 +89,6 @@ def test_a_stream_is_the_whole_answer(client, served):
     assert final.usage.output_tokens == whole.usage.output_tokens
 
 
-def test_a_thought_comes_back_and_is_known_again(client):
-    asked = {"thinking": THINKING, "tools": [READ], "max_tokens": 60, "tool_choice": NAMED}
-    first = ask(client, **asked)
-    thought, call = first.content
-    assert thought.type == "thinking" and thought.signature
-    assert call.input["path"] in ("a.py", "b.py") and first.stop_reason == "tool_use"
-    result = {"type": "tool_result", "tool_use_id": call.id, "content": "x = 1"}
-    history = [ADD, first.to_param(), {"role": "user", "content": [result]}]
-    second = ask(client, **asked | {"messages": history})
-    known = prompt_tokens(first) + first.usage.output_tokens
-    assert second.usage.cache_read_input_tokens >= known - 1
-    assert prompt_tokens(second) > second.usage.cache_read_input_tokens > 0
-
-
 def test_a_thought_that_is_not_shown(client):
     asked = {"thinking": THINKING | {"display": "omitted"}, "max_tokens": 15}
     hidden, shown = ask(client, **asked), ask(client, max_tokens=15, thinking=THINKING)
@@ -118,24 +104,25 @@ def test_a_thought_that_is_not_shown(client):
 
 
 def test_tools_over_five_turns(client):
-    """Every turn is read on from where the last one ended, and its call is rendered as sampled."""
+    """Every turn is read on from where the last one ended: thoughts and calls are as sampled."""
     messages, known = [ADD], 0
+    choice = {"tool_choice": NAMED | {"disable_parallel_tool_use": True}, "max_tokens": 60}
     for turn in range(5):
         moved = [READ | {"cache_control": {"type": "ephemeral"}}] if turn % 2 else [READ]
-        choice = NAMED | {"disable_parallel_tool_use": True}
-        asked = {"tools": moved, "tool_choice": choice, "max_tokens": 60}
-        answer = ask(client, messages=messages, **asked)
-        assert answer.stop_reason == "tool_use"
-        (call,) = answer.content
-        assert call.name == "read_file" and set(call.input) == {"path"}
+        asked = {"messages": messages, "thinking": THINKING}
+        answer = ask(client, tools=moved, **asked, **choice)
+        thought, call = answer.content
+        assert thought.type == "thinking" and thought.signature
+        assert answer.stop_reason == "tool_use" and call.name == "read_file"
+        assert call.input["path"] in ("a.py", "b.py") and len(call.input) == 1
         assert answer.usage.cache_read_input_tokens >= known - 1
-        assert prompt_tokens(answer) == counted(client, messages=messages, tools=[READ])
+        assert prompt_tokens(answer) == counted(client, tools=[READ], **asked)
         known = prompt_tokens(answer) + answer.usage.output_tokens
         result = {"type": "tool_result", "tool_use_id": call.id, "content": f"line {turn}"}
         messages = [*messages, answer.to_param(), {"role": "user", "content": [result]}]
-    asked = {"tools": [READ], "tool_choice": {"type": "none"}, "max_tokens": 8}
-    text = ask(client, messages=messages, **asked)
-    assert all(block.type == "text" for block in text.content)
+    none = {"tool_choice": {"type": "none"}, "max_tokens": 8}
+    text = ask(client, messages=messages, tools=[READ], **none)
+    assert [block.type for block in text.content] == ["text"]
 
 
 def test_a_call_is_streamed_name_first(served):

@@ -124,33 +124,22 @@ def test_a_response_that_is_not_stored_is_not_kept(client, served):
     assert client.responses.retrieve(streamed["id"]).output_text
 
 
-def test_thoughts_come_back_unseen(client):
-    asked = {"tools": [READ], "tool_choice": NAMED, "store": False, **SHORT}
-    asked |= {"include": ["reasoning.encrypted_content"], "max_output_tokens": 60}
-    first = ask(client, **asked)
-    thought, call = dumped(first)
-    assert thought["type"] == "reasoning" and thought["encrypted_content"]
-    output = {"type": "function_call_output", "call_id": call["call_id"], "output": "x = 1"}
-    del thought["content"]
-    history = [{"role": "user", "content": ADD}, thought, call, output]
-    second = ask(client, **asked | {"input": history})
-    known = first.usage.total_tokens
-    assert second.usage.input_tokens_details.cached_tokens >= known - 1
-
-
 def test_tools_over_five_turns(client):
+    """Thoughts come back unseen, arguments spaced otherwise; each turn goes on from the last."""
     items, known = [{"role": "user", "content": ADD}], 0
+    asked = {"tools": [READ], "tool_choice": NAMED, "max_output_tokens": 60, "store": False}
+    asked |= SHORT | {"include": ["reasoning.encrypted_content"]}
     for turn in range(5):
-        asked = {"tools": [READ], "tool_choice": NAMED, "max_output_tokens": 60}
-        answer = ask(client, input=items, store=False, **asked)
-        (call,) = answer.output
-        assert call.name == "read_file" and set(json.loads(call.arguments)) == {"path"}
+        answer = ask(client, input=items, **asked)
+        thought, call = dumped(answer)
+        assert thought["type"] == "reasoning" and thought["encrypted_content"]
+        assert call["name"] == "read_file" and set(json.loads(call["arguments"])) == {"path"}
         assert answer.usage.input_tokens_details.cached_tokens >= known - 1
         known = answer.usage.total_tokens
-        spaced = dumped(answer)[0]
-        spaced["arguments"] = json.dumps(json.loads(call.arguments), separators=(",", ":"))
-        output = {"type": "function_call_output", "call_id": call.call_id, "output": f"line {turn}"}
-        items = [*items, spaced, output]
+        del thought["content"]
+        call["arguments"] = json.dumps(json.loads(call["arguments"]), separators=(",", ":"))
+        output = {"type": "function_call_output", "call_id": call["call_id"]}
+        items = [*items, thought, call, output | {"output": f"line {turn}"}]
     last = ask(client, input=items, tools=[READ], tool_choice="none", max_output_tokens=8)
     assert last.output_text and [item.type for item in last.output] == ["message"]
 
