@@ -15,7 +15,7 @@ from ds4mlx.server.openapi import STATUSES
 from ds4mlx.server.safety import Limits
 
 CONTEXT = 512  # so that an answer nobody limited is short
-LIMITS = Limits(body=1 << 20, header_seconds=0.3, body_seconds=0.3, stalled_seconds=0.3)
+LIMITS = Limits(body=1 << 20, stalled_seconds=0.3)
 GOOD = {"prompt": "def f(", "max_tokens": 2, "temperature": 0}
 
 
@@ -26,12 +26,20 @@ def target(embedded):
         yield server
 
 
+@pytest.fixture(scope="module")
+def impatient(embedded):
+    """A server that waits for a second only."""
+    limits = Limits(header_seconds=1, body_seconds=1)
+    with serving.serving(*embedded, context=CONTEXT, limits=limits) as server:
+        yield server
+
+
 @pytest.fixture(autouse=True)
 def goes_on(request):
     """The next good request works."""
     yield
-    if "target" in request.fixturenames:
-        assert_good(request.getfixturevalue("target"))
+    for name in {"target", "impatient"} & set(request.fixturenames):
+        assert_good(request.getfixturevalue(name))
 
 
 def assert_good(server):
@@ -113,22 +121,22 @@ def test_bytes_that_are_no_request(target):
 @pytest.mark.parametrize(
     "begun", [b"", b"GET / HT", b"GET / HTTP/1.1\r\nHost: localhost\r\nX: y\r\n"]
 )
-def test_headers_that_do_not_come(target, begun):
-    with connect(target) as sock:
+def test_headers_that_do_not_come(impatient, begun):
+    with connect(impatient) as sock:
         sock.sendall(begun)
         assert status_of(rest(sock)) == 408
 
 
-def test_a_second_request_that_does_not_come(target):
-    with connect(target) as sock:
+def test_a_second_request_that_does_not_come(impatient):
+    with connect(impatient) as sock:
         sock.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\nGET /hea")
         answer = rest(sock)
         assert status_of(answer) == 200 and b"HTTP/1.1 408" in answer
 
 
 @pytest.mark.parametrize("length", [{"Content_Length": 50}, {"Transfer_Encoding": "chunked"}])
-def test_a_body_that_does_not_come(target, length):
-    with connect(target) as sock:
+def test_a_body_that_does_not_come(impatient, length):
+    with connect(impatient) as sock:
         sock.sendall(head(**length) + b"2\r\n{")
         assert status_of(rest(sock)) == 408
 
