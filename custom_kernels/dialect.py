@@ -287,18 +287,22 @@ class Kernel:
     def _made(self) -> dict[str, Callable[..., list[mx.array]]]:
         return {}
 
+    def handed(self, where: str) -> tuple[str, str]:
+        """(header, body) as they are handed to MLX."""
+        header, body = self.text(where)
+        body, header = compact(body), compact(without_unused(header, body))
+        if where == "cuda":
+            asked = "".join(f"// {name}\n" for name in sorted(set(_SHAPES.findall(body))))
+            header, body = included(header), asked + included(body)
+        return header, body
+
     def make(self, where: str) -> Callable[..., list[mx.array]]:
         """MLX's kernel object for a target."""
         made = self._made.get(where)
         if made is None:
-            header, body = self.text(where)
+            header, body = self.handed(where)
             maker: Any = mx.fast.metal_kernel if where == "metal" else mx.fast.cuda_kernel
-            body, header = compact(body), compact(without_unused(header, body))
-            more = {}
-            if where == "cuda":
-                more = {"shared_memory": self.shared}
-                asked = "".join(f"// {name}\n" for name in sorted(set(_SHAPES.findall(body))))
-                header, body = included(header), asked + included(body)
+            more = {"shared_memory": self.shared} if where == "cuda" else {}
             made = maker(self.name, self.inputs, self.outputs, body, header=header, **more)
             self._made[where] = made
         return made
