@@ -1,11 +1,13 @@
 """All layers of Flash with random weights on one large GPU: speed, memory, and where a token's time goes.
 
-    python benchmarks/full_model.py [--recipe q2] [--layers N] [--results FILE]
+    python benchmarks/full_model.py [--recipe q2] [--layers N] [--prompts N,...] [--deep N,...] \
+        [--batches N,...] [--profile] [--plain] [--results FILE]
 
-Makes the model in memory once, prefills and decodes it through the kernels at several depths, then the same
-through plain operations (fewer depths: their prefill is far slower). The profile waits after every part
-of a decoded token, so that its sum is more than a token takes; it says what the shares are. The norm before a sublayer counts with the
-hyper-connection, the sum of the experts with what follows it.
+Makes the model in memory once. Each of `--prompts` is prefilled, and decoded after; at each of `--deep`,
+and for each of `--batches` sequences at 4,096, decoding begins from random rows. `--plain`: the first prompt
+once more through plain operations. `--profile` waits after every part of a decoded token, so that its sum
+is more than a token takes; it says what the shares are. The norm before a sublayer counts with the
+hyper-connection, the sum of the experts with what follows it. Figures are kept as they come.
 """
 
 import argparse
@@ -19,13 +21,13 @@ import mlx.core as mx
 from device import device
 
 from ds4mlx.bench.synth import config_like, synth_model
-from ds4mlx.bench.whole_model import WARM, Asked, bench, synthetic_state
+from ds4mlx.bench.whole_model import WARM, Asked, Fill, bench, synthetic_state
 from ds4mlx.custom_kernels import dispatch
 from ds4mlx.model.batch import Span
 from ds4mlx.model.model import Model
 from ds4mlx.model.taps import Listener, listening
 
-GENERATED, DEPTHS = 16, (2048, 32768)
+GENERATED, BATCHED = 64, 4096  # steps that are timed; the depth of several sequences
 # By the end of its name, what a quantity is the last of; what is made of it later counts elsewhere.
 PARTS = {
     "hc_attn.comb": "hyper-connections, before",
@@ -49,6 +51,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--recipe", default="q2")
     parser.add_argument("--layers", type=int)
+    parser.add_argument("--prompts", type=numbers, default=[512, 2048, 8192, 32768, 65536])
+    parser.add_argument("--deep", type=numbers, default=[100_000, 1_000_000])
+    parser.add_argument("--batches", type=numbers, default=[4, 8])
+    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--plain", action="store_true")
     parser.add_argument("--results", type=Path)
     arguments = parser.parse_args()
     config, begun = config_like("flash", arguments.layers), time.perf_counter()
@@ -67,17 +74,29 @@ def main() -> None:
         if arguments.results:
             arguments.results.write_text(json.dumps(found, indent=1) + "\n")
 
-    for way, depths in (("kernels", (2048, 8192)), ("plain", (512,))):
-        with dispatch.kernels(way == "kernels"):
-            keep(f"decode_{way}", rows(model, DEPTHS, "synthetic"))
-            keep(f"profile_{way}", {depth: profile(model, depth) for depth in DEPTHS})
-            keep(f"prefill_{way}", rows(model, depths, "real"))
+    with dispatch.kernels():
+        for depth in arguments.prompts:
+            keep(f"prefilled_{depth}", row(model, depth, "real"))
+        for depth in arguments.deep:
+            keep(f"from_random_rows_{depth}", row(model, depth, "synthetic"))
+        for batch in arguments.batches:
+            keep(f"{batch}_sequences", row(model, BATCHED, "synthetic", batch))
+        if arguments.profile:
+            keep("profile", profile(model, BATCHED))
+    if arguments.plain:
+        with dispatch.plain_operations():
+            keep("plain", row(model, arguments.prompts[0], "real"))
 
 
-def rows(model: Model, depths: tuple[int, ...], fill) -> list[dict]:
-    """Tokens a second, memory and the host's share at some depths."""
-    asked = Asked(GENERATED, fill, target="cuda" if dispatch.in_use() else None)
-    return [asdict(row) for row in bench(model, depths, asked, print)]
+def numbers(text: str) -> list[int]:
+    """Numbers with commas between them, perhaps none."""
+    return [int(each) for each in text.split(",") if each]
+
+
+def row(model: Model, depth: int, fill: Fill, batch: int = 1) -> dict:
+    """Tokens a second, memory and the host's share at a depth."""
+    asked = Asked(GENERATED, fill, batch, target="cuda" if dispatch.in_use() else None)
+    return asdict(bench(model, (depth,), asked, print)[0])
 
 
 def profile(model: Model, depth: int) -> dict[str, float]:

@@ -1,34 +1,57 @@
 #!/usr/bin/env bash
-# What one NVIDIA GPU is asked about the kernels, in about a quarter of an hour: are they right, how fast is
-# each, and how fast are a few layers of Flash with and without them.
+# What one NVIDIA GPU is asked: are the kernels right, how fast is each, how fast is Flash.
 #
-#   benchmarks/gpu.sh [DIR]      writes DIR/*.json and *.txt (default benchmarks/results/gpu)
+#   benchmarks/gpu.sh kernels|exact|model|whole [DIR]      writes DIR/*.json and *.txt
+#
+# kernels: each alone, and every launch of a token and of a chunk, by Nsight Compute (in $NCU or on the PATH).
+# exact: decoding against the references, and what bfloat16 loses. model: every kernel against its plain body.
+# whole: all layers of Flash with random weights, q2 and the formats of ds4's file; takes 100 GB.
+# Each part compiles first what it launches, many kernels at a time; a step that takes too long is ended.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-out="${1:-benchmarks/results/gpu}"
+part="${1:?kernels, exact, model or whole}" out="${2:-benchmarks/results/gpu}"
 mkdir -p "$out"
 python="${PYTHON:-python3}"
-export MLX_ENABLE_TF32=0 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
-layers="${LAYERS:-4}"
+export MLX_ENABLE_TF32=0 DS4MLX_KERNELS=1 PYTHONUNBUFFERED=1
+export MLX_PTX_CACHE_DIR="${MLX_PTX_CACHE_DIR:-/tmp/ds4mlx-ptx}"
+export PYTHONPATH="$PWD:$PWD/tests:$PWD/oracle${PYTHONPATH:+:$PYTHONPATH}"
 
 step() { # seconds, name, command...
     local seconds="$1" name="$2" begun=$SECONDS
     shift 2
-    timeout "$seconds" "$@" >"$out/$name.txt" 2>"$out/$name.err"
+    timeout -k 5 "$seconds" "$@" >"$out/$name.txt" 2>"$out/$name.err" </dev/null
     echo "$name: exit $? after $((SECONDS - begun)) s; $(tail -n 1 "$out/$name.txt")"
 }
-run=("$python" -c "from ds4mlx.cli.main import main; main()")
+ahead() { step 90 "compiled_$1" "$python" benchmarks/prebuild.py "${@:2}"; }
+measure() { step "$1" "$2" "$python" "benchmarks/$3" "${@:4}" --results "$out/$2.json"; }
 
-if command -v "${NCU:-ncu}" >/dev/null; then
-    step 90 gpu_time "$python" benchmarks/kernel_gpu_time.py --results "$out/kernel_gpu_time.json"
-fi
-step 150 equality "$python" benchmarks/kernel_equality.py --jobs "${JOBS:-8}" --results "$out/kernel_equality.json"
-unset MLX_ENABLE_TF32
-step 240 kernels "${run[@]}" bench --kernels --json
-synth=(synth --like flash --layers "$layers" --in-memory --bench --gen 16 --json)
-for recipe in q2 keep; do
-    step 150 "synth_$recipe" "${run[@]}" "${synth[@]}" --recipe "$recipe" --prompt 512,2048
-    step 150 "synth_${recipe}_plain" "${run[@]}" "${synth[@]}" --recipe "$recipe" --prompt 512 --plain
-done
-step 150 synth_deep "${run[@]}" "${synth[@]}" --recipe q2 --prompt 32768 --fill synthetic
-MLX_ENABLE_TF32=0 step 300 model "$python" benchmarks/kernel_model.py --results "$out/kernel_model.json"
+case "$part" in
+kernels)
+    ahead launches benchmarks/flash_launches.py
+    measure 90 gpu_time kernel_gpu_time.py
+    for batch in 1 4; do measure 60 "token_$batch" step_gpu_time.py --batch "$batch"; done
+    for chunk in 512 2048 4096; do measure 90 "chunk_$chunk" step_gpu_time.py --depth 8192 --chunk "$chunk"; done
+    ahead attention benchmarks/prefill_attention.py
+    measure 90 attention prefill_attention.py
+    measure 90 chunk_deep step_gpu_time.py --depth 65536 --chunk 2048
+    ;;
+exact)
+    ahead kl benchmarks/kernel_model.py --tokens 2100 --decoded 600
+    measure 240 kernel_model kernel_model.py
+    step 240 tests "$python" -m pytest -q -o addopts= -p no:cacheprovider tests/test_step_exact.py \
+        --deselect tests/test_step_exact.py::test_a_token_as_metals_own_text
+    ;;
+model)
+    step 300 equality "$python" benchmarks/kernel_equality.py --jobs "${JOBS:-8}" --results "$out/kernel_equality.json"
+    ;;
+whole)
+    ahead launches benchmarks/flash_launches.py
+    measure 330 full_q2 full_model.py
+    ahead launches_keep benchmarks/flash_launches.py --recipe keep
+    measure 120 full_keep full_model.py --recipe keep --prompts 2048 --deep "" --batches ""
+    ;;
+*)
+    echo "kernels, exact, model or whole" >&2
+    exit 2
+    ;;
+esac

@@ -12,7 +12,7 @@ from ds4mlx.bench.costs import Target, cost, rows_read, weights_read
 from ds4mlx.config import ModelConfig
 from ds4mlx.custom_kernels.graph import kinds
 from ds4mlx.engine import room
-from ds4mlx.engine.prefill import prefill
+from ds4mlx.engine.prefill import PREFILL_STEP, prefill
 from ds4mlx.errors import DataError
 from ds4mlx.model.model import Model
 from ds4mlx.state.decode_state import DecodeState
@@ -141,10 +141,11 @@ def _scaled(count: int, unit: float) -> float:
 
 
 def prefilled(model: Model, depth: int, batch: int) -> tuple[float, list[DecodeState]]:
-    """Tokens a second of prefilling, and the states; the first is done twice, as it compiles."""
+    """Tokens a second of prefilling, and the states; before them two chunks, which compile."""
     seconds, states = 0.0, []
     for turn in range(-1, batch):
-        ids = mx.random.randint(0, model.args.vocab_size, (depth,), key=mx.random.key(depth + turn))
+        count = depth if turn >= 0 else min(depth, 2 * PREFILL_STEP)
+        ids = mx.random.randint(0, model.args.vocab_size, (count,), key=mx.random.key(depth + turn))
         state, begun = model.make_cache(), time.perf_counter()
         prefill(model, ids.tolist(), state)  # type: ignore[arg-type]
         if turn >= 0:
