@@ -30,19 +30,21 @@ class Groups(NamedTuple):
 def quantise_iq2(x: mx.array, importance: mx.array) -> dict[str, mx.array]:
     """Planes of blocks x (N, 256) with the importance of every weight."""
     minus, groups = prepare(x, importance)
-    scale = best_scale(groups).reshape(len(x), 8)
-    return finish(minus, groups, scale)
+    return stored(minus, *settled(groups, best_scale(groups)))
 
 
-def finish(minus: mx.array, groups: Groups, scale: mx.array) -> dict[str, mx.array]:
-    """Planes for scales (N, 8); the points are chosen once more for the scales as stored."""
+def settled(groups: Groups, scale: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    """For scales (32-groups,): d (N, 1), levels (N, 8), and the points chosen once more for them."""
+    scale = scale.reshape(-1, 8)
     d = halved(scale.max(-1, keepdims=True) / (2 * TOP_LEVEL + 1))
     level = nearest(0.5 * (safe_divide(scale, d) - 1), TOP_LEVEL)
-    points = snap(groups, (d * (2 * level + 1)).reshape(-1))
-    weight = words(points.reshape(-1, 4), minus.reshape(-1, 4, 8), level.reshape(-1)).reshape(
-        len(d), 16
-    )
-    return {"weight": weight, "d": d.astype(mx.float16)}
+    return d, level, snap(groups, (d * (2 * level + 1)).reshape(-1))
+
+
+def stored(minus: mx.array, d: mx.array, level: mx.array, points: mx.array) -> dict[str, mx.array]:
+    """Planes of d (N, 1), levels (N, 8), and points and signs of eights, (32 N,) and (32 N, 8)."""
+    packed = words(points.reshape(-1, 4), minus.reshape(-1, 4, 8), level.reshape(-1))
+    return {"weight": packed.reshape(len(d), 16), "d": d.astype(mx.float16)}
 
 
 def even_signs(x: mx.array, w: mx.array) -> tuple[mx.array, mx.array]:
@@ -65,8 +67,8 @@ def prepare(x: mx.array, importance: mx.array) -> tuple[mx.array, Groups]:
 
 
 def grid_levels() -> mx.array:
-    """The grid in the levels 1, 3, 5 that the search works with, (256, 8)."""
-    return 2 * mx.round((iq2_grid() - 8) / 17) + 1
+    """The grid in the unit of the search, (256, 8): levels 1, 3.125 and 5.375 of d (2 l + 1)."""
+    return iq2_grid() / 8
 
 
 def best_scale(groups: Groups) -> mx.array:

@@ -2,6 +2,7 @@
 
 import json
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -10,11 +11,15 @@ from reference import DATA
 from safetensors import safe_open
 
 from ds4mlx import DataError
-from ds4mlx.convert import dequantize, quantise, quantize
+from ds4mlx.convert import dequantize, quantise, quantise_iq2, quantise_k, quantize
 from ds4mlx.formats import FORMATS
 
 REFERENCE = DATA / "quant" / "reference.safetensors"
 TYPES = ("IQ2_XXS", "Q2_K", "Q4_K")
+K_FORMATS = {
+    "Q2_K": (quantise_k.Q2_K, quantise_k.q2_k_planes),
+    "Q4_K": (quantise_k.Q4_K, quantise_k.q4_k_planes),
+}
 DTYPES = {"U32": np.uint32, "U8": np.uint8, "F16": np.float16}
 
 
@@ -56,6 +61,41 @@ def some(rows=5, columns=512, seed=0):
     rng = np.random.default_rng(seed)
     importance = rng.random(columns, np.float32) ** 4
     return rng.standard_normal((rows, columns), np.float32), importance
+
+
+def searched(x, type):
+    """The values that a search settles on for blocks (N, 256), and the planes it stores."""
+    if type == "IQ2_XXS":
+        minus, groups = quantise_iq2.prepare(x, mx.ones_like(x))
+        d, level, points = quantise_iq2.settled(groups, quantise_iq2.best_scale(groups))
+        signs = mx.where(minus, -1, 1)
+        scale = mx.repeat((d * (2 * level + 1)).reshape(-1), 4)[:, None]
+        values = (scale * quantise_iq2.grid_levels()[points] * signs).reshape(x.shape)
+        return values, quantise_iq2.stored(minus, d, level, points)
+    shape, planes = K_FORMATS[type]
+    levels = quantise_k.quantise_k(x, None, shape)
+    return levels.decoded().transpose(2, 1, 0).reshape(x.shape), planes(levels)
+
+
+@pytest.mark.parametrize("type", TYPES)
+def test_what_the_search_works_with_can_be_stored(type):
+    """Its points are the format's own: the stored planes decode to the very values it chose."""
+    x = mx.array(some(40, 256)[0])
+    values, planes = searched(x, type)
+    got = np.array(FORMATS[type.lower()].decode(planes))
+    np.testing.assert_allclose(got, np.array(values), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("size", [1e-3, 1.0, 30.0])
+def test_storable_matrices_survive(size):
+    """Whatever points of IQ2_XXS a block has, the search finds them again."""
+    rng = np.random.default_rng(4)
+    words = rng.integers(0, 2**32, (8, 16), dtype=np.uint64).astype(np.uint32)
+    words[:, 1::2] |= np.uint32(15 << 28)
+    planes = {"weight": words, "d": np.full((8, 1), size, np.float16)}
+    w = quantise.decode("iq2_xxs", planes)
+    got = dequantize(quantize(w, "IQ2_XXS", np.ones(256)))
+    assert lost(w, got, np.ones(256)) < 1e-6
 
 
 @pytest.mark.parametrize("type", TYPES)
