@@ -197,6 +197,31 @@ def test_closing_ends_all_and_refuses_more(scheduler):
     asyncio.run(main())
 
 
+def test_a_fault_in_the_bookkeeping_ends_requests_and_not_the_thread(scheduler, monkeypatch):
+    """Nor does it leave anybody waiting for a count."""
+    ours = scheduler(started=False)
+    prefixes = ours.worker.prefixes
+    rest, faults = prefixes.rest, iter([1, 1])
+
+    def failing(kept):
+        if next(faults, None):
+            raise RuntimeError("a fault")
+        rest(kept)
+
+    async def main():
+        monkeypatch.setattr(prefixes, "rest", failing)
+        answers = [await ours.submit(asked(IDS[n : n + 50], n)) for n in (5, 200)]
+        ours.start()
+        (one, _), (other, _) = [await whole(answer) for answer in answers]
+        assert isinstance(one[-1], Ended) and "a fault" in str(other[-1].error)
+        assert await text_of(ours, asked(IDS[:60], 5))
+        monkeypatch.setattr(ours.worker, "_plan", lambda ids: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            await ours.count(IDS[:60])
+
+    asyncio.run(main())
+
+
 class Broken(Failing):
     """A sampler that fails from its n-th draw on."""
 

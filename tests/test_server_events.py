@@ -1,5 +1,6 @@
 """What an answer becomes in Messages and Responses, by the SDKs' own types, without a server."""
 
+import asyncio
 import json
 
 import pytest
@@ -7,9 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from wire_formats import message_of, response_of
 
-from ds4mlx.chat.streaming import CallArguments, CallEnd, CallStart, Content, Reasoning
-from ds4mlx.engine.request import Ended, Failed, Started, Stopping, TokenProbs
-from ds4mlx.server.answering import KeepAlive, Tokens
+from ds4mlx.chat.streaming import CallArguments, CallEnd, CallStart, Completion, Content, Reasoning
+from ds4mlx.engine.answers import Answer
+from ds4mlx.engine.request import Ended, Failed, Piece, Started, Stopping, TokenProbs
+from ds4mlx.server.answering import KeepAlive, Tokens, Turn
 from ds4mlx.server.messages_events import MessageWriter
 from ds4mlx.server.offered import Offered, Tool
 from ds4mlx.server.partial_json import InputReader
@@ -206,3 +208,24 @@ def test_sealed_thoughts_come_back(text):
 )
 def test_what_was_sealed_elsewhere_says_nothing(foreign):
     assert unseal(foreign) == ""
+
+
+def test_signs_of_life_come_where_text_is_held_back():
+    """A list in a call is told when all of it is there."""
+    opening = ["\n\n<｜DSML｜tool_calls>\n", '<｜DSML｜invoke name="f">\n']
+    values = ['<｜DSML｜parameter name="x" string="false">[', *["1, "] * 5]
+
+    async def read():
+        answer, seen = Answer(lambda: None), []
+        pieces = [Piece(text, False) for text in opening + values]
+        for event in [START, *pieces, ended("length")]:
+            answer.arrived(event)
+        turn = Turn("an id", answer, Completion("none"), asyncio.sleep)
+        async for event in turn:
+            seen.append(event)
+            turn.told_at -= 1000  # as if nothing had been told for so long
+        return seen
+
+    seen = asyncio.run(read())
+    begun = next(at for at, event in enumerate(seen) if isinstance(event, CallStart))
+    assert seen[begun + 1 :].count(KeepAlive()) == len(values)

@@ -32,14 +32,15 @@ class Places:
     def take(self) -> None:
         """Take a place. Raises Busy, Stopping."""
         with self._lock:
-            if self._closed:
-                raise Stopping
-            if self._taken >= self.max_batch + self.max_queue:
-                wait = min(max(math.ceil(self._gap), SOONEST), LATEST)
-                raise Busy(self.max_queue, wait)
+            self._check()
             if not self._taken:
                 self._freed_at = time.monotonic()  # the time without requests is no wait
             self._taken += 1
+
+    def check(self) -> None:
+        """Raises Busy or Stopping where `take` would."""
+        with self._lock:
+            self._check()
 
     def free(self) -> None:
         """Give a place back."""
@@ -60,6 +61,13 @@ class Places:
         """Have nobody come in any more."""
         with self._lock:
             self._closed = True
+
+    def _check(self) -> None:
+        if self._closed:
+            raise Stopping
+        if self._taken >= self.max_batch + self.max_queue:
+            wait = min(max(math.ceil(self._gap), SOONEST), LATEST)
+            raise Busy(self.max_queue, wait)
 
 
 class StateMemory:

@@ -86,6 +86,10 @@ class Scheduler:
         """Whether the thread has ended, so that nothing uses the model or the store any more."""
         return self._thread.ident is not None and not self._thread.is_alive()
 
+    def check_place(self) -> None:
+        """Raises Busy or Stopping if nothing can join the queue now. Never waits."""
+        self._places.check()
+
     async def submit(self, request: Request) -> Answer:
         """Have a request join the queue; returns as soon as its place is sure.
 
@@ -108,10 +112,9 @@ class Scheduler:
         def count() -> None:
             try:
                 result = self.worker.count(ids)
-            except DataError as error:
-                loop.call_soon_threadsafe(_settle, counted, error)
-            else:
-                loop.call_soon_threadsafe(_settle, counted, result)
+            except Exception as error:  # noqa: BLE001 - it is raised where the count is waited for
+                result = error
+            loop.call_soon_threadsafe(_settle, counted, result)
 
         self._send(count)
         return await counted
@@ -162,10 +165,10 @@ class Scheduler:
         self.worker.commands.put(lambda: None)
 
 
-def _settle(future: "asyncio.Future[int]", result: int | DataError) -> None:
+def _settle(future: "asyncio.Future[int]", result: int | Exception) -> None:
     if future.done():  # nobody waits any more
         return
-    if isinstance(result, DataError):
+    if isinstance(result, Exception):
         future.set_exception(result)
     else:
         future.set_result(result)

@@ -53,10 +53,18 @@ class Worker:
             try:
                 self._take_commands()
                 self._turn()
+                self._tell()
             except Exception as error:
                 LOG.exception("a turn of the scheduler failed")
-                self._fail_all(failure(error))
-            self._tell()
+                self._recover(error)
+
+    def _recover(self, error: Exception) -> None:
+        """End all requests after an error that is none of theirs; the thread goes on in any case."""
+        try:
+            self._fail_all(failure(error))
+        except Exception:
+            LOG.exception("not all requests could be ended")
+        self._outbox.hand_over()
 
     # Commands
 

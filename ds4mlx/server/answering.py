@@ -7,6 +7,7 @@ and adds a sign of life wherever nothing comes for a while.
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -23,8 +24,9 @@ from ds4mlx.server.errors import refusal_of
 LOG = logging.getLogger("ds4mlx")
 Result = TypeVar("Result")
 
-# Seconds without an event after which a `KeepAlive` comes. Clients give up after 15 or more.
-KEEP_ALIVE = 10.0
+# Seconds in which nothing is told, and then in which nothing happens, before a `KeepAlive` comes; so a
+# client waits at most for twice as long. Clients give up after 15 or more.
+KEEP_ALIVE = 5.0
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,8 @@ class Turn:
 
     id: the protocol's own name of it. completion: None for plain text, all of which is content.
     remember: called with the ids of calls and their exact text before the end is told.
+    told_at: when its reader last told a client something. Much of an answer may not be told: what
+    could become markup, a value of a call that is known only as a whole, a thought left out.
     """
 
     id: str
@@ -66,6 +70,7 @@ class Turn:
     completion: Completion | None
     remember: Remember
     closed: Callable[["Turn"], None] = field(default=lambda turn: None)
+    told_at: float = field(default_factory=time.monotonic)
     _text: list[str] = field(default_factory=list)
 
     @property
@@ -109,6 +114,9 @@ class Turn:
                         await self._remember()
                     if not isinstance(event, Piece):
                         yield event
+                    elif time.monotonic() - self.told_at >= KEEP_ALIVE:
+                        self.told_at = time.monotonic()
+                        yield KeepAlive()
         finally:
             self.cancel()
 

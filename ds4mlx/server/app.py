@@ -58,6 +58,7 @@ def create_app(
     max_queue: int = 32,
     aligned: bool = False,
     reuse: bool = True,
+    memory: int | None = None,
     key: str | None = None,
     hosts: Collection[str] = (),
     origins: Collection[str] = (),
@@ -65,7 +66,7 @@ def create_app(
 ) -> Starlette:
     """An application that serves one model under a name.
 
-    store to reuse: see `Scheduler`. key: what clients must show. hosts: names of this server beside
+    store to memory: see `Scheduler`. key: what clients must show. hosts: names of this server beside
     loopback's. origins: of web pages that may ask, or `*`. Its lifespan starts the scheduler and
     closes it. Raises DataError for options out of range.
     """
@@ -78,6 +79,7 @@ def create_app(
         max_queue=max_queue,
         aligned=aligned,
         reuse=reuse,
+        memory=memory,
     )
     service = Service(scheduler, name, model.args.release, Bodies(limits or Limits()))
     if tokenizer.vocab_size:

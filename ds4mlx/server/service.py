@@ -60,6 +60,7 @@ class Service:
 
         Raises what `Scheduler.submit` raises, and DataError for messages that cannot be read.
         """
+        self.scheduler.check_place()  # before the work of writing the prompt
         prompt = await run_in_threadpool(self.render, question)
         thinking = "none" if question.continues else question.thinking
         request = Request(

@@ -1,6 +1,7 @@
 """Answers as server-sent events; the protocols say which."""
 
 import json
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -20,7 +21,7 @@ class Stream(EventSourceResponse):
     """
 
     def __init__(self, events: AsyncIterator[ServerSentEvent], turn: Turn):
-        super().__init__(events, ping=0, sep=_SEPARATOR)
+        super().__init__(_told(events, turn), ping=0, sep=_SEPARATOR)
         self._turn = turn
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -28,6 +29,14 @@ class Stream(EventSourceResponse):
             await super().__call__(scope, receive, send)
         finally:
             self._turn.cancel()
+
+
+async def _told(
+    events: AsyncIterator[ServerSentEvent], turn: Turn
+) -> AsyncIterator[ServerSentEvent]:
+    async for each in events:
+        turn.told_at = time.monotonic()
+        yield each
 
 
 def event(data: Any, name: str | None = None) -> ServerSentEvent:
