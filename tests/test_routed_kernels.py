@@ -108,8 +108,8 @@ def test_without_kernels_they_are_the_modules(dtype, block):
         limit=limit,
     )
     gates, ups = (w(x).astype(F32) for w in (shared.w1, shared.w3))
-    sides = "mxfp8", shared.w2.planes, gates, ups, limit
-    sums = routed_down.routed_down("q2_k", stacks.w2.planes, hidden, experts, *sides, dtype=dtype)
+    own = routed_down.Shared("mxfp8", shared.w2.planes, gates, ups, limit)
+    sums = routed_down.routed_down("q2_k", stacks.w2.planes, hidden, experts, own, dtype=dtype)
     got = (sums[0] + sums[1].astype(dtype).astype(F32)).astype(dtype)
     bound = 1e-5 if dtype == F32 else 1e-2  # the sum over experts goes another way round
     np.testing.assert_allclose(
@@ -171,8 +171,8 @@ def test_nan_reaches_its_own_sum_alone(which):
     experts = mx.array([[0, 1], [1, 2], [2, 3]], mx.int32)
     with on_metal():
         routed, dense = routed_down.by_kernel(
-            *("q2_k", planes, sides["hidden"], experts, "mxfp8", shared),
-            *(sides["gates"], sides["ups"], 7.0),
+            *("q2_k", planes, sides["hidden"], experts),
+            routed_down.Shared("mxfp8", shared, sides["gates"], sides["ups"], 7.0),
             dtype=F32,
         )
     spoilt = [np.isnan(np.array(a)).all(1).tolist() for a in (routed, dense)]

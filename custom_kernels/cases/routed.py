@@ -61,12 +61,12 @@ def down(
     chosen = mx.array(rng.integers(0, experts - 1, (tokens, topk)).astype(np.int32))
     values = normal((tokens * topk, hidden), dtype, 4)
     gates, ups = normal((tokens, inner), F32, 5), normal((tokens, inner), F32, 6)
-    sides = chosen, shared, matrix, gates, ups, LIMIT
+    sides = chosen, routed_down.Shared(shared, matrix, gates, ups, LIMIT)
     got = routed_down.by_kernel(format, planes, values, *sides, dtype=dtype, eight=eight)
     values = staging.as_bytes(values) if eight else values.astype(F32)
     routed, _ = routed_down.plain(format, planes, values, *sides, dtype=F32)
     gates, ups = (each.astype(dtype).astype(F32) for each in (gates, ups))
-    sides = chosen, shared, matrix, gates, ups, LIMIT
+    sides = chosen, routed_down.Shared(shared, matrix, gates, ups, LIMIT)
     _, common = routed_down.plain(format, planes, values, *sides, dtype=F32)
     return list(zip(got, (routed, common), strict=True))
 
@@ -138,8 +138,8 @@ def timed(tokens: int = 1, formats: Sequence[tuple[str, str]] = FORMATS_TIMED) -
         mx.eval(planes, shared, values, sums, chosen)
 
         def drop(i, x, planes=planes, falling=falling, shared=shared, sums=sums):
-            sides = chosen[i % 32], "mxfp8", shared[i % 12], sums, sums, 10.0
-            return routed_down.by_kernel(falling, planes, x, *sides, dtype=BF16)[0]
+            own = routed_down.Shared("mxfp8", shared[i % 12], sums, sums, 10.0)
+            return routed_down.by_kernel(falling, planes, x, chosen[i % 32], own, dtype=BF16)[0]
 
         size = tokens * topk * FORMATS[falling].bits + FORMATS["mxfp8"].bits
         yield (

@@ -6,7 +6,7 @@ turned back.
 """
 
 from functools import lru_cache
-from typing import Any
+from typing import TypedDict, Unpack
 
 import mlx.core as mx
 
@@ -42,6 +42,16 @@ def kernels() -> tuple[Kernel, Kernel]:
     return share, Kernel("attention_merge", merged, ["out"], MERGE, FOURS + TURN)
 
 
+class Options(TypedDict):
+    """What a layer is, and its activations; see `attention`."""
+
+    ratio: int
+    before: int
+    form: Form
+    eps: float
+    dtype: mx.Dtype
+
+
 def attention(
     q: mx.array,
     sink: mx.array,
@@ -50,12 +60,7 @@ def attention(
     chosen: mx.array | None,
     place: mx.array,
     angles: mx.array,
-    *,
-    ratio: int,
-    before: int,
-    form: Form,
-    eps: float,
-    dtype: mx.Dtype,
+    **options: Unpack[Options],
 ) -> mx.array:
     """What the heads of one token read: (H, c) of type `dtype`, rotary channels turned back.
 
@@ -67,10 +72,9 @@ def attention(
     and for the others. All rows lie as `form` says. eps: of the norm of queries.
     """
     own = q, sink, window, rows, chosen, place, angles
-    options: Any = {"ratio": ratio, "before": before, "form": form, "eps": eps, "dtype": dtype}
-    if takes(q, rows, angles, ratio=ratio, layout=form.layout, dtype=dtype):
-        return by_kernel(*own, **options)
-    return plain(*own, **options)
+    ratio, layout, dtype = options["ratio"], options["form"].layout, options["dtype"]
+    way = by_kernel if takes(q, rows, angles, ratio=ratio, layout=layout, dtype=dtype) else plain
+    return way(*own, **options)
 
 
 def takes(
@@ -107,18 +111,14 @@ def plain(
     chosen: mx.array | None,
     place: mx.array,
     angles: mx.array,
-    *,
-    ratio: int,
-    before: int,
-    form: Form,
-    eps: float,
-    dtype: mx.Dtype,
+    **options: Unpack[Options],
 ) -> mx.array:
     """`attention` by MLX's own operations."""
+    ratio, form, dtype = options["ratio"], options["form"], options["dtype"]
     turns = tuple(each[None] for each in angles[1 if ratio else 0])
     queries = q.astype(dtype).reshape(1, -1, form.layout.width)
-    heads = rotate(rms_norm(queries, None, eps), turns)[0]
-    position = place[0] + mx.arange(-before, 1)
+    heads = rotate(rms_norm(queries, None, options["eps"]), turns)[0]
+    position = place[0] + mx.arange(-options["before"], 1)
     near = mx.clip(position - place[1] + len(window.old), 0, None)
     values = [form.unpack(mx.concatenate(list(window))[near])]
     seen = [position >= 0]
@@ -147,15 +147,10 @@ def by_kernel(
     chosen: mx.array | None,
     place: mx.array,
     angles: mx.array,
-    *,
-    ratio: int,
-    before: int,
-    form: Form,
-    eps: float,
-    dtype: mx.Dtype,
+    **options: Unpack[Options],
 ) -> mx.array:
     """`attention` in two launches; see `takes`."""
-    layout = form.layout
+    ratio, layout, dtype = options["ratio"], options["form"].layout, options["dtype"]
     width, block = layout.width, block_rows(layout.width, dtype)
     heads = q.size // width
     common = [
@@ -175,12 +170,12 @@ def by_kernel(
         ("LEAST", LEAST),
         ("RATIO", ratio),
         ("CHOSEN", 0 if chosen is None else len(chosen)),
-        ("BEFORE", before),
+        ("BEFORE", options["before"]),
         ("KEEP", len(window.old)),
         ("WORDS", layout.elements * layout.dtype.size // 4),
         ("CODED", layout.coded),
         ("HEAD", layout.head),
-        ("EPS", bits(eps)),
+        ("EPS", bits(options["eps"])),
         ("SCALE", bits(width**-0.5)),
     ]
     share, merge = kernels()

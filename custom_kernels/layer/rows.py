@@ -5,7 +5,7 @@ compressed row that it completes, if it does. Tails come back whole, with the to
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict, Unpack
 
 import mlx.core as mx
 
@@ -45,6 +45,15 @@ class NewRows(NamedTuple):
     poolings: list[tuple[mx.array, mx.array]]  # the tails of projections and rows
 
 
+class Options(TypedDict):
+    """What a layer is, and its activations; see `new_rows`."""
+
+    ratio: int
+    form: Form
+    eps: float
+    dtype: mx.Dtype
+
+
 def new_rows(
     kv: mx.array,
     latent: mx.array,
@@ -54,11 +63,7 @@ def new_rows(
     poolings: Sequence[Pooling],
     place: mx.array,
     angles: mx.array,
-    *,
-    ratio: int,
-    form: Form,
-    eps: float,
-    dtype: mx.Dtype,
+    **options: Unpack[Options],
 ) -> NewRows:
     """What a token adds to a layer of a ratio (0, 4, 128); see `NewRows`.
 
@@ -70,10 +75,9 @@ def new_rows(
     the token completes; where it completes none, the tail stays as it is.
     """
     own = kv, latent, kv_norm, q_norm, window, poolings, place, angles
-    options: Any = {"ratio": ratio, "form": form, "eps": eps, "dtype": dtype}
-    if takes(kv, poolings, angles, ratio=ratio, form=form, dtype=dtype):
-        return by_kernel(*own, **options)
-    return plain(*own, **options)
+    ratio, form, dtype = options["ratio"], options["form"], options["dtype"]
+    suits = takes(kv, poolings, angles, ratio=ratio, form=form, dtype=dtype)
+    return (by_kernel if suits else plain)(*own, **options)
 
 
 def takes(
@@ -118,13 +122,11 @@ def plain(
     poolings: Sequence[Pooling],
     place: mx.array,
     angles: mx.array,
-    *,
-    ratio: int,
-    form: Form,
-    eps: float,
-    dtype: mx.Dtype,
+    **options: Unpack[Options],
 ) -> NewRows:
     """`new_rows` by MLX's own operations."""
+    ratio, form = options["ratio"], options["form"]
+    eps, dtype = options["eps"], options["dtype"]
     slot = place[0] - place[1]
     row = rms_norm(kv.astype(dtype).reshape(1, -1), kv_norm, eps)
     row = rotate(row, _angles(angles, 1 if ratio else 0))
@@ -186,20 +188,16 @@ def by_kernel(
     poolings: Sequence[Pooling],
     place: mx.array,
     angles: mx.array,
-    *,
-    ratio: int,
-    form: Form,
-    eps: float,
-    dtype: mx.Dtype,
+    **options: Unpack[Options],
 ) -> NewRows:
     """`new_rows` in one launch; see `takes`."""
-    layout = form.layout
+    ratio, layout, dtype = options["ratio"], options["form"].layout, options["dtype"]
     inputs = [kv, latent, kv_norm, q_norm, window.tail, place, angles]
     outputs = [((1, latent.size), dtype), (window.tail.shape, window.tail.dtype)]
     numbers: dict[str, Any] = {
         "T": dtype,
         "GROUPS": GROUPS,
-        "EPS": bits(eps),
+        "EPS": bits(options["eps"]),
         "RATIO": ratio,
         "ANGLES": 1 if ratio else 0,
         "ROPE": 2 * angles.shape[-1],

@@ -5,6 +5,7 @@ of the shared expert's matrix once for all tokens, whose hidden values each of t
 """
 
 from functools import lru_cache
+from typing import NamedTuple
 
 import mlx.core as mx
 
@@ -144,47 +145,52 @@ def _name(format: str, dtype: mx.Dtype, eight: bool, dense_format: str) -> str:
     return f"routed_down_{format}_{staging.arithmetic(dtype, eight)}_{dense_format}"
 
 
+class Shared(NamedTuple):
+    """The shared expert: planes of its down (D, F) in a format, what gate and up gave (N, F) float32.
+
+    limit: of SwiGLU.
+    """
+
+    format: str
+    down: Planes
+    gates: mx.array
+    ups: mx.array
+    limit: float
+
+
 def routed_down(
     format: str,
     down: Planes,
     hidden: mx.array,
     experts: mx.array,
-    shared_format: str,
-    shared: Planes,
-    gates: mx.array,
-    ups: mx.array,
-    limit: float,
+    shared: Shared,
     *,
     dtype: mx.Dtype,
     eight: bool = False,
 ) -> tuple[mx.array, mx.array]:
     """The routed experts' sum and the shared expert's values, both float32 (N, D).
 
-    hidden T (N * k, H), weighted, of experts int (N, k) with planes of (E, D, H). gates and ups float32
-    (N, F), the shared expert's products, are rounded to `dtype`, which is T, as is their SwiGLU; planes
-    of (D, F). eight: as in `experts_down`.
+    hidden T (N * k, H), weighted, of experts int (N, k) with planes of (E, D, H). The shared expert's
+    products are rounded to `dtype`, which is T, as is their SwiGLU. eight: as in `experts_down`.
     """
-    takes_all = takes(format, hidden, experts, shared_format, gates, eight)
-    way = by_kernel if takes_all else plain
-    sides = format, down, hidden, experts, shared_format, shared, gates, ups, limit
-    return way(*sides, dtype=dtype, eight=eight)
+    way = by_kernel if takes(format, hidden, experts, shared, eight) else plain
+    return way(format, down, hidden, experts, shared, dtype=dtype, eight=eight)
 
 
 def takes(
     format: str,
     hidden: mx.array,
     chosen: mx.array,
-    shared_format: str,
-    gates: mx.array,
+    shared: Shared,
     eight: bool = False,
 ) -> bool:
     """Whether the kernel multiplies hidden values (N * k, H) and (N, F) by matrices in the formats."""
     suits = format in experts.DOWN.formats and hidden.shape[1] % staging.CHUNK == 0
     suits = suits and chosen.shape[1] <= dispatch.MOST_CHOSEN and len(chosen) <= dispatch.FEW
-    piece = dense.COLUMNS.get(shared_format)
-    suits = suits and piece is not None and gates.shape[1] % piece == 0
+    piece = dense.COLUMNS.get(shared.format)
+    suits = suits and piece is not None and shared.gates.shape[1] % piece == 0
     # How a shared format is read is compared as `dense_matvec`, which has the same text.
-    name = _name(format, hidden.dtype, eight, shared_format).removesuffix(f"_{shared_format}")
+    name = _name(format, hidden.dtype, eight, shared.format).removesuffix(f"_{shared.format}")
     return suits and dispatch.active(hidden, name)
 
 
@@ -193,11 +199,7 @@ def plain(
     down: Planes,
     hidden: mx.array,
     chosen: mx.array,
-    shared_format: str,
-    shared: Planes,
-    gates: mx.array,
-    ups: mx.array,
-    limit: float,
+    shared: Shared,
     *,
     dtype: mx.Dtype,
     eight: bool = False,
@@ -205,8 +207,9 @@ def plain(
     """`routed_down` by MLX's own operations, which know no bytes."""
     stack = lambda *each: FORMATS[format].gather(down, *each)
     routed = experts.plain_down(stack, hidden, experts.Pairs(chosen, None, None))
-    values = swiglu.swiglu(gates.astype(dtype), ups.astype(dtype), limit).astype(dtype)
-    return routed, FORMATS[shared_format].matmul(shared, values).astype(mx.float32)
+    gates, ups = shared.gates.astype(dtype), shared.ups.astype(dtype)
+    values = swiglu.swiglu(gates, ups, shared.limit).astype(dtype)
+    return routed, FORMATS[shared.format].matmul(shared.down, values).astype(mx.float32)
 
 
 def by_kernel(
@@ -214,25 +217,22 @@ def by_kernel(
     down: Planes,
     hidden: mx.array,
     chosen: mx.array,
-    shared_format: str,
-    shared: Planes,
-    gates: mx.array,
-    ups: mx.array,
-    limit: float,
+    shared: Shared,
     *,
     dtype: mx.Dtype,
     eight: bool = False,
 ) -> tuple[mx.array, mx.array]:
     """`routed_down` in one launch; H is a multiple of 64, F of a piece's columns, k at most 32."""
     assert hidden.dtype == dtype
-    (count, topk), (width, inner) = chosen.shape, (down["weight"].shape[-2], gates.shape[1])
+    (count, topk), (width, inner) = chosen.shape, (down["weight"].shape[-2], shared.gates.shape[1])
     each, rest = experts_down.ROWS * experts_down.GROUPS, ROWS * experts_down.GROUPS
     routed, dense_parts = -(-width // each), -(-width // rest)
     span = min(inner, max(STEP, STAGED // count // STEP * STEP))
     packing = PACKINGS[format]
-    planes = [down[p] for p in packing.planes] + [shared[p] for p in FORMATS[shared_format].layout]
-    sums = kernel(format, dtype, eight, shared_format)(
-        [hidden, chosen, gates, ups, *planes],
+    planes = [down[p] for p in packing.planes]
+    planes += [shared.down[p] for p in FORMATS[shared.format].layout]
+    sums = kernel(format, dtype, eight, shared.format)(
+        [hidden, chosen, shared.gates, shared.ups, *planes],
         [((count, width), mx.float32), ((count, width), mx.float32)],
         groups=(routed * count + dense_parts, 1, 1),
         threads=32 * experts_down.GROUPS,
@@ -244,7 +244,7 @@ def by_kernel(
             ("INNER", inner),
             ("SPAN", span),
             ("SHARED_ROWS", ROWS),
-            ("LIMIT", bits(limit)),
+            ("LIMIT", bits(shared.limit)),
         ],
         reads=parts(packing.names("down"), chosen.size, len(down["weight"])),
     )

@@ -6,6 +6,7 @@ stage the token's activations.
 """
 
 from functools import lru_cache
+from typing import NotRequired, TypedDict, Unpack
 
 import mlx.core as mx
 
@@ -104,20 +105,25 @@ def _name(format: str, dtype: mx.Dtype, eight: bool, hashed: bool) -> str:
     return f"routed_up_{format}_{staging.arithmetic(dtype, eight)}_{kind}"
 
 
+class Options(TypedDict):
+    """How experts are chosen and weighted, and what they multiply by; see `routed_up`."""
+
+    scale: float
+    topk: int
+    limit: float
+    bias: NotRequired[mx.array | None]
+    table: NotRequired[mx.array | None]
+    ids: NotRequired[mx.array | None]
+    eight: NotRequired[bool]
+
+
 def routed_up(
     format: str,
     gate: Planes,
     up: Planes,
     x: mx.array,
     logits: mx.array,
-    *,
-    scale: float,
-    topk: int,
-    limit: float,
-    bias: mx.array | None = None,
-    table: mx.array | None = None,
-    ids: mx.array | None = None,
-    eight: bool = False,
+    **options: Unpack[Options],
 ) -> tuple[mx.array, mx.array]:
     """weight * silu(min(gate . x, limit)) * clip(up . x) of a token's experts, and which these are.
 
@@ -127,9 +133,9 @@ def routed_up(
     over their sum, times scale, or all NaN where a NaN was compared. eight: as in `experts_up`.
     Returns (N * k, H) in x's type, and experts int32 (N, k).
     """
-    options = {"scale": scale, "topk": topk, "bias": bias, "table": table, "ids": ids}
-    way = by_kernel if takes(format, x, logits, topk, table is not None, eight) else plain
-    return way(format, gate, up, x, logits, limit=limit, eight=eight, **options)
+    hashed, eight = options.get("table") is not None, options.get("eight", False)
+    way = by_kernel if takes(format, x, logits, options["topk"], hashed, eight) else plain
+    return way(format, gate, up, x, logits, **options)
 
 
 def takes(
@@ -148,21 +154,15 @@ def plain(
     up: Planes,
     x: mx.array,
     logits: mx.array,
-    *,
-    scale: float,
-    topk: int,
-    limit: float,
-    bias: mx.array | None = None,
-    table: mx.array | None = None,
-    ids: mx.array | None = None,
-    eight: bool = False,
+    **options: Unpack[Options],
 ) -> tuple[mx.array, mx.array]:
     """`routed_up` by MLX's own operations, which know no bytes."""
-    sides = router.scores_of(logits), scale, topk, bias, table, ids
+    listed = (options.get(name) for name in ("bias", "table", "ids"))
+    sides = router.scores_of(logits), options["scale"], options["topk"], *listed
     chosen, weights = router.weighed(*sides, ordered=True)
     stacks = (lambda *each, m=m: FORMATS[format].gather(m, *each) for m in (gate, up))
     pairs = experts.Pairs(chosen, None, None)
-    return experts.plain_up(*stacks, x, pairs, weights, limit), chosen.astype(mx.int32)
+    return experts.plain_up(*stacks, x, pairs, weights, options["limit"]), chosen.astype(mx.int32)
 
 
 def by_kernel(
@@ -171,21 +171,16 @@ def by_kernel(
     up: Planes,
     x: mx.array,
     logits: mx.array,
-    *,
-    scale: float,
-    topk: int,
-    limit: float,
-    bias: mx.array | None = None,
-    table: mx.array | None = None,
-    ids: mx.array | None = None,
-    eight: bool = False,
+    **options: Unpack[Options],
 ) -> tuple[mx.array, mx.array]:
     """`routed_up` in one launch; D is a multiple of 64, k at most 32, E at most 1024."""
-    count, hidden = len(x), gate["weight"].shape[-2]
-    choice = [a for a in ((bias,) if table is None else (table, ids)) if a is not None]
+    count, hidden, topk = len(x), gate["weight"].shape[-2], options["topk"]
+    table, eight = options.get("table"), options.get("eight", False)
+    named = ("bias",) if table is None else ("table", "ids")
+    choice = [array for array in map(options.get, named) if isinstance(array, mx.array)]
     planes = experts_up.operands(format, gate, up, eight)
-    cut = experts_up.cut(x, hidden, topk, format, limit, eight)
-    cut["template"] += [("EXPERTS", logits.shape[1]), ("SCALE", bits(scale))]
+    cut = experts_up.cut(x, hidden, topk, format, options["limit"], eight)
+    cut["template"] += [("EXPERTS", logits.shape[1]), ("SCALE", bits(options["scale"]))]
     values, chosen = kernel(format, x.dtype, eight, table is not None)(
         [x, logits, *choice, *planes],
         [((count * topk, hidden), x.dtype), ((count, topk), mx.int32)],

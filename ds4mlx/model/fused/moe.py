@@ -4,7 +4,7 @@ import mlx.core as mx
 
 from ds4mlx.custom_kernels.products.dense_matvec import dense_matvec
 from ds4mlx.custom_kernels.products.experts import eight
-from ds4mlx.custom_kernels.products.routed_down import routed_down
+from ds4mlx.custom_kernels.products.routed_down import Shared, routed_down
 from ds4mlx.custom_kernels.products.routed_up import routed_up
 from ds4mlx.formats.dense import dense_format
 from ds4mlx.model.moe import MoE
@@ -30,7 +30,7 @@ def mixture(ffn: MoE, x: mx.array, ids: mx.array) -> list[mx.array]:
     )
     routed, common = routed_down(
         *(experts.w2.format, experts.w2.planes, hidden, chosen),
-        *(shared.w2.format, shared.w2.planes, gates, ups, shared.limit),
+        Shared(shared.w2.format, shared.w2.planes, gates, ups, shared.limit),
         dtype=x.dtype,
         eight=eight(experts.w2.format),
     )
