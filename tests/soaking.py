@@ -45,6 +45,8 @@ TALKS = ["chat", "messages", "responses"]
 CLIENTS, MOST = 8, 10
 # What the process may take for states beside the weights, and files in the store.
 MEMORY, STORED = "540M", "8M"
+# Words of a new question; the longest are saved in the store.
+LENGTHS = [9, 9, 40, 40, 150, 600]
 # The share of the time after which memory is not to grow.
 WARM = 1 / 6
 
@@ -58,9 +60,9 @@ class Load:
         self.known = {}
         self.resident = []  # (seconds, bytes)
 
-    async def learn(self):
-        """Ask each known question alone."""
-        for task in KNOWN:
+    async def learn(self, tasks=KNOWN):
+        """Ask each of these questions alone."""
+        for task in tasks:
             body = body_of("chat", self._known(task), MOST)
             self.known[task] = await whole(self.port, "chat", body)
 
@@ -97,7 +99,7 @@ class Load:
     # Kinds of questions
 
     async def _ask_known(self):
-        task, protocol = self.random.choice(KNOWN), self.random.choice(TALKS)
+        task, protocol = self.random.choice([*self.known]), self.random.choice(TALKS)
         reading = self.random.choice([streamed, whole])
         text = await reading(self.port, protocol, body_of(protocol, self._known(task), MOST))
         assert text == self.known[task], (protocol, reading.__name__, task, text, self.known[task])
@@ -169,7 +171,7 @@ class Load:
         return f"m{self.random.getrandbits(40):010x}"
 
     def _words(self):
-        return " ".join(self.random.choices(WORDS, k=self.random.choice([9, 40, 150])))
+        return " ".join(self.random.choices(WORDS, k=self.random.choice(LENGTHS)))
 
 
 def marked(mark):
