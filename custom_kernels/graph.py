@@ -1,9 +1,13 @@
-"""MLX's own operations in a graph that is not evaluated yet: which, how large, and what they move."""
+"""MLX's own operations in a graph that is not evaluated yet: which, how large, and what they move.
+
+And what of their outputs, and of those of recorded launches, is in memory at a time.
+"""
 
 import io
 import math
 import re
 from collections import Counter
+from itertools import accumulate
 from typing import Any
 
 import mlx.core as mx
@@ -48,6 +52,55 @@ def operations(*outputs: mx.array) -> list[Operation]:
         else:
             listed.append(_operation(part, behind))
     return listed
+
+
+def alive(*outputs: mx.array, late: int = 0) -> int:
+    """The most bytes of what operations and recorded launches make that are in memory at a time.
+
+    In the order of the graph; what an operation reads for the last time is given back as many
+    operations later as `late` says, as by a GPU that many of them have been submitted to. Neither
+    zeros nor what was evaluated before counts. Raises ValueError as `operations` does.
+    """
+    told: list[dict[str, Any]] = []
+    mx.export_function(told.append, lambda unused: list(outputs), mx.array(0))
+    parts = [part for part in told if part["type"] == "primitive"]
+    memory = _Memory()
+    for number, part in enumerate(parts):
+        memory.see(number, part)
+    changes = [0] * (len(parts) + late + 2)
+    for buffer, size in memory.sizes.items():
+        changes[memory.made[buffer]] += size
+        changes[memory.read[buffer] + 1 + late] -= size
+    return max(accumulate(changes))
+
+
+class _Memory:
+    """The buffers behind the arrays of a graph: when each is made and last read, and its bytes."""
+
+    def __init__(self) -> None:
+        self.behind: dict[str, str] = {}  # the buffer that an array lies in
+        self.sizes: dict[str, int] = {}
+        self.made: dict[str, int] = {}
+        self.read: dict[str, int] = {}
+
+    def see(self, number: int, part: dict[str, Any]) -> None:
+        """Take in the next operation."""
+        inputs = [self.behind[name] for name, *_ in part["inputs"] if name in self.behind]
+        self.read |= dict.fromkeys(inputs, number)
+        for place, (name, *spec) in enumerate(part["outputs"]):
+            source = part["inputs"][place if part["name"] == "Depends" else 0][0]
+            source, size = self.behind.get(source), Spec(*spec).nbytes
+            if part["name"] == "Full" or (part["name"] in VIEWS and source is None):
+                size = (
+                    0  # zeros, a recorded launch's among them, or a view of what was there before
+                )
+            elif part["name"] == "Depends" and source is not None and not self.sizes[source]:
+                source = None  # an output of a recorded launch
+            if part["name"] in VIEWS and source is not None:
+                self.behind[name] = source
+                continue
+            self.behind[name], self.sizes[name] = name, size
+            self.made[name] = self.read[name] = number
 
 
 def _behind(view: dict[str, Any], behind: dict[str, int]) -> dict[str, int]:

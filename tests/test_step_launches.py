@@ -18,13 +18,14 @@ from ds4mlx.model.model import Model
 from ds4mlx.model.rope import step_angles
 from ds4mlx.state.blank import fill_blank
 from ds4mlx.state.decode_state import DecodeState
+from ds4mlx.state.rounding import Rounding
 from ds4mlx.state.tails import settle
 
 
-def flash(recipe: str) -> Model:
-    """A model of Flash's sizes whose weights are never made."""
-    config = config_like("flash")
-    model = Model(config)
+def flash(recipe: str, rounding: Rounding = "official", layers: int | None = None) -> Model:
+    """A model of Flash's sizes, of all layers or the first so many, whose weights are never made."""
+    config = config_like("flash", layers)
+    model = Model(config, rounding=rounding)
     modules = dict(model.named_modules())
     for entry in entries(config):
         module, stored = modules[entry.module], format_of(recipe, entry, config)

@@ -11,7 +11,7 @@ import mlx.core as mx
 from ds4mlx.chat.segments import Prompt
 from ds4mlx.engine import room
 from ds4mlx.engine.decoding import Decoding
-from ds4mlx.engine.prefill import PREFILL_STEP, prefill
+from ds4mlx.engine.prefill import prefill
 from ds4mlx.engine.requests import check_count, check_prompt
 from ds4mlx.engine.rules import Rule
 from ds4mlx.engine.sampling import Sampler, log_probs
@@ -90,7 +90,7 @@ def stream_generate(
     sampler: Sampler | None = None,
     stop: str | abc.Sequence[str] = (),
     cache: DecodeState | None = None,
-    prefill_step: int = PREFILL_STEP,
+    prefill_step: int | None = None,
     on_prefill: Callable[[int, int], None] | None = None,
     store: KVStore | None = None,
     policy: Policy | None = None,
@@ -101,8 +101,9 @@ def stream_generate(
 
     sampler: greedy if not given. stop: texts that end the answer and do not appear in it; in a
     thought (<think> to </think>) they are not looked for. cache: a state that holds what precedes
-    `prompt`. on_prefill: told (tokens done, tokens in all) after each chunk of `prefill_step`. The
-    end-of-sentence token ends the answer.
+    `prompt`. prefill_step: the most tokens of it that are read at a time; by default 2,048, or 4,096
+    where kernels are used that have the memory for it. on_prefill: told (tokens done, tokens in all)
+    after each chunk. The end-of-sentence token ends the answer.
     store: where the longest stored prefix of the prompt is taken up, and saves are made as `policy`
     says; not together with a cache, whose tokens are not known here.
     rule, thinking_budget: what the answer must be, and the longest thought, as of a `Sequence`.
@@ -121,7 +122,8 @@ def stream_generate(
     first = state.offset
     check_prompt(model.args, ids, first, max_tokens)
     room.of_model(model, first + len(ids) + max_tokens, saving=store is not None).check()
-    check_count("prefill_step", prefill_step, 1)
+    if prefill_step is not None:
+        check_count("prefill_step", prefill_step, 1)
     if store is not None:
         state, _ = take_up(store, ids, state, 0)
     sequence = Sequence(
@@ -147,7 +149,7 @@ def answer(
     model: Model,
     sequence: Sequence,
     *,
-    prefill_step: int = PREFILL_STEP,
+    prefill_step: int | None = None,
     on_prefill: Callable[[int, int], None] | None = None,
     keeper: Keeper | None = None,
 ) -> Generator[Response, None, None]:

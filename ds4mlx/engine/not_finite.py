@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import mlx.core as mx
 
 from ds4mlx.custom_kernels import dispatch
-from ds4mlx.engine.prefill import PREFILL_STEP
+from ds4mlx.engine.room import PREFILL_STEP
 from ds4mlx.model.batch import Span
 from ds4mlx.model.model import Model
 from ds4mlx.model.taps import Listener, listening

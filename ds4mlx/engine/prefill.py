@@ -4,20 +4,19 @@ from collections.abc import Callable, Generator, Sequence
 
 import mlx.core as mx
 
+from ds4mlx.engine import room
 from ds4mlx.engine.interrupts import undivided
 from ds4mlx.engine.machine import memory_told
 from ds4mlx.engine.undone import undone_on_failure
 from ds4mlx.model.model import Model
 from ds4mlx.state.decode_state import DecodeState
 
-PREFILL_STEP = 2048
-
 
 def prefill(
     model: Model,
     ids: Sequence[int],
     cache: DecodeState,
-    step: int = PREFILL_STEP,
+    step: int | None = None,
     on_chunk: Callable[[int, int], None] | None = None,
 ) -> mx.array:
     """Feed `ids` to the state as `prefill_chunks` does; logits (1, vocab) after the last token.
@@ -35,17 +34,19 @@ def prefill(
 
 
 def prefill_chunks(
-    model: Model, ids: Sequence[int], cache: DecodeState, step: int = PREFILL_STEP
+    model: Model, ids: Sequence[int], cache: DecodeState, step: int | None = None
 ) -> Generator[int, None, mx.array]:
     """Feed `ids` to the state in chunks; yields the tokens done after each, so that others may run.
 
     Returns the logits (1, vocab) after the last token.
 
+    step: the most tokens of a chunk; by default as many as this machine is fast with and has room for.
     Chunks end at multiples of `step` of the state's length, so that they do not depend on how much
     of a prompt the state held before. Only the last chunk runs the head, and each chunk's scratch
     memory is given back. A chunk that fails leaves the state as it was before that chunk, and so
     does a generator that is left. Raises OutOfMemory where the memory does not do for a chunk.
     """
+    step = step or room.chunk_length(model, cache.offset + len(ids))
     first = step - cache.offset % step
     logits = None
     for start in (0, *range(first, len(ids), step)):
@@ -63,15 +64,10 @@ def prefill_chunk(
     Only then the head runs. A chunk that fails leaves the state as it was. Raises OutOfMemory where
     the memory does not do for it.
     """
-    logits, chunk = None, mx.array([list(ids)])
+    chunk = mx.array([list(ids)])
     what = f"{len(ids)} tokens of a prompt, after {cache.offset}"
     try:
         with memory_told(what), undivided(), undone_on_failure([cache], far=True):
-            if last:
-                logits = model.last_logits(chunk, cache)
-                mx.eval(logits)
-            else:
-                mx.eval(model.streams(chunk, cache)[:, -1:])
+            return model.read(chunk, cache, last)
     finally:
         mx.clear_cache()
-    return logits

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from ds4mlx.engine.prefill import PREFILL_STEP, prefill_chunk
+from ds4mlx.engine.prefill import prefill_chunk
+from ds4mlx.engine.room import PREFILL_STEP
 from ds4mlx.engine.running import Running
 from ds4mlx.engine.steps import failure
 from ds4mlx.errors import DataError

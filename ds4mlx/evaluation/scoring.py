@@ -13,8 +13,9 @@ import mlx.core as mx
 import numpy as np
 from tqdm import tqdm
 
-from ds4mlx.engine.prefill import PREFILL_STEP, prefill
+from ds4mlx.engine.prefill import prefill
 from ds4mlx.engine.requests import check_ids
+from ds4mlx.engine.room import PREFILL_STEP
 from ds4mlx.model.model import Model
 from ds4mlx.state.decode_state import DecodeState
 

@@ -20,7 +20,8 @@ from tqdm import tqdm
 from ds4mlx.convert.importance import run_of, write_gguf
 from ds4mlx.durable import Busy, alone, replacing
 from ds4mlx.engine.interrupts import undivided
-from ds4mlx.engine.prefill import PREFILL_STEP, prefill
+from ds4mlx.engine.prefill import prefill
+from ds4mlx.engine.room import PREFILL_STEP
 from ds4mlx.errors import DataError
 from ds4mlx.imatrix.recorder import recording
 from ds4mlx.imatrix.running_sums import RunningSums

@@ -23,6 +23,7 @@ from ds4mlx.model.hyper import HyperHead
 from ds4mlx.model.inputs import Cache, Inputs, Tokens, read_states, read_tokens
 from ds4mlx.model.linear import Embedding, Linear, RMSNorm
 from ds4mlx.model.module import Module
+from ds4mlx.model.pace import Pace
 from ds4mlx.model.rope import rotary_tables
 from ds4mlx.model.taps import begin, tap
 from ds4mlx.precision import keep_float32
@@ -114,6 +115,21 @@ class Model(Module):
         call = _Call(self, tokens, cache)
         return call.done(self._run(call.batch, call.states))
 
+    def read(self, tokens: Tokens, state: DecodeState, last: bool) -> mx.array | None:
+        """Feed a chunk (1, L) of a prompt to a state, each layer evaluated while the next is built.
+
+        Logits (1, vocab) after it if it is the `last`, else None. Unlike a call it evaluates, and one
+        that raises leaves some layers ahead of others, which `load` of an earlier record mends.
+        """
+        call = _Call(self, tokens, state)
+        if last and call.steps:
+            out = call.moved(self._logits(call))
+        else:
+            streams = self._run(call.batch, call.states, Pace(call.batch))[call.inputs.last]
+            out = call.moved(self.logits(streams) if last else streams)
+        mx.eval(out)
+        return out if last else None
+
     def _logits(self, call: "_Call") -> mx.array:
         """Logits (N, vocab): by launches in a step, or by modules."""
         if not call.steps:
@@ -121,12 +137,16 @@ class Model(Module):
         begin(call.batch)
         return step_logits(self, call.batch, call.states)
 
-    def _run(self, batch: Batch, states: Sequence[DecodeState]) -> mx.array:
+    def _run(
+        self, batch: Batch, states: Sequence[DecodeState], pace: Pace | None = None
+    ) -> mx.array:
         """Streams (N, n, D) after the last layer; the changes of the states go into the batch."""
         begin(batch)
         streams = mx.repeat(self.embedded(batch.ids)[:, None], self.args.hc_mult, axis=1)
         for number, layer in enumerate(self.layers):
             streams = layer(streams, batch, [state[number] for state in states])
+            if pace is not None:
+                pace.after_layer(streams)
         return streams
 
     def embedded(self, ids: mx.array) -> mx.array:

@@ -30,6 +30,13 @@ class Step:
         """The arrays that the states will hold, for `mx.depends`."""
         return [value for _, _, value in self.changes if isinstance(value, mx.array)]
 
+    def cut(self) -> list[mx.array]:
+        """Have the pieces of what the changes are of not hold the memory that they were cut from."""
+        targets = {id(target) for target, _, _ in self.changes}
+        own = [key for key in self.pieces if id(key[0]) in targets and self.pieces[key].size]
+        self.pieces |= {key: mx.contiguous(self.pieces[key]) for key in own}
+        return [self.pieces[key] for key in own]
+
 
 def commit(steps: Iterable[Step]) -> None:
     """Make all changes of all steps.
