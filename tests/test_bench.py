@@ -11,7 +11,7 @@ import pytest
 from test_synth import SMALL
 from typer.testing import CliRunner
 
-from ds4mlx.bench import costs
+from ds4mlx.bench import costs, whole_model
 from ds4mlx.bench.plot import Line, axis, plot
 from ds4mlx.bench.synth import synth_model, weight_bytes
 from ds4mlx.bench.tables import csv_text, plot_text, table
@@ -30,7 +30,8 @@ def model():
 @pytest.mark.parametrize("asked", [PLAIN, replace(PLAIN, batch=3, fill="synthetic", target="cuda")])
 def test_a_row(model, asked):
     (row,) = bench(model, [150], replace(asked, bandwidth=1e9))
-    assert (row.prefill_tokens_per_s is None) == (asked.fill == "synthetic")
+    assert (row.fill, row.prefill_tokens) == (asked.fill, 75 if asked.fill == "synthetic" else 150)
+    assert row.prefill_tokens_per_s is not None and row.prefill_tokens_per_s > 0
     assert row.decode_tokens_per_s == pytest.approx(1000 * asked.batch / row.decode_ms, 1e-2)
     assert row.batch == asked.batch and row.operations > 100 and row.host_ms > 0
     share = (row.weights_gb + row.rows_gb) / (row.decode_ms / 1000)
@@ -81,18 +82,30 @@ def test_bytes_of_rows_by_arithmetic(model, depth):
     assert costs.rows_read(model, depth) == 3 * window + csa + tokens // 128 * kv
 
 
+def test_deep_rows_are_random(model, monkeypatch):
+    """Of a mixed fill, and of a depth without room for a chunk before the one that is timed."""
+    monkeypatch.setattr(whole_model, "DEEPEST", 20)
+    rows = bench(model, [1, 20, 21], replace(PLAIN, gen=1, fill="mixed"))
+    assert [(row.fill, row.prefill_tokens) for row in rows] == [
+        ("real", 1), ("real", 20), ("synthetic", 10),
+    ]  # fmt: skip
+    (row,) = bench(model, [1], replace(PLAIN, gen=1, fill="synthetic"))
+    assert row.prefill_tokens_per_s is None and "depth 1: after random rows" in table([row])
+
+
 def test_tables(model):
     rows = bench(model, [20, 150], replace(PLAIN, gen=1, fill="synthetic", target="metal"))
     text = table(rows)
     assert all(str(row.depth) in text for row in rows) and "counted for metal" in text
+    assert text.count("after random rows") == 2 and "prefill of the last 75 tokens" in text
     assert all(name in text for name in rows[-1].kernels)
     read = list(csv.DictReader(io.StringIO(csv_text(rows))))
     assert [int(line["depth"]) for line in read] == [20, 150]
     counted = dict(pair.rsplit(":", 1) for pair in read[0]["kernels"].split(" "))
     assert {name: int(count) for name, count in counted.items()} == rows[0].kernels
     drawn = ElementTree.fromstring(plot_text(rows, "a < b"))
-    assert sum(part.tag.endswith("circle") for part in drawn.iter()) == 2
-    assert "a < b" in "".join(drawn.itertext())
+    assert sum(part.tag.endswith("circle") for part in drawn.iter()) == 4
+    assert "a < b, after random rows from depth 20 on" in "".join(drawn.itertext())
 
 
 @pytest.mark.parametrize(

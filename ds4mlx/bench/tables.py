@@ -25,7 +25,7 @@ COLUMNS = (
 
 
 def table(rows: Sequence[Row]) -> str:
-    """For people: a line a depth, then the launches of a step by kernel."""
+    """For people: a line a depth, which of them are of random rows, and a step's launches by kernel."""
     lines = ["".join(f"{title:>{_wide(title)}}" for title, _, _ in COLUMNS)]
     for row in rows:
         values = {**asdict(row), "read_gb": row.weights_gb + row.rows_gb}
@@ -33,6 +33,11 @@ def table(rows: Sequence[Row]) -> str:
         lines.append(
             "".join(f"{_cell(value, form):>{_wide(title)}}" for title, value, form in cells)
         )
+    for row in rows:
+        if row.fill == "synthetic":
+            lines.append(
+                f"depth {row.depth}: after random rows; prefill of the last {row.prefill_tokens} tokens"
+            )
     last = rows[-1]
     lines += ["", f"launches of a step at depth {last.depth}, counted for {last.counted_for}:"]
     for name, count in (*last.kernels.items(), *last.others.items()):
@@ -69,4 +74,6 @@ def plot_text(rows: Sequence[Row], title: str) -> str:
     decoded = [(row.depth, row.decode_tokens_per_s) for row in rows]
     read = [(row.depth, row.prefill_tokens_per_s) for row in rows if row.prefill_tokens_per_s]
     lines = [Line("decode", decoded), *([Line("prefill", read)] if read else [])]
+    random = [row.depth for row in rows if row.fill == "synthetic"]
+    title += f", after random rows from depth {min(random)} on" if random else ""
     return plot(lines, title, "depth, tokens", "tokens a second")

@@ -12,7 +12,7 @@ from ds4mlx.bench.costs import Target, cost, rows_read, weights_read
 from ds4mlx.config import ModelConfig
 from ds4mlx.custom_kernels.graph import kinds
 from ds4mlx.engine import room
-from ds4mlx.engine.prefill import PREFILL_STEP, prefill
+from ds4mlx.engine.prefill import prefill
 from ds4mlx.errors import DataError
 from ds4mlx.model.model import Model
 from ds4mlx.state.decode_state import DecodeState
@@ -20,7 +20,8 @@ from ds4mlx.state.layer import LayerState
 from ds4mlx.state.row_forms import RowForm
 from ds4mlx.state.step import Step, commit
 
-Fill = Literal["real", "synthetic"]
+Fill = Literal["real", "synthetic", "mixed"]
+DEEPEST = 65_536  # tokens that "mixed" still prefills
 WARM = 3  # decoded tokens before the clock runs
 
 
@@ -28,6 +29,7 @@ WARM = 3  # decoded tokens before the clock runs
 class Row:
     """Of some sequences at one depth: tokens a second, and what one step, a token of each, costs.
 
+    fill: "real" or "synthetic", as of `Asked`. prefill_tokens: those that prefill_tokens_per_s is of.
     decode_tokens_per_s: of all sequences together; decode_ms, host_ms: of a step, the host's share
     being what it takes to build and submit it. operations: of MLX's graph as it ran here, launches by
     kernel and others by kind as counted for `counted_for` (see `costs`). weights_gb and rows_gb: what a
@@ -37,6 +39,8 @@ class Row:
 
     depth: int
     batch: int
+    fill: str
+    prefill_tokens: int
     prefill_tokens_per_s: float | None
     decode_tokens_per_s: float
     decode_ms: float
@@ -58,8 +62,8 @@ class Row:
 class Asked:
     """What is measured. gen: steps that are timed. batch: sequences that are decoded at once.
 
-    fill: "real" prefills the depth, "synthetic" starts from random rows of the right shapes. target:
-    for which launches are counted; None: no kernels. bandwidth: bytes a second that the device reads.
+    fill: "real" prefills the depth, "synthetic" only a chunk that ends there, after random rows of the
+    right shapes, "mixed" is the former up to DEEPEST tokens. target: for which launches are counted; None: no kernels. bandwidth: bytes a second that the device reads.
     """
 
     gen: int
@@ -104,11 +108,8 @@ def check_room(
 
 def _at(model: Model, depth: int, asked: Asked) -> Row:
     mx.reset_peak_memory()
-    rate, states = None, []
-    if asked.fill == "real":
-        rate, states = prefilled(model, depth, asked.batch)
-    else:
-        states = [synthetic_state(model, depth) for _ in range(asked.batch)]
+    real = asked.fill == "real" or (asked.fill == "mixed" and depth <= DEEPEST)
+    read, rate, states = (prefilled if real else continued)(model, depth, asked.batch)
     times, hosts, operations = decode(model, states, asked.gen)
     peak, seconds = mx.get_peak_memory(), statistics.median(times)
     spent = cost(model, states, asked.target)
@@ -117,6 +118,8 @@ def _at(model: Model, depth: int, asked: Asked) -> Row:
     return Row(
         depth=depth,
         batch=asked.batch,
+        fill="real" if real else "synthetic",
+        prefill_tokens=read,
         prefill_tokens_per_s=None if rate is None else round(rate, 2),
         decode_tokens_per_s=round(asked.batch / seconds, 3),
         decode_ms=round(1000 * seconds, 3),
@@ -140,18 +143,37 @@ def _scaled(count: int, unit: float) -> float:
     return float(f"{count / unit:.5g}")
 
 
-def prefilled(model: Model, depth: int, batch: int) -> tuple[float, list[DecodeState]]:
-    """Tokens a second of prefilling, and the states; before them two chunks, which compile."""
+def prefilled(model: Model, depth: int, batch: int) -> tuple[int, float, list[DecodeState]]:
+    """Tokens prefilled of each sequence, tokens a second, and the states; before, two chunks compile."""
     seconds, states = 0.0, []
     for turn in range(-1, batch):
-        count = depth if turn >= 0 else min(depth, 2 * PREFILL_STEP)
-        ids = mx.random.randint(0, model.args.vocab_size, (count,), key=mx.random.key(depth + turn))
-        state, begun = model.make_cache(), time.perf_counter()
-        prefill(model, ids.tolist(), state)  # type: ignore[arg-type]
+        count = depth if turn >= 0 else min(depth, 2 * room.chunk_length(model, depth))
+        state = model.make_cache()
+        spent = _read(model, count, state, depth + turn)
         if turn >= 0:
-            seconds += time.perf_counter() - begun
+            seconds += spent
             states.append(state)
-    return batch * depth / seconds, states
+    return depth, batch * depth / seconds, states
+
+
+def continued(model: Model, depth: int, batch: int) -> tuple[int, float | None, list[DecodeState]]:
+    """The same of one chunk of the first sequence, which ends at the depth, after random rows.
+
+    Another chunk before it compiles. No rate where the depth has no room for two.
+    """
+    chunk, rate = min(room.chunk_length(model, depth), depth // 2), None
+    state = synthetic_state(model, depth - 2 * chunk)
+    for seed in range(2 if chunk else 0):
+        rate = chunk / _read(model, chunk, state, depth + seed)
+    return chunk, rate, [state, *(synthetic_state(model, depth) for _ in range(1, batch))]
+
+
+def _read(model: Model, count: int, state: DecodeState, seed: int) -> float:
+    """Seconds of prefilling so many random tokens."""
+    ids = mx.random.randint(0, model.args.vocab_size, (count,), key=mx.random.key(seed)).tolist()
+    begun = time.perf_counter()
+    prefill(model, ids, state)  # type: ignore[arg-type]
+    return time.perf_counter() - begun
 
 
 def decode(

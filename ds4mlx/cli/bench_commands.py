@@ -30,8 +30,12 @@ Ctx = Annotated[
     typer.Option("--ctx", min=1, help="The longest context; by default the model's own."),
 ]
 Fill = Annotated[
-    Literal["real", "synthetic"],
-    typer.Option("--fill", help="Prefill each depth, or start decoding from random rows."),
+    Literal["real", "synthetic", "mixed"],
+    typer.Option(
+        "--fill",
+        help="Prefill each depth, or only a chunk that ends there, after random rows; mixed: the "
+        "former up to 65,536 tokens.",
+    ),
 ]
 Csv = Annotated[Path | None, typer.Option("--csv", help="Write the rows to a CSV file too.")]
 Plot = Annotated[
@@ -59,7 +63,7 @@ class Measurement:
     depths: list[int]
     gen: int
     ctx: int | None
-    fill: Literal["real", "synthetic"]
+    fill: Literal["real", "synthetic", "mixed"]
     as_json: bool
     csv: Path | None
     plain: bool
