@@ -1,6 +1,7 @@
 """Kernels run on the CPU executor as on a Mac, and faults put into their texts."""
 
 import contextlib
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -89,13 +90,42 @@ def assert_caught(name: str, compute: Callable[[], Pairs], old: str, new: str) -
 
 
 def named(cases: Iterable[Case]) -> list:
-    """The parameters of a test of cases, named."""
-    return [pytest.param(c, id=f"{c.name}, {str(c.dtype).rpartition('.')[2]}") for c in cases]
+    """The parameters of a test of cases, named; what comes at two types is slow at one of them.
+
+    Two cases are quick in float32, the next two in bfloat16, and so on, as kernels come in pairs.
+    """
+    cases = list(cases)
+    bare = [re.sub(r"mlx\.core\.\w+", "", case.name) for case in cases]
+    turns = {name: number // 2 % 2 for number, name in enumerate(dict.fromkeys(bare))}
+    types = Counter(bare)
+    return [
+        pytest.param(
+            case,
+            id=f"{case.name}, {str(case.dtype).rpartition('.')[2]}",
+            marks=slow_if(types[name] == 2 and (case.dtype == mx.bfloat16) != turns[name]),
+        )
+        for case, name in zip(cases, bare, strict=True)
+    ]
+
+
+def slow_if(wanted: bool) -> list:
+    """The marks of a parameter that is left to the nightly run, or not."""
+    return [pytest.mark.slow] if wanted else []
 
 
 def fault_ids(faults: Sequence[Fault]) -> list:
-    """The parameters of a test of faults, named."""
-    return [pytest.param(*f, id=f"{f[0]}: {f[2].strip()[-40:]}") for f in faults]
+    """The parameters of a test of faults, named; all but two of a kernel are slow.
+
+    Of those with a barrier left out, which the executor finds and no value shows, one is quick.
+    """
+    quick = set()
+    for kernel in {fault[0] for fault in faults}:
+        own = [i for i, fault in enumerate(faults) if fault[0] == kernel]
+        quick.update(sorted(own, key=lambda i: "barrier" not in faults[i][2])[:2])
+    return [
+        pytest.param(*f, id=f"{f[0]}: {f[2].strip()[-40:]}", marks=slow_if(i not in quick))
+        for i, f in enumerate(faults)
+    ]
 
 
 def assert_two_each(faults: Sequence[Fault]) -> None:

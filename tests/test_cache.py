@@ -111,10 +111,17 @@ def test_rewind_is_always_possible_for_the_last_128_and_for_0(small_model):
     assert np.array_equal(run(small_model, ids[:9], cache), run(small_model, ids[:9], fresh))
 
 
-@pytest.mark.parametrize(("wanted", "nearest"), [(1200, 1372), (3, 0), (1501, 1500), (-1, 0)])
-def test_unreachable_rewind_names_the_nearest_and_changes_nothing(small_model, wanted, nearest):
+@pytest.fixture(scope="module")
+def long_state(small_model):
+    """A state of 1,500 tokens, which no test changes."""
     cache = small_model.make_cache()
     run(small_model, np.arange(1500) % 288, cache)
+    return cache
+
+
+@pytest.mark.parametrize(("wanted", "nearest"), [(1200, 1372), (3, 0), (1501, 1500), (-1, 0)])
+def test_unreachable_rewind_names_the_nearest_and_changes_nothing(long_state, wanted, nearest):
+    cache = long_state
     before = snapshot(cache)
     with pytest.raises(RewindError, match=f"rewind to {wanted} of 1500 .* {nearest}$") as error:
         cache.rewind(wanted)

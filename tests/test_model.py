@@ -7,6 +7,8 @@ from reference import kl, manifest, run, run_chunks
 
 EXACT = 1e-4
 SEQUENCES = ["s129", "s700"]
+SLOW = pytest.mark.slow
+FROM = [("s129", 0), pytest.param("s700", 300, marks=SLOW), ("s700", 511)]
 
 
 def choose_lengths(seed: int, total: int) -> list[int]:
@@ -22,15 +24,16 @@ def test_exact_logits(exact_model, stored, name):
     assert (got.argmax(-1) == want.argmax(-1)).all()
 
 
-@pytest.mark.parametrize("name", manifest()["prompts"])
+@pytest.mark.parametrize("name", sorted(manifest()["prompts"].keys() - {"p700"}))
 def test_every_prompt_is_a_prefix_of_its_sequence(exact_model, stored, name):
+    """Of p700 that is s700 itself, which is looked at above."""
     info = manifest()["prompts"][name]
     ids = stored[f"{info['sequence']}/ids"][: info["length"]]
     want = stored[f"{info['sequence']}/exact/logits"][: info["length"]]
     assert np.abs(run(exact_model, ids) - want).max() <= EXACT
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(n, marks=SLOW) for n in range(2, 6))])
 def test_any_chunking_gives_the_same_logits(decoded_model, stored, seed):
     want = stored["s700/exact/logits"]
     got = run_chunks(decoded_model, stored["s700/ids"], choose_lengths(seed, 60))
@@ -38,7 +41,7 @@ def test_any_chunking_gives_the_same_logits(decoded_model, stored, seed):
     assert (got.argmax(-1) == want.argmax(-1)).all()
 
 
-@pytest.mark.parametrize(("name", "prefill"), [("s129", 0), ("s700", 300), ("s700", 511)])
+@pytest.mark.parametrize(("name", "prefill"), FROM)
 def test_token_by_token_decode(decoded_model, stored, name, prefill):
     ids, want = stored[f"{name}/ids"], stored[f"{name}/exact/logits"]
     got = run_chunks(decoded_model, ids, [prefill] + [1] * (len(ids) - prefill))

@@ -335,12 +335,13 @@ def die(source, target, last: int) -> subprocess.CompletedProcess:
     return subprocess.run(line, check=False, capture_output=True, text=True)
 
 
-def test_killed_and_resumed(converted, three, tmp_path):
+@pytest.mark.parametrize("kills", [1, pytest.param(4, marks=pytest.mark.slow)])
+def test_killed_and_resumed(converted, three, tmp_path, kills):
     """The same bytes as in one go, the losses in the manifest included."""
     changes, rng = int(die(three, tmp_path / "whole", 0).stdout), np.random.default_rng(0)
     want = official.digests(converted["q2"][1])
     assert official.digests(tmp_path / "whole") == want
-    for point in rng.integers(1, changes, 2):
+    for point in rng.integers(1, changes, kills):
         target = tmp_path / f"at{point}"
         assert die(three, target, point).returncode == -signal.SIGKILL
         convert(three, target, "q2", progress=False)

@@ -41,7 +41,12 @@ def digests(small_dir):
     return official.digests(small_dir)
 
 
-@pytest.mark.parametrize("point", range(20))
+QUICK = (0, 4, 9, 14, 15, 17, 19)
+
+
+@pytest.mark.parametrize(
+    "point", [p if p in QUICK else pytest.param(p, marks=pytest.mark.slow) for p in range(20)]
+)
 def test_killed_anywhere_then_resumed(small_source, tmp_path, changes, digests, point):
     """15 points at random, one in each fifteenth of the work, and the last five changes."""
     step = changes // 15

@@ -87,7 +87,7 @@ def malformed(target, count, seed):
 
 
 def test_malformed_bodies(target):
-    malformed(target, 200, seed=1)
+    malformed(target, 90, seed=1)
 
 
 @pytest.mark.slow
