@@ -96,7 +96,7 @@ def _same_bytes(file: TensorFile, entry: Entry, name: str, source: Source) -> bo
     """Whether the planes have the bytes that encoding the source gives; None if it has no such form."""
     if name not in ("f32", "bf16", source.exact(entry)):
         return None
-    encoder = Encoder(source, None)
+    encoder = Encoder(source)
     for expert, rows in row_chunks(entry):
         wanted = encoder.rows(name, entry, expert, rows).planes
         stored = stored_rows(file, entry, name, expert, rows)

@@ -16,6 +16,7 @@ from ds4mlx.convert.encoder import CHUNK
 from ds4mlx.convert.importance import Importance
 from ds4mlx.convert.journal import Journal, check_unlocked
 from ds4mlx.convert.manifest import manifest, quality_report
+from ds4mlx.convert.moments import Moments
 from ds4mlx.convert.plan import OutFile, Plan
 from ds4mlx.convert.schedule import Schedule
 from ds4mlx.convert.sources import open_source
@@ -41,6 +42,7 @@ def convert(
     recipe: str | None = None,
     *,
     imatrix: str | Path | None = None,
+    moments: str | Path | None = None,
     mtp: str | Path | None = None,
     release: str | None = None,
     max_memory: int | None = None,
@@ -54,7 +56,8 @@ def convert(
 
     src: a local directory or hub repo id in the official layout, or a GGUF file (any of its shards).
     recipe: one of RECIPES; "official" unless told, and always "keep" for GGUF. imatrix: a file of
-    importances that steers the 2- and 4-bit recipes. mtp: a GGUF file with the MTP block of a GGUF
+    importances that steers the 2- and 4-bit recipes. moments: a file of second moments, with which
+    IQ2_XXS is rounded with error feedback. mtp: a GGUF file with the MTP block of a GGUF
     source. release: "april" or "0731", where the source does not say.
     max_memory: bytes that one chunk of rows may take when decoded (default 32 MiB; a few such
     exist at a time). dry_run: only plan. overwrite: replace an earlier conversion in `dst`.
@@ -65,9 +68,14 @@ def convert(
     if release not in (None, "april", "0731"):
         raise DataError(f"release must be 'april' or '0731', not {release!r}")
     importance = None if imatrix is None else Importance.read(Path(imatrix).expanduser())
-    plan = Plan(open_source(src, mtp), recipe, release, importance, keep_download)
+    second = None if moments is None else Moments(Path(moments).expanduser())
+    plan = Plan(open_source(src, mtp), recipe, release, importance, keep_download, second)
     if importance is not None and not any(out.quantised for out in plan.entries):
         print(f"note: recipe {plan.recipe} rounds nothing by importance", file=sys.stderr)
+    if second is not None:
+        about = second.summary(plan.source.config)
+        idle = f"note: recipe {plan.recipe} rounds nothing by second moments"
+        _say(about if plan.feeds_back else idle, progress)
     if dry_run:
         return plan
     target = Path(dst).expanduser()

@@ -6,7 +6,9 @@ import numpy as np
 
 from ds4mlx.convert import codecs
 from ds4mlx.convert.importance import Importance
+from ds4mlx.convert.moments import Moments
 from ds4mlx.convert.quantise import QUANTISERS, Loss, on_device, quantise
+from ds4mlx.convert.quantise_fed import FED, quantise_fed
 from ds4mlx.convert.sources import Source
 from ds4mlx.weights.inventory import Entry, experts
 
@@ -25,10 +27,12 @@ class Rows:
 
 
 class Encoder:
-    """Encodes rows of a source's entries; `importance` steers what the quantisers keep."""
+    """Encodes rows of a source's entries; importances and moments steer what the quantisers keep."""
 
-    def __init__(self, source: Source, importance: Importance | None):
-        self.source, self.importance = source, importance
+    def __init__(
+        self, source: Source, importance: Importance | None = None, moments: Moments | None = None
+    ):
+        self.source, self.importance, self.moments = source, importance, moments
 
     def rows(self, format: str, entry: Entry, expert: int, rows: slice) -> Rows:
         """Rows of an entry (of one expert if it is a stack) in a format."""
@@ -37,8 +41,12 @@ class Encoder:
             stored = self.source.stored(entry, expert, rows.start, rows.stop)
             if format == exact:
                 return Rows(stored)
+            values = on_device(exact, stored)
+            moment = self.moments.of(entry, expert) if self.moments and format in FED else None
+            if moment is not None:
+                return Rows(*quantise_fed(values, format, moment))
             columns = self.importance.of(entry, expert) if self.importance else None
-            return Rows(*quantise(on_device(exact, stored), format, columns))
+            return Rows(*quantise(values, format, columns))
         values = self.source.values(entry, expert, rows.start, rows.stop)
         return Rows({"weight": codecs.to_bf16(values) if format == "bf16" else values})
 

@@ -33,6 +33,7 @@ def manifest(plan: Plan, journal: Journal, small: dict[str, bytes]) -> dict[str,
         "recipe": plan.recipe,
         "release": plan.release,
         "importance": plan.importance and plan.importance.name,
+        "moments": plan.moments and plan.moments.name,
         "files": files,
         "tensors": tensors,
     }
@@ -67,10 +68,11 @@ def _loss(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def quality_report(manifest: dict[str, Any]) -> str:
-    """Table of what quantising lost, by layer; with importances, also as weighted by them."""
+    """Table of what quantising lost, by layer; with importances or moments, also as they weigh it."""
     tables = [_table(manifest, "relative error", "all")]
-    if manifest["importance"]:
-        tables.append(_table(manifest, "by importance", "weighted"))
+    if manifest["importance"] or manifest["moments"]:
+        title = "in the outputs" if manifest["moments"] else "by importance"
+        tables.append(_table(manifest, title, "weighted"))
     return "\n".join(table for table in tables if table)
 
 

@@ -9,7 +9,9 @@ from functools import cached_property
 from ds4mlx.convert.encoder import Encoder
 from ds4mlx.convert.gguf_source import GGUFSource
 from ds4mlx.convert.importance import Importance
+from ds4mlx.convert.moments import Moments
 from ds4mlx.convert.quantise import QUANTISERS, quantisers_version
+from ds4mlx.convert.quantise_fed import FED
 from ds4mlx.convert.recipes import choose_recipe, format_of
 from ds4mlx.convert.schedule import Schedule
 from ds4mlx.convert.sources import Source
@@ -85,17 +87,21 @@ class Plan:
         release: str | None,
         importance: Importance | None = None,
         keep_download: bool = False,
+        moments: Moments | None = None,
     ):
         self.source, self.importance, self.keep_download = source, importance, keep_download
+        self.moments = moments
         self.recipe = choose_recipe(recipe, source, isinstance(source, GGUFSource))
         self.release = release or source.config.release
-        self.encoder = Encoder(source, importance)
+        self.encoder = Encoder(source, importance, moments)
         self.files = [
             OutFile(name, [OutEntry(e, *format_of(self.recipe, e, source)) for e in entries])
             for name, entries in source.inventory.items()
         ]
         if importance is not None:
             importance.check(out.entry for out in self.entries if out.quantised)
+        if moments is not None:
+            moments.check(source)
 
     @property
     def entries(self) -> list[OutEntry]:
@@ -106,6 +112,12 @@ class Plan:
     def nbytes(self) -> int:
         """Bytes of all weight files."""
         return sum(file.nbytes for file in self.files)
+
+    @property
+    def feeds_back(self) -> bool:
+        """Whether second moments steer any of it."""
+        quantised = (out for out in self.entries if out.quantised)
+        return self.moments is not None and any(out.format in FED for out in quantised)
 
     def schedule(self, left: list[OutFile], there: set[str]) -> Schedule[OutFile]:
         """The order in which to write the files `left`, with the downloads `there` on the disk."""
@@ -130,6 +142,8 @@ class Plan:
         """Digest of everything that decides the output's bytes."""
         steered = self.importance.fingerprint if self.importance else None
         parts = [FORMAT_VERSION, self.recipe, self.release, self.source.fingerprint(), steered]
+        if self.moments is not None:
+            parts.append(self.moments.fingerprint)
         if any(out.quantised for out in self.entries):
             parts.append(quantisers_version())
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

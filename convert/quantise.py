@@ -20,7 +20,10 @@ from ds4mlx.precision import keep_float32
 BLOCK = 256
 LEAST = 2.0**-60
 # The files that decide the bytes that quantising gives.
-SOURCES = ("quantise.py", "quantise_iq2.py", "quantise_k.py", "fitting.py")
+SOURCES = (
+    *("quantise.py", "quantise_iq2.py", "quantise_k.py", "fitting.py"),
+    *("quantise_fed.py", "feedback.py", "feedback_iq2.py", "rounding_iq2.py", "rounding_k.py"),
+)
 # Blocks quantised at a time: the search of IQ2_XXS takes about 64 KB of scratch a block.
 CPU_BATCH, GPU_BATCH = 1 << 9, 1 << 15
 

@@ -1,6 +1,6 @@
 """Collects importances in a process that a signal ends at its n-th change to the disk.
 
-python collecting.py MODEL PROMPTS OUTPUT N SIGNAL: saves after every sequence; prints how many
+python collecting.py MODEL PROMPTS OUTPUT [MOMENTS] N SIGNAL: saves after every sequence; prints how many
 changes there were in all.
 """
 
@@ -38,9 +38,9 @@ def collected(model_dir, prompts, output, model=None, at=None, **options):
         gc.enable()
 
 
-def run_dying(model_dir, prompts, output, last, number) -> subprocess.CompletedProcess:
-    """Collect in such a process."""
-    arguments = [__file__, model_dir, prompts, output, last, int(number)]
+def run_dying(model_dir, prompts, output, last, number, moments=()) -> subprocess.CompletedProcess:
+    """Collect in such a process; moments: the file for them, if one is wanted."""
+    arguments = [__file__, model_dir, prompts, output, *moments, last, int(number)]
     command = [sys.executable, *map(str, arguments)]
     return subprocess.run(command, check=False, capture_output=True, text=True)
 
@@ -48,5 +48,6 @@ def run_dying(model_dir, prompts, output, last, number) -> subprocess.CompletedP
 if __name__ == "__main__":
     *paths, last, number = sys.argv[1:]
     countdown = dying.Countdown(int(last), int(number))
-    collected(*paths, save_seconds=0)
+    moments = Path(paths.pop()) if len(paths) > 3 else None
+    collected(*paths, save_seconds=0, moments=moments, per_expert=moments is not None)
     print(countdown.count)

@@ -1,6 +1,6 @@
 """Converts in a process that a signal ends just before, or inside, its n-th change to the disk.
 
-python dying.py SOURCE TARGET N SIGNAL [RECIPE]: prints how many changes a whole conversion makes.
+python dying.py SOURCE TARGET N SIGNAL [RECIPE [MOMENTS]]: prints how many changes a whole conversion makes.
 """
 
 import os
@@ -32,7 +32,8 @@ class Countdown:
 
 
 if __name__ == "__main__":
-    source, target, last, number, *recipe = sys.argv[1:]
+    source, target, last, number, *rest = sys.argv[1:]
+    options = dict(zip(("recipe", "moments"), rest, strict=False))
     countdown = Countdown(int(last), int(number))
-    convert(source, target, *recipe, max_memory=1 << 14, progress=False, journal_seconds=0)
+    convert(source, target, **options, max_memory=1 << 14, progress=False, journal_seconds=0)
     print(countdown.count)

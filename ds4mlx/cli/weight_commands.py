@@ -22,6 +22,10 @@ def convert(
     imatrix: Annotated[
         Path | None, typer.Option(help="Importances for q2, q2-q4 and q4: .dat or GGUF.")
     ] = None,
+    moments: Annotated[
+        Path | None,
+        typer.Option(help="Second moments for q2 and q2-q4, from ds4mlx imatrix --moments."),
+    ] = None,
     mtp: Annotated[
         Path | None, typer.Option(help="GGUF file with the MTP block of a GGUF source.")
     ] = None,
@@ -60,6 +64,7 @@ def convert(
             dst,
             recipe,
             imatrix=imatrix,
+            moments=moments,
             mtp=mtp,
             release=release,
             max_memory=limit,
@@ -138,6 +143,12 @@ def imatrix(
     ],
     output: Annotated[Path, typer.Option("-o", "--output", help="GGUF imatrix to write.")],
     model: arg.Model = None,
+    moments: Annotated[
+        Path | None, typer.Option(help="Also write second moments here, for convert --moments.")
+    ] = None,
+    per_expert: Annotated[
+        bool, typer.Option("--per-expert", help="In them, also each expert's own for down.")
+    ] = False,
     ctx: Annotated[
         int | None,
         typer.Option(min=2, help="Longest sequence, in tokens; default: text 512, .jsonl 4096."),
@@ -156,6 +167,8 @@ def imatrix(
     """
     from ds4mlx.imatrix.collect import collect
 
+    if per_expert and moments is None:
+        raise typer.BadParameter("is a part of --moments", param_hint="--per-expert")
     try:
         path = arg.find_model(model)
         arg.announce(model)
@@ -164,6 +177,8 @@ def imatrix(
             prompts,
             output,
             lambda: arg.open_model(str(path))[0],
+            moments=moments,
+            per_expert=per_expert,
             length=ctx,
             max_tokens=max_tokens,
             overwrite=overwrite,

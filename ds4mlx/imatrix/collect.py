@@ -3,7 +3,8 @@
 Gate and up: per expert and column, the sum of squares of the normed input over the tokens routed to
 the expert. Down: the same of its own input, after the route weight. What is summed so far is saved
 every minute and on Ctrl-C, whole sequences only, so that however often a run is interrupted the
-order of summation, and with it the file, stays the same.
+order of summation, and with it the file, stays the same. Second moments, where they are wanted, are
+summed and saved with it; `second_moments.py` has their file.
 """
 
 import hashlib
@@ -25,6 +26,7 @@ from ds4mlx.engine.room import PREFILL_STEP
 from ds4mlx.errors import DataError
 from ds4mlx.imatrix.recorder import recording
 from ds4mlx.imatrix.running_sums import RunningSums
+from ds4mlx.imatrix.second_moments import MomentsFile
 from ds4mlx.model.model import Model
 from ds4mlx.text.prompts import read_sequences, sequence_length
 from ds4mlx.text.tokenizer import Tokenizer
@@ -63,6 +65,8 @@ def collect(
     output: Path,
     load_model: Callable[[], Model],
     *,
+    moments: Path | None = None,
+    per_expert: bool = False,
     length: int | None = None,
     max_tokens: int | None = None,
     overwrite: bool = False,
@@ -72,26 +76,35 @@ def collect(
 ) -> Report | None:
     """Write the imatrix `output` of the model in `directory`; None if it was there already.
 
-    load_model: gives that model, once everything else has been checked. prompts, length, max_tokens:
+    load_model: gives that model, once everything else has been checked. moments: where to write
+    second moments of the same run; per_expert: also each expert's own for down. prompts, length, max_tokens:
     see `read_sequences`. overwrite: replace a file, or an unfinished run, of another model, prompts
     or options. step: tokens that are fed at a time.
     The output is written whole or not at all. Until then `OUTPUT.partial` holds what was saved, and
     the same call goes on from there. Raises DataError naming the file at fault.
     """
-    if not output.parent.is_dir():
-        raise DataError(f"{output.parent}: no such directory")
+    for path in filter(None, (output, moments)):
+        if not path.parent.is_dir():
+            raise DataError(f"{path.parent}: no such directory")
     found = ModelDirectory.open(directory)
+    second = MomentsFile.wanted(moments, output, found.config, per_expert)
     length = sequence_length(prompts, length, found.config)
     tokenizer = Tokenizer.from_dir(found.path)
     sequences = read_sequences(prompts, tokenizer, found.config.release, length, max_tokens)
-    run = _fingerprint((found.manifest["checksum"], prompts.name, length, step), sequences)
+    settings = found.manifest["checksum"], prompts.name, length, step, *second.settings
+    run = _fingerprint(settings, sequences)
     with _alone(output), _disk_errors(output):
-        if _finished(output, run, overwrite):
+        if _finished(output, run, overwrite) & second.finished(run, overwrite):
+            _beside(output, PARTIAL).unlink(missing_ok=True)
             return None
+        second.check_fits()
         partial = _beside(output, PARTIAL)
-        sums = RunningSums.resumed(partial, found.config, run, overwrite)
+        sums = RunningSums.resumed(partial, found.config, run, overwrite, second.places)
         with _saving(output, sums, save_seconds) as save:
-            _measure(load_model(), sums, sequences, step, progress, save)
+            model = load_model()
+            _measure(model, sums, sequences, step, progress, save)
+            with undivided():
+                second.write(sums, model, _tokens(sequences), run)
             with undivided(), replacing(output, _beside(output, NEW)) as new:
                 count = len(sequences)
                 write_gguf(new, sums.stacks(), prompts.name, count, length, run)
@@ -132,14 +145,13 @@ def _disk_errors(output: Path) -> Iterator[None]:
 
 
 def _finished(output: Path, run: str, overwrite: bool) -> bool:
-    """Whether this run has written its result; a kill may have left its sums there."""
+    """Whether this run has written its result; a kill may have left its sums beside it."""
     if overwrite or not output.exists():
         return False
     if run_of(output) != run:
         raise DataError(
             f"{output}: exists and is of another model, prompts or options; use --overwrite"
         )
-    _beside(output, PARTIAL).unlink(missing_ok=True)
     return True
 
 
@@ -174,11 +186,14 @@ def _measure(
     before, total = _tokens(sequences[: sums.done]), _tokens(sequences)
     visible = progress and sys.stderr.isatty()
     bar = tqdm(total=total, initial=before, unit="tok", disable=not visible, smoothing=0.05)
-    with bar, recording(model) as recorders:
+    with bar, recording(model, sums.moments) as (recorders, moments):
         for sequence in sequences[sums.done :]:
             prefill(model, sequence.tolist(), model.make_cache(), step, _Advance(bar))
             with undivided():
-                sums.add({place: recorder.take() for place, recorder in recorders.items()})
+                sums.add(
+                    {place: recorder.take() for place, recorder in recorders.items()},
+                    ((place, recorder.take()) for place, recorder in moments.items()),
+                )
             save()
 
 

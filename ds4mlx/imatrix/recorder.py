@@ -1,7 +1,7 @@
-"""What reaches the routed experts: sums of squares of their inputs, while a model runs."""
+"""What reaches the routed experts: sums of squares of their inputs, and of products, as a model runs."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import mlx.core as mx
 import numpy as np
@@ -42,11 +42,38 @@ class Recorder:
         return np.array(squares), np.array(counts)
 
 
+class MomentRecorder:
+    """Sums of x x^T over rows x, float32: of all (1, columns, columns), or of each of `experts`."""
+
+    def __init__(self, experts: int | None, columns: int):
+        self.experts, self._empty = experts, mx.zeros((experts or 1, columns, columns))
+        self._sums = self._empty
+
+    def add(self, x: mx.array, experts: mx.array) -> mx.array:
+        """x (N, columns), or (N, k, columns) for experts int (N, k), as it is; the sums grow by it."""
+        rows, met = x.reshape(-1, x.shape[-1]).astype(mx.float32), experts.reshape(-1, 1)
+        if self.experts is None:
+            parts = [rows.T @ rows]
+        else:
+            parts = [rows.T @ mx.where(met == expert, rows, 0) for expert in range(self.experts)]
+        self._sums = self._sums + mx.stack(parts)
+        return mx.depends([x], [self._sums])[0]
+
+    def take(self) -> np.ndarray:
+        """The sums since the last take."""
+        sums, self._sums = np.array(self._sums), self._empty
+        return sums
+
+
 class _Experts(Listener):
     """Gives the recorders of each layer what its experts are given; replaces nothing."""
 
-    def __init__(self, recorders: dict[tuple[int, str], Recorder]):
-        self.recorders = recorders
+    def __init__(
+        self,
+        recorders: dict[tuple[int, str], Recorder],
+        moments: dict[tuple[int, str], MomentRecorder],
+    ):
+        self.recorders, self.moments = recorders, moments
         layers = {layer for layer, _ in recorders}
         self._parts = {f"layers.{i}.ffn.router.experts": (i, "w1") for i in layers}
         self._parts |= {f"layers.{i}.ffn.in": (i, "w1") for i in layers}
@@ -59,20 +86,26 @@ class _Experts(Listener):
 
     def take(self, name: str, value: mx.array, span: Span | None) -> mx.array:
         """The same value; the layer's inputs are known before its experts are."""
-        recorder = self.recorders[self._parts[name]]
+        recorder, more = self.recorders[self._parts[name]], self.moments.get(self._parts[name])
         if name.endswith(".in"):
             self._given = value
         elif name.endswith(".router.experts"):
             self._experts = value
-            value = mx.depends([value], [recorder.add(self._given, value)])[0]
+            given = [each.add(self._given, value) for each in (recorder, more) if each]
+            value = mx.depends([value], given)[0]
         else:
-            value = recorder.add(value, self._experts)
+            for each in (recorder, more):
+                value = each.add(value, self._experts) if each else value
         return value
 
 
 @contextlib.contextmanager
-def recording(model: Model) -> Iterator[dict[tuple[int, str], Recorder]]:
+def recording(
+    model: Model, moments: Iterable[tuple[int, str]] = ()
+) -> Iterator[tuple[dict[tuple[int, str], Recorder], dict[tuple[int, str], MomentRecorder]]]:
     """Recorders of every main layer's w1 and w2, by (layer, name), for the time of the block.
+
+    Beside them are those of `moments`: of w1 a layer's, of w2 each expert's.
 
     w3 has the input of w1. The MTP block does not run here, and imatrix files have no place for it.
     """
@@ -83,5 +116,11 @@ def recording(model: Model) -> Iterator[dict[tuple[int, str], Recorder]]:
         for layer in range(config.num_hidden_layers)
         for part, width in columns.items()
     }
-    with listening(_Experts(recorders)):
-        yield recorders
+    more = {
+        (layer, part): MomentRecorder(
+            None if part == "w1" else config.n_routed_experts, columns[part]
+        )
+        for layer, part in moments
+    }
+    with listening(_Experts(recorders, more)):
+        yield recorders, more

@@ -1,7 +1,7 @@
 """The sums of an unfinished collection of importances, in memory and on the disk."""
 
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -17,24 +17,34 @@ Place = tuple[int, str]  # layer, and "w1" or "w2"
 class RunningSums:
     """Squares, float64 (experts, columns), and tokens, float64 (experts, 1), of every stack.
 
-    float64, as a long run adds little to much. `done`: sequences they cover. `run`: fingerprint of
-    what is collected.
+    float64, as a long run adds little to much; `moments`, sums of x x^T that are wanted as well, are
+    float32 for their size: (1, D, D) for a layer's w1, (experts, F, F) for its w2. `done`: sequences
+    they cover. `run`: fingerprint of what is collected.
     """
 
-    def __init__(self, config: ModelConfig, run: str):
+    def __init__(self, config: ModelConfig, run: str, moments: Iterable[Place] = ()):
         self.run, self.done = run, 0
+        sides = {"w1": config.hidden_size, "w2": config.moe_intermediate_size}
+        self.moments = {
+            (layer, part): np.zeros(
+                (config.n_routed_experts if part == "w2" else 1, sides[part], sides[part]),
+                np.float32,
+            )
+            for layer, part in moments
+        }
         self.squares: dict[Place, np.ndarray] = {}
         self.counts: dict[Place, np.ndarray] = {}
         experts = config.n_routed_experts
         for layer in range(config.num_hidden_layers):
-            for part, columns in (
-                ("w1", config.hidden_size),
-                ("w2", config.moe_intermediate_size),
-            ):
+            for part, columns in sides.items():
                 self.squares[layer, part] = np.zeros((experts, columns))
                 self.counts[layer, part] = np.zeros((experts, 1))
 
-    def add(self, taken: Mapping[Place, tuple[np.ndarray, np.ndarray]]) -> None:
+    def add(
+        self,
+        taken: Mapping[Place, tuple[np.ndarray, np.ndarray]],
+        moments: Iterable[tuple[Place, np.ndarray]] = (),
+    ) -> None:
         """Add a sequence. Raises DataError, before it counts, if its activations are not finite."""
         for (layer, part), (squares, _) in taken.items():
             if not np.isfinite(squares).all():
@@ -44,6 +54,8 @@ class RunningSums:
         for place, (squares, counts) in taken.items():
             self.squares[place] += squares
             self.counts[place] += counts
+        for place, sums in moments:
+            self.moments[place] += sums
         self.done += 1
 
     def save(self, path: Path, temporary: Path) -> None:
@@ -53,19 +65,26 @@ class RunningSums:
             np.savez(file, allow_pickle=False, **arrays)
 
     @classmethod
-    def resumed(cls, path: Path, config: ModelConfig, run: str, overwrite: bool) -> "RunningSums":
+    def resumed(
+        cls,
+        path: Path,
+        config: ModelConfig,
+        run: str,
+        overwrite: bool,
+        moments: Collection[Place] = (),
+    ) -> "RunningSums":
         """What `save` wrote, or zeros where there is nothing.
 
         What is damaged or of another run is a DataError, or with `overwrite` nothing.
         """
-        sums = cls(config, run)
+        sums = cls(config, run, moments)
         try:
             if path.exists():
                 sums._read(path)
         except DataError:
             if not overwrite:
                 raise
-            return cls(config, run)
+            return cls(config, run, moments)
         return sums
 
     def _read(self, path: Path) -> None:
@@ -94,4 +113,5 @@ class RunningSums:
 
     def _named(self) -> dict[str, np.ndarray]:
         named = {f"{i}.{part}.squares": array for (i, part), array in self.squares.items()}
-        return named | {f"{i}.{part}.counts": array for (i, part), array in self.counts.items()}
+        named |= {f"{i}.{part}.counts": array for (i, part), array in self.counts.items()}
+        return named | {f"{i}.{part}.moments": array for (i, part), array in self.moments.items()}

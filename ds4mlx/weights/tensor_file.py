@@ -7,7 +7,7 @@ truncated file must be an error instead of a signal.
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ from ds4mlx.errors import DataError
 from ds4mlx.formats import TAGS
 
 HEADER_LIMIT = 100 << 20
+# What a file says of itself, unless told.
+PLAIN = {"format": "mlx"}
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class TensorFile:
             self.size, self.header = self.look()
         except OSError as error:
             raise DataError(f"{path}: {error.strerror}") from None
-        self.tensors = _parse(self.header[8:], path, self.size)
+        self.tensors, self.metadata = _parse(self.header[8:], path, self.size)
         self._fd: int | None = None
 
     def look(self) -> tuple[int, bytes]:
@@ -76,9 +78,11 @@ class TensorFile:
             self._fd = None
 
 
-def header(tensors: dict[str, tuple[str, tuple[int, ...]]]) -> bytes:
+def header(
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str] = PLAIN
+) -> bytes:
     """The first bytes of a file that holds tensors {name: (type tag, shape)} in this order."""
-    entries: dict[str, object] = {"__metadata__": {"format": "mlx"}}
+    entries: dict[str, object] = {"__metadata__": dict(metadata)}
     position = 0
     for name, (dtype, shape) in tensors.items():
         end = position + TAGS[dtype].nbytes * math.prod(shape)
@@ -98,14 +102,15 @@ def header_bytes(read: Callable[[int], bytes], path: Path, size: int) -> bytes:
     return prefix + read(length)
 
 
-def _parse(text: bytes, path: Path, size: int) -> dict[str, TensorInfo]:
+def _parse(text: bytes, path: Path, size: int) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """The tensors, and what the metadata say in texts."""
     try:
         entries = json.loads(text, object_pairs_hook=_no_duplicates)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: header is not valid JSON: {error}") from None
     if not isinstance(entries, dict):
         raise DataError(f"{path}: header is not a JSON object")
-    entries.pop("__metadata__", None)
+    metadata = entries.pop("__metadata__", None)
     base = 8 + len(text)
     tensors = {name: _entry(name, entry, path, base) for name, entry in entries.items()}
     position = base
@@ -116,7 +121,8 @@ def _parse(text: bytes, path: Path, size: int) -> dict[str, TensorInfo]:
     if position != size:
         what = "truncated" if position > size else "longer than its header says"
         raise DataError(f"{path}: file is {what} ({size} bytes for {position})")
-    return tensors
+    texts = metadata.items() if isinstance(metadata, dict) else ()
+    return tensors, {key: text for key, text in texts if isinstance(text, str)}
 
 
 def _entry(name: str, entry: object, path: Path, base: int) -> TensorInfo:

@@ -1,0 +1,66 @@
+"""Rows in IQ2_XXS while they are rounded with error feedback: their scales and their groups' codes."""
+
+import mlx.core as mx
+
+from ds4mlx.convert.feedback import BLOCK, GROUP, Moment, fused
+from ds4mlx.convert.feedback_iq2 import Codes, changed, searched, typical
+from ds4mlx.convert.fitting import halved, safe_divide
+from ds4mlx.convert.quantise_iq2 import TOP_LEVEL, stored
+
+PER_BLOCK = BLOCK // GROUP
+
+
+class IQ2Rounding:
+    """A `Rounding`. d: the scales of every block, (R,); codes: of every group."""
+
+    def __init__(self, w: mx.array, moment: Moment):
+        self.d = first_scales(w, moment)
+        self.codes = [Codes(*[mx.zeros(1)] * 4)] * (w.shape[1] // GROUP)
+        self._search, self._change, self._refit = fused(searched), fused(changed), fused(refitted)
+
+    def round_group(self, k: int, x: mx.array, root: mx.array, inverse: mx.array) -> mx.array:
+        found, error = self._search(x, self.d[k // PER_BLOCK], root, inverse)
+        self.codes[k] = Codes(*found)
+        mx.async_eval(error, self.codes[k])  # lets go of the candidates
+        return error
+
+    def change_group(self, k: int, g: mx.array, h: mx.array, inverse: mx.array) -> mx.array:
+        old = self.codes[k]
+        self.codes[k] = Codes(*self._change(tuple(old), g, self.d[k // PER_BLOCK], h, inverse))
+        mx.async_eval(self.codes[k])
+        return self.codes[k].values - old.values
+
+    def refit(self, block: int, g: mx.array, h: mx.array) -> None:
+        self.d[block], factor = self._refit(self.values(block), g, self.d[block], h)
+        for k in range(block * PER_BLOCK, (block + 1) * PER_BLOCK):
+            self.codes[k] = self.codes[k]._replace(values=self.codes[k].values * factor)
+
+    def values(self, block: int) -> mx.array:
+        mine = self.codes[block * PER_BLOCK : (block + 1) * PER_BLOCK]
+        return mx.concatenate([each.values for each in mine], -1)
+
+    def planes(self) -> dict[str, mx.array]:
+        """Planes (R, elements)."""
+        level, points, minus, _ = (mx.stack(each, 1) for each in zip(*self.codes, strict=True))
+        d = mx.stack(self.d, 1).reshape(-1, 1)
+        blocks = stored(minus.reshape(-1, 8), d, level.reshape(-1, PER_BLOCK), points.reshape(-1))
+        return {plane: each.reshape(len(level), -1) for plane, each in blocks.items()}
+
+
+def first_scales(w: mx.array, moment: Moment) -> list[mx.array]:
+    """Scales of every block, (R,), such that its largest group has the grid's size at the top level."""
+    weights = mx.diag(moment.h).reshape(-1, GROUP)
+    groups = w.reshape(len(w), -1, GROUP)
+    rms = mx.sqrt((weights * groups * groups).sum(-1) / weights.sum(-1))
+    largest = rms.reshape(len(w), -1, PER_BLOCK).max(-1)
+    d = halved(largest / (typical() * (2 * TOP_LEVEL + 1)))
+    return [d[:, block] for block in range(d.shape[1])]
+
+
+def refitted(values: mx.array, g: mx.array, d: mx.array, h: mx.array) -> tuple[mx.array, mx.array]:
+    """The best scale (R,) of a block in half precision, where that is better, and its factor (R, 1)."""
+    slope, curve = (values * g).sum(-1), ((values @ h) * values).sum(-1)
+    new = halved(d * (1 + safe_divide(slope, curve)))
+    share = safe_divide(new, d) - 1
+    better = (new > 0) & (share * share * curve < 2 * share * slope)
+    return mx.where(better, new, d), mx.where(better, 1 + share, 1)[:, None]
