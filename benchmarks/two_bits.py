@@ -18,21 +18,25 @@ import mlx.core as mx
 import numpy as np
 from device import device
 from quality import opened
+from safetensors.numpy import load_file
 from training_text import write_prompts
 
 from ds4mlx.convert import convert
+from ds4mlx.convert.moments import write_moments
 from ds4mlx.engine.default_model import EMBEDDED
 from ds4mlx.evaluation.agreement import divergence
 from ds4mlx.evaluation.held_out import held_out_texts
 from ds4mlx.evaluation.scoring import logit_blocks
 from ds4mlx.imatrix.collect import collect
+from ds4mlx.weights.tensor_file import TensorFile
 
 HERE = Path(__file__).parent
 RESULTS, BEFORE = HERE / "results" / "two_bits.json", HERE / "results" / "two_bits_before.json"
 LENGTH, SEQUENCES, BLOCK = 1024, 4, 64
 IMPORTANCE, MOMENTS = "q2 with importances", "q2 with moments"
 PER_EXPERT = "q2 with moments, down per expert"
-VARIANTS = (IMPORTANCE, MOMENTS, PER_EXPERT)
+# The last two show what feedback does for Q4_K, which `q4` stores all experts in.
+VARIANTS = (IMPORTANCE, MOMENTS, PER_EXPERT, "q4 with importances", "q4 with moments")
 
 
 class Bench:
@@ -48,30 +52,29 @@ class Bench:
         convert(self.source, path, recipe, **options)
         return path
 
-    def collected(self, per_expert: bool) -> tuple[Path, Path]:
-        """Importances and moments, of text like the training's."""
-        prompts, kind = self.work / "prompts.jsonl", "-each" if per_expert else ""
-        official = self.converted("official", "official")
+    def collected(self) -> tuple[Path, Path]:
+        """Importances and moments, also each expert's, of text like the training's."""
+        prompts, official = self.work / "prompts.jsonl", self.converted("official", "official")
         if not prompts.exists():
             write_prompts(prompts)
-        paths = self.work / f"importance{kind}.gguf", self.work / f"moments{kind}.safetensors"
+        paths = self.work / "importance.gguf", self.work / "moments.safetensors"
         collect(
             official,
             prompts,
             paths[0],
             lambda: opened(official)[0],
             moments=paths[1],
-            per_expert=per_expert,
+            per_expert=True,
         )
         return paths
 
     def variant(self, name: str) -> Path:
         """The conversion of that name."""
-        importance, moments = self.collected(per_expert=True)
+        importance, moments = self.collected()
         if name == MOMENTS:
-            importance, moments = self.collected(per_expert=False)
-        steered = {} if name == IMPORTANCE else {"moments": moments}
-        return self.converted(name, "q2", imatrix=importance, **steered)
+            moments = without_down(moments)
+        steered = {"moments": moments} if "moments" in name else {}
+        return self.converted(name, name.split()[0], imatrix=importance, **steered)
 
     @cached_property
     def texts(self) -> dict[str, list[list[int]]]:
@@ -115,6 +118,16 @@ class Bench:
             whole = kl[: len(kl) // BLOCK * BLOCK].reshape(-1, BLOCK).mean(-1)
             found.setdefault(key[0], []).extend(float(f"{each:.6g}") for each in whole)
         return found
+
+
+def without_down(path: Path) -> Path:
+    """The moments that a collection of one matrix a layer would have written."""
+    arrays = {name: each for name, each in load_file(path).items() if not name.endswith(".w2")}
+    target = path.with_name("moments-a-layer.safetensors")
+    if not target.exists():
+        tokens = int(TensorFile(path).metadata["tokens"])
+        write_moments(target, dict(sorted(arrays.items())), tokens, "without down")
+    return target
 
 
 def main() -> None:

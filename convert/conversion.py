@@ -57,7 +57,7 @@ def convert(
     src: a local directory or hub repo id in the official layout, or a GGUF file (any of its shards).
     recipe: one of RECIPES; "official" unless told, and always "keep" for GGUF. imatrix: a file of
     importances that steers the 2- and 4-bit recipes. moments: a file of second moments, with which
-    IQ2_XXS is rounded with error feedback. mtp: a GGUF file with the MTP block of a GGUF
+    those recipes round with error feedback. mtp: a GGUF file with the MTP block of a GGUF
     source. release: "april" or "0731", where the source does not say.
     max_memory: bytes that one chunk of rows may take when decoded (default 32 MiB; a few such
     exist at a time). dry_run: only plan. overwrite: replace an earlier conversion in `dst`.

@@ -1,8 +1,8 @@
 """The searches of IQ2_XXS with error feedback, for one group of all rows at a time.
 
 In the first pass a group's scale level is searched among nine around its size; for each the four
-eights snap in turn, and what one gets wrong is made good by those behind it. In the descent all four
-snap to where the gradient vanishes, with the level as it is or one beside it.
+eights snap in turn, and what one gets wrong is made good by those behind it. In the descent eights snap
+to where the gradient vanishes: all four at once, with the level or one beside it, then each by itself.
 """
 
 from functools import cache
@@ -50,11 +50,9 @@ def searched(
     scale = d[:, None] * (2 * level + 1)
     rest, found, errors = mx.broadcast_to(x[:, None], (*level.shape, GROUP)), [], []
     for own, w in zip(places, weights, strict=True):
-        minus, v = even_signs(rest[..., :8], w)
-        points, values = snapped(v, minus, scale, w)
-        errors.append((rest[..., :8] - values) @ root[own, own])
+        found.append(_nearest(rest[..., :8], scale, w))
+        errors.append((rest[..., :8] - found[-1][2]) @ root[own, own])
         rest = rest[..., 8:] - errors[-1] @ inverse[own, own.stop :]
-        found.append((points, minus, values))
     points, minus, values = zip(*found, strict=True)
     error = mx.concatenate(errors, -1)
     best = mx.argmin(mx.square(error).sum(-1), axis=-1)
@@ -90,27 +88,68 @@ def chosen(candidates: mx.array, best: mx.array) -> mx.array:
 
 
 def changed(
-    old: tuple[mx.array, ...], g: mx.array, d: mx.array, h: mx.array, inverse: mx.array
+    old: tuple[mx.array, ...],
+    g: mx.array,
+    d: mx.array,
+    h: mx.array,
+    inverse: mx.array,
+    eighths: mx.array,
 ) -> tuple[mx.array, ...]:
     """The codes of a group, better ones where there are any.
 
-    The eights snap to where the gradient g (R, 32) vanishes, with the level and its neighbours. h,
-    inverse (32, 32): the group's block of H and that block's inverse.
+    First all of it moves, with the level or one beside it, then one eight after another. g (R, 32):
+    the gradient; h, inverse (32, 32): the group's block of H and its inverse; eighths (4, 8, 8): the
+    inverses of the blocks in that.
     """
-    level, points, minus, values = old
-    near = mx.clip(level[:, None] + mx.arange(-1, 2), 0, TOP_LEVEL)
-    scale, goal, found = d[:, None] * (2 * near + 1), values + g @ inverse, []
+    new = Codes(*_group_moved(Codes(*old), g, d, h, inverse))
+    return _eights_moved(new, g - (new.values - old[3]) @ h, d, h, eighths)
+
+
+def _group_moved(
+    old: Codes, g: mx.array, d: mx.array, h: mx.array, inverse: mx.array
+) -> list[mx.array]:
+    """The eights snap to where the gradient vanishes, all at once, where that is better."""
+    near = mx.clip(old.level[:, None] + mx.arange(-1, 2), 0, TOP_LEVEL)
+    scale, goal, found = d[:, None] * (2 * near + 1), (old.values + g @ inverse)[:, None], []
     for j in EIGHTS:
-        weights, x = mx.diag(h)[8 * j : 8 * j + 8], goal[:, None, 8 * j : 8 * j + 8]
-        signs, v = even_signs(mx.broadcast_to(x, (*near.shape, 8)), weights)
-        found.append((signs, *snapped(v, signs, scale, weights)))
-    signs, snaps, parts = zip(*found, strict=True)
-    new = mx.concatenate(parts, -1)
-    delta = new - values[:, None]
+        at = slice(8 * j, 8 * j + 8)
+        x = mx.broadcast_to(goal[..., at], (*near.shape, 8))
+        found.append(_nearest(x, scale, mx.diag(h)[at]))
+    points, minus, values = zip(*found, strict=True)
+    new = mx.concatenate(values, -1)
+    delta = new - old.values[:, None]
     cost = (delta * (delta @ h - 2 * g[:, None])).sum(-1)
     best = mx.argmin(cost, axis=-1)
-    better = chosen(cost, best)[:, None] < 0
-    choices = near[..., None], mx.stack(snaps, -1), mx.concatenate(signs, -1), new
-    pairs = zip(choices, (level[:, None], points, minus, values), strict=True)
-    kept = [mx.where(better, chosen(each, best), was) for each, was in pairs]
-    return kept[0][:, 0], *kept[1:]
+    better = chosen(cost, best) < 0
+    choices = near, mx.stack(points, -1), mx.concatenate(minus, -1), new
+    return [
+        mx.where(better.reshape(-1, *[1] * (was.ndim - 1)), chosen(each, best), was)
+        for each, was in zip(choices, old, strict=True)
+    ]
+
+
+def _eights_moved(
+    old: Codes, g: mx.array, d: mx.array, h: mx.array, eighths: mx.array
+) -> tuple[mx.array, ...]:
+    """Each eight snaps to where the gradient vanishes, where that is better; the level stays."""
+    scale, found = d * (2 * old.level + 1), []
+    for j in EIGHTS:
+        at = slice(8 * j, 8 * j + 8)
+        point, minus, values = old.points[:, j], old.minus[:, at], old.values[:, at]
+        snap = _nearest(values + g[:, at] @ eighths[j], scale, mx.diag(h)[at])
+        delta = snap[2] - values
+        better = (delta * (delta @ h[at, at] - 2 * g[:, at])).sum(-1, keepdims=True) < 0
+        g = g - mx.where(better, delta, 0) @ h[at]
+        pairs = zip(snap[1:], (minus, values), strict=True)
+        kept = [mx.where(better, new, was) for new, was in pairs]
+        found.append((mx.where(better[:, 0], snap[0], point), *kept))
+    points, minus, values = zip(*found, strict=True)
+    parts = mx.stack(points, -1), mx.concatenate(minus, -1), mx.concatenate(values, -1)
+    return old.level, *parts
+
+
+def _nearest(x: mx.array, scale: mx.array, w: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    """Points, signs and values nearest to x (..., 8), for scales (...) and weights (8,)."""
+    minus, v = even_signs(x, w)
+    points, values = snapped(v, minus, scale, w)
+    return points, minus, values

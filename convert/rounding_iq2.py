@@ -8,13 +8,15 @@ from ds4mlx.convert.fitting import halved, safe_divide
 from ds4mlx.convert.quantise_iq2 import TOP_LEVEL, stored
 
 PER_BLOCK = BLOCK // GROUP
+# How far above the size of a block's largest group its scale begins, as what is made good adds to it.
+ROOM = 1.3
 
 
 class IQ2Rounding:
     """A `Rounding`. d: the scales of every block, (R,); codes: of every group."""
 
     def __init__(self, w: mx.array, moment: Moment):
-        self.d = first_scales(w, moment)
+        self.moment, self.d = moment, first_scales(w, moment)
         self.codes = [Codes(*[mx.zeros(1)] * 4)] * (w.shape[1] // GROUP)
         self._search, self._change, self._refit = fused(searched), fused(changed), fused(refitted)
 
@@ -24,9 +26,10 @@ class IQ2Rounding:
         mx.async_eval(error, self.codes[k])  # lets go of the candidates
         return error
 
-    def change_group(self, k: int, g: mx.array, h: mx.array, inverse: mx.array) -> mx.array:
-        old = self.codes[k]
-        self.codes[k] = Codes(*self._change(tuple(old), g, self.d[k // PER_BLOCK], h, inverse))
+    def change_group(self, k: int, g: mx.array, h: mx.array) -> mx.array:
+        old, d = self.codes[k], self.d[k // PER_BLOCK]
+        inverses = self.moment.inverses[k], self.moment.eighths[4 * k : 4 * k + 4]
+        self.codes[k] = Codes(*self._change(tuple(old), g, d, h, *inverses))
         mx.async_eval(self.codes[k])
         return self.codes[k].values - old.values
 
@@ -48,12 +51,12 @@ class IQ2Rounding:
 
 
 def first_scales(w: mx.array, moment: Moment) -> list[mx.array]:
-    """Scales of every block, (R,), such that its largest group has the grid's size at the top level."""
+    """Scales of every block, (R,), with some room above the size of its largest group."""
     weights = mx.diag(moment.h).reshape(-1, GROUP)
     groups = w.reshape(len(w), -1, GROUP)
     rms = mx.sqrt((weights * groups * groups).sum(-1) / weights.sum(-1))
     largest = rms.reshape(len(w), -1, PER_BLOCK).max(-1)
-    d = halved(largest / (typical() * (2 * TOP_LEVEL + 1)))
+    d = halved(ROOM * largest / (typical() * (2 * TOP_LEVEL + 1)))
     return [d[:, block] for block in range(d.shape[1])]
 
 

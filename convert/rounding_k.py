@@ -43,7 +43,7 @@ class KRounding:
         mx.async_eval(error, self.codes[k])
         return error
 
-    def change_group(self, k: int, g: mx.array, h: mx.array, inverse: mx.array) -> mx.array:
+    def change_group(self, k: int, g: mx.array, h: mx.array) -> mx.array:
         old, (step, offset) = self.codes[k], self._steps(k)
         self.codes[k] = self._change(old, g, step, offset, h, mx.array(self.shape.top))
         mx.async_eval(self.codes[k])

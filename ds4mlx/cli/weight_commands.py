@@ -24,7 +24,7 @@ def convert(
     ] = None,
     moments: Annotated[
         Path | None,
-        typer.Option(help="Second moments for q2 and q2-q4, from ds4mlx imatrix --moments."),
+        typer.Option(help="Second moments for q2, q2-q4 and q4: see imatrix --moments."),
     ] = None,
     mtp: Annotated[
         Path | None, typer.Option(help="GGUF file with the MTP block of a GGUF source.")
