@@ -10,6 +10,7 @@ import numpy as np
 
 from ds4mlx.config import ModelConfig
 from ds4mlx.convert import codecs
+from ds4mlx.convert.downloads import Downloads
 from ds4mlx.convert.gguf_config import config_values
 from ds4mlx.convert.gguf_container import GGUFFile, GGUFTensor
 from ds4mlx.convert.gguf_files import GGUFFiles
@@ -37,7 +38,7 @@ ACCEPTED = {
 class GGUFSource:
     """One model in one or several GGUF files. Raises DataError naming file, tensor and cause."""
 
-    downloads = None
+    downloads: Downloads | None = None
 
     def __init__(self, path: Path, mtp: Path | None = None):
         self.name, self.path = str(path), path
@@ -123,7 +124,7 @@ class GGUFSource:
         """Rows of raw data, uint8 (rows, bytes); single values are rows of one."""
         file, name = self.place(entry)
         info = file.tensor(name)
-        rows = int(np.prod(info.shape[:-1])) if len(info.shape) > 1 else info.shape[0]
+        rows = int(np.prod(info.shape[: max(1, len(info.shape) - 1)]))
         row_bytes = info.nbytes // rows
         first = start + (expert * entry.shape[-2] if entry.kind == "experts" else 0)
         raw = file.read(name, first * row_bytes, (stop - start) * row_bytes)

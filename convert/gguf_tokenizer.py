@@ -1,6 +1,7 @@
 """`tokenizer.json` from the tokenizer in a GGUF file's metadata; it encodes identically."""
 
 import json
+from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
@@ -37,7 +38,7 @@ def tokenizer_files(file: GGUFFiles, model: ModelConfig) -> dict[str, bytes]:
     tokenizer = build_tokenizer(file)
     ours = OurTokenizer(tokenizer, model.bos_token_id, model.eos_token_id)
     check_special_tokens(ours, file.path, model)
-    config = {"add_bos_token": False, "add_eos_token": False}
+    config: dict[str, Any] = {"add_bos_token": False, "add_eos_token": False}
     for name in ("bos", "eos"):
         number = file.value(f"tokenizer.ggml.{name}_token_id")
         if number is not None:

@@ -42,9 +42,7 @@ class OutEntry:
     @property
     def rows(self) -> int:
         """Rows of all its matrices together."""
-        return (
-            math.prod(self.entry.shape[:-1]) if len(self.entry.shape) > 1 else self.entry.shape[0]
-        )
+        return math.prod(self.entry.shape[: max(1, len(self.entry.shape) - 1)])
 
     @property
     def nbytes(self) -> int:

@@ -144,8 +144,8 @@ class Weights(NamedTuple):
         # what is this much below the rest of its block matters as little as anything can
         steer = np.where(steer > 0, np.maximum(steer, LEAST), 0)
         exponent = int(_even_exponent(blocks.max()))
-        arrays = (mx.array(a.astype(np.float32)) for a in (steer, np.ldexp(blocks, -exponent)))
-        return cls(*arrays, exponent)
+        steer, blocks = (a.astype(np.float32) for a in (steer, np.ldexp(blocks, -exponent)))
+        return cls(mx.array(steer), mx.array(blocks), exponent)
 
     def at(self, places: mx.array) -> tuple[mx.array, mx.array]:
         """`steer` and `weigh` of the blocks at these places of their rows."""

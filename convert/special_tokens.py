@@ -40,7 +40,8 @@ def _check_one_id(tokenizer: Tokenizer, file: Path, token: str) -> None:
     id = tokenizer.encoder.token_to_id(token)
     inside = tokenizer.encode(f"a {token} b")
     around = tokenizer.encode("a "), tokenizer.encode(" b")
-    if inside != [*around[0], id, *around[1]] or tokenizer.decode([id]) != token:
+    alone = inside == [*around[0], id, *around[1]]
+    if id is None or not alone or tokenizer.decode([id]) != token:
         raise DataError(
             f"{file}: the special token {token} is read as ordinary text or swallows its "
             "neighbours: it is not marked as a special token, or wrongly"

@@ -38,8 +38,9 @@ def compare(
 ) -> Pairs:
     """The scores of rows that are seen; and which are seen."""
     _, form = forms(128, sizes[1], 64, dtype, coded)
-    own = operands(sizes, start, length, form, dtype)
-    got, want = chunk_scores.by_kernel(*own[:4], form.layout, many), chunk_scores.plain(*own)
+    q, weights, rows, *_ = operands(sizes, start, length, form, dtype)
+    got = chunk_scores.by_kernel(q, weights, rows, start, form.layout, many)
+    want = chunk_scores.plain(q, weights, rows, start, form)
     seen = want > -mx.inf
     alike = ((got > -mx.inf) == seen).astype(mx.float32)
     return [(mx.where(seen, got, 0), mx.where(seen, want, 0)), (alike, mx.ones_like(alike))]

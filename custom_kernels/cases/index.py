@@ -63,7 +63,7 @@ def spread(turned: mx.array, dtype: mx.Dtype) -> mx.array:
         y = turned.reshape(heads, -1, many, step).swapaxes(2, 3)
         y = mx.hadamard_transform(y, 1.0).swapaxes(2, 3).reshape(heads, width)
         turned = y.astype(dtype).astype(mx.float32)
-    x = np.array((turned * np.float32(width**-0.5)).astype(dtype).astype(mx.float32))
+    x = np.array((turned * mx.array(width**-0.5)).astype(dtype).astype(mx.float32))
     groups = x.reshape(heads, -1, 32)
     most = np.maximum(np.abs(groups).max(-1, keepdims=True), np.float32(6 * 2.0**-126))
     scale = 2 ** np.ceil(np.log2(most.astype(np.float64) / 6))

@@ -30,7 +30,7 @@ def up(
     eight: bool = False,
 ) -> Pairs:
     """Hidden values, and the experts that they are of."""
-    planes = [random_planes(format, (experts, hidden, width), seed) for seed in (1, 2)]
+    gate, rise = (random_planes(format, (experts, hidden, width), seed) for seed in (1, 2))
     x, logits = normal((tokens, width), dtype, 3), normal((tokens, experts), F32, 4, 2.0)
     options: dict[str, Any] = {"bias": normal((experts,), F32, 5)}
     if hashed:
@@ -38,9 +38,9 @@ def up(
         table = np.stack([rng.permutation(experts)[:topk] for _ in range(50)]).astype(np.int32)
         options = {"table": mx.array(table), "ids": mx.arange(7, 7 + tokens)}
     options |= {"scale": 1.5, "topk": topk, "limit": LIMIT}
-    got = routed_up.by_kernel(format, *planes, x, logits, **options, eight=eight)
+    got = routed_up.by_kernel(format, gate, rise, x, logits, **options, eight=eight)
     x = staging.as_bytes(x) if eight else x.astype(F32)
-    want = routed_up.plain(format, *planes, x, logits, **options)
+    want = routed_up.plain(format, gate, rise, x, logits, **options)
     return [(a.astype(F32), b.astype(F32)) for a, b in zip(got, want, strict=True)]
 
 

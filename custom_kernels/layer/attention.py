@@ -115,7 +115,8 @@ def plain(
 ) -> mx.array:
     """`attention` by MLX's own operations."""
     ratio, form, dtype = options["ratio"], options["form"], options["dtype"]
-    turns = tuple(each[None] for each in angles[1 if ratio else 0])
+    cos, sin = angles[1 if ratio else 0]
+    turns = cos[None], sin[None]
     queries = q.astype(dtype).reshape(1, -1, form.layout.width)
     heads = rotate(rms_norm(queries, None, options["eps"]), turns)[0]
     position = place[0] + mx.arange(-options["before"], 1)

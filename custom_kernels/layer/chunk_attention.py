@@ -128,9 +128,9 @@ def by_kernel(
     own = plan(heads, width, words, q.dtype)
     held = -(-heads // own.heads) * own.heads
     if held > heads:
-        q = mx.pad(q, ((0, 0), (0, held - heads), (0, 0)))
+        q = mx.pad(q, [(0, 0), (0, held - heads), (0, 0)])
     if chosen is not None and chosen.size < 8:  # or Metal would keep it elsewhere
-        chosen = mx.pad(chosen, ((0, 0), (0, 8)), constant_values=-1)
+        chosen = mx.pad(chosen, [(0, 0), (0, 8)], constant_values=-1)
     place = mx.array([start, max(0, start - before), 0, 0, 0, 0, 0, 0], dtype=mx.int32)
     many = 0 if chosen is None else chosen.shape[-1]
     return kernel(q.dtype, own.shared)(
@@ -171,7 +171,7 @@ def plain(
     sources = [(form.unpack(window), (places <= at) & (places >= at - before))]
     if len(rows) and chosen is None:
         sources.append((form.unpack(rows), mx.arange(len(rows)) < (at + 1) // ratio))
-    elif len(rows):
+    elif len(rows) and chosen is not None:
         named = form.unpack(rows[mx.maximum(chosen, 0).flatten()]).reshape(*chosen.shape, -1)
         seen = (chosen >= 0) & (chosen < (at + 1) // ratio)
         sources.append((mx.where(seen[..., None], named, 0), seen))

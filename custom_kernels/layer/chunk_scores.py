@@ -23,10 +23,10 @@ WIDEST, MOST_HEADS = 128, 64
 def kernel(narrow: bool) -> Kernel:
     """The kernel for rows of bfloat16 numbers once unpacked, or for float32 ones."""
     name = f"{NAME}_bf16" if narrow else f"{NAME}_f32"
-    only = {"metal": text.METAL_BF16, "cuda": text.CUDA_BF16} if narrow else {}
+    metal, cuda = (text.METAL_BF16, text.CUDA_BF16) if narrow else ("", "")
     header = text.BF16 if narrow else text.FLOAT
     inputs = ["q", "weights", "rows", "place"]
-    return Kernel(name, inputs, ["scores"], text.body(narrow), header, **only)
+    return Kernel(name, inputs, ["scores"], text.body(narrow), header, metal=metal, cuda=cuda)
 
 
 def chunk_scores(
@@ -63,8 +63,8 @@ def by_kernel(
         q = q.astype(mx.bfloat16)  # which has room for E2M1 codes and their scales
     weights = weights.astype(mx.float32)
     if held > heads:
-        q = mx.pad(q, ((0, 0), (0, held - heads), (0, 0)))
-        weights = mx.pad(weights, ((0, 0), (0, held - heads)))
+        q = mx.pad(q, [(0, 0), (0, held - heads), (0, 0)])
+        weights = mx.pad(weights, [(0, 0), (0, held - heads)])
     tiles, buffers = tiled(narrow)
     piece = width // 2 if width > 64 else width
     space = max(text.GROUPS * 16 * tiles * (piece + 8), buffers * held * (width + 8))

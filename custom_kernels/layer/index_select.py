@@ -137,8 +137,8 @@ def kernel(first: bool) -> Kernel:
         count, many = "many", "uint(chosen_shape[1])"
     # in the body, where MLX looks for what it is to hand over
     body = BODY.replace("COUNT", count).replace("MANY", many)
-    counters = {"metal": METAL_COUNTERS, "cuda": CUDA_COUNTERS}
-    return Kernel(name, inputs, ["rows", "keys"], body, header + HEADER, **counters)
+    outputs, header = ["rows", "keys"], header + HEADER
+    return Kernel(name, inputs, outputs, body, header, metal=METAL_COUNTERS, cuda=CUDA_COUNTERS)
 
 
 def index_select(scores: mx.array, place: mx.array, *, topk: int, ratio: int = 4) -> mx.array:

@@ -259,8 +259,8 @@ PLAIN_HEADER = "#define BEFORE (head ? scores[at + i] : 0.0f)\n"
 
 def coded_kernel() -> Kernel:
     """The kernel for rows of E2M1 codes."""
-    own = {"metal": METAL_DOUBLED, "cuda": CUDA_DOUBLED}
-    return Kernel("index_scores_coded", INPUTS, ["scores"], CODED, ROW_AT + CODED_HEADER, **own)
+    name, header = "index_scores_coded", ROW_AT + CODED_HEADER
+    return Kernel(name, INPUTS, ["scores"], CODED, header, metal=METAL_DOUBLED, cuda=CUDA_DOUBLED)
 
 
 def plain_kernel() -> Kernel:

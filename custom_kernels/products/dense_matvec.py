@@ -120,8 +120,8 @@ def kernel(formats: tuple[str, ...], tiled: bool) -> Kernel:
     if not tiled:
         return Kernel(_name(formats), inputs, outputs, body, header + text.PRODUCT)
     header += "".join(tiles.FORMATS[name] for name in kinds) + tiles.PRODUCT
-    options = {"metal": tiles.METAL, "cuda": tiles.CUDA}
-    return Kernel(_name(formats, tiled), inputs, outputs, body, header, **options)
+    name = _name(formats, tiled)
+    return Kernel(name, inputs, outputs, body, header, metal=tiles.METAL, cuda=tiles.CUDA)
 
 
 def _name(formats: Iterable[str], tiled: bool = False) -> str:

@@ -160,9 +160,10 @@ def plain(
     listed = (options.get(name) for name in ("bias", "table", "ids"))
     sides = router.scores_of(logits), options["scale"], options["topk"], *listed
     chosen, weights = router.weighed(*sides, ordered=True)
-    stacks = (lambda *each, m=m: FORMATS[format].gather(m, *each) for m in (gate, up))
+    lift, rise = (lambda *each, m=m: FORMATS[format].gather(m, *each) for m in (gate, up))
     pairs = experts.Pairs(chosen, None, None)
-    return experts.plain_up(*stacks, x, pairs, weights, options["limit"]), chosen.astype(mx.int32)
+    hidden = experts.plain_up(lift, rise, x, pairs, weights, options["limit"])
+    return hidden, chosen.astype(mx.int32)
 
 
 def by_kernel(
