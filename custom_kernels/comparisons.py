@@ -10,7 +10,6 @@ from functools import cache
 from importlib import import_module
 from inspect import signature
 from pkgutil import iter_modules
-from typing import Any
 
 import mlx.core as mx
 
@@ -71,11 +70,12 @@ def every_case() -> Iterator[tuple[str, Case]]:
     for info in iter_modules(cases.__path__):
         module = import_module(f"{cases.__name__}.{info.name}")
         for width in ("small", "wide"):
-            make: Any = getattr(module, width, tuple)
-            wants = make is not tuple and "forms" in signature(make).parameters
-            if not wants or _forms:
-                own = make(*_forms[:1]) if wants else make()
-                yield from ((width, case) for case in own)
+            make = getattr(module, width, None)
+            if make is None:
+                continue
+            wants = "forms" in signature(make).parameters
+            own = () if wants and not _forms else make(*_forms[:wants])
+            yield from ((width, case) for case in own)
 
 
 def _launched(case: Case, target: dialect.Target) -> tuple[str, ...]:
