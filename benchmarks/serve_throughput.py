@@ -7,7 +7,8 @@ of `ds4mlx serve` in a thread, and asks from another process of this machine. A 
 and no beginning in common with another, an answer 128; tokens are drawn at temperature 1, so that each
 sequence goes to experts of its own. Two speeds of all clients together: `tokens_per_s` from the first
 request sent to the last token come, prompts included, and `decode_tokens_per_s` while all of them
-decode. Of each its ratio to one client's, and the share of the limit: what reading the weights allows.
+decode. Of each its ratio to one client's and, for Flash's sizes as q2, the share of the limit: of what
+reading the weights allows.
 
 Imports numpy, mlx, pydantic, tokenizers, and of the server starlette, uvicorn with h11, sse-starlette,
 prometheus-client, llguidance, and what these import: anyio, click, idna, typing-extensions.
@@ -100,7 +101,7 @@ def main() -> None:
         asking.round(max(map(int, given.clients.split(","))))  # compiles what is compiled
         for count in map(int, given.clients.split(",")):
             found["rows"].append(asking.row(count, given.rounds))
-            compare(found["rows"])
+            compare(found["rows"], LIMITS if given.recipe == "q2" and not given.small else {})
             print(json.dumps(found["rows"][-1]), flush=True)
             if given.results:
                 given.results.write_text(json.dumps(found, indent=1) + "\n")
@@ -203,14 +204,14 @@ def figures(answers: list[dict]) -> dict[str, float]:
     }
 
 
-def compare(rows: list[dict]) -> None:
+def compare(rows: list[dict], limits: dict[int, float]) -> None:
     """Adds to the last row its ratios to the first, and the shares of the limit that these are."""
     row, one = rows[-1], rows[0]
     for name in ("tokens_per_s", "decode_tokens_per_s"):
         ratio = row[name] / one[name] if one[name] else 0.0
         row[f"{name}_ratio"] = round(ratio, 3)
-        if one["clients"] == 1 and row["clients"] in LIMITS:
-            row[f"{name}_share"] = round(ratio / LIMITS[row["clients"]], 3)
+        if one["clients"] == 1 and row["clients"] in limits:
+            row[f"{name}_share"] = round(ratio / limits[row["clients"]], 3)
 
 
 if __name__ == "__main__":
