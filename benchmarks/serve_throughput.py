@@ -10,7 +10,7 @@ request sent to the last token come, prompts included, and `decode_tokens_per_s`
 decode. Of each its ratio to one client's and, for Flash's sizes as q2, the share of the limit: of what
 reading the weights allows.
 
-Imports numpy, mlx, pydantic, tokenizers, and of the server starlette, uvicorn with h11, sse-starlette,
+Imports numpy, mlx, gguf, pydantic, tokenizers, and of the server starlette, uvicorn with h11, sse-starlette,
 prometheus-client, llguidance, and what these import: anyio, click, idna, typing-extensions.
 """
 
