@@ -105,7 +105,7 @@ def test_off_the_gpu_it_is_plain():
     assert mx.array_equal(got, cases.chunk_attention.plain(*arrays, **options))
 
 
-def test_the_model_prefills_by_it(small_model, monkeypatch):
+def test_the_model_prefills_by_it(stored_model, monkeypatch):
     """Two chunks, of which the second has more rows than are chosen."""
     launched, call = [], dialect.Kernel.__call__
 
@@ -114,16 +114,16 @@ def test_the_model_prefills_by_it(small_model, monkeypatch):
         return call(self, *arguments, **options)
 
     def logits():
-        state = small_model.make_cache()
+        state = stored_model.make_cache()
         ids = np.random.default_rng(3).integers(0, 288, (1, 59))
         return np.array(
-            mx.concatenate([small_model(p, state) for p in (ids[:, :31], ids[:, 31:])], 1)
+            mx.concatenate([stored_model(p, state) for p in (ids[:, :31], ids[:, 31:])], 1)
         )
 
     monkeypatch.setattr(dialect.Kernel, "__call__", noted)
     with on_metal(), dispatch.kernels():
         got = logits()
-    assert launched.count("attention_chunk_f32") == 2 * len(small_model.layers)
+    assert launched.count("attention_chunk_f32") == 2 * len(stored_model.layers)
     assert {"chunk_scores_bf16", "index_select"} <= set(launched)
     np.testing.assert_allclose(got, logits(), atol=1e-4)
 

@@ -58,10 +58,10 @@ def prompts(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def whole(small_dir, small_model, prompts):
+def whole(small_dir, stored_model, prompts):
     """What an undisturbed run writes."""
     path = prompts.parent / "whole.gguf"
-    collected(small_dir, prompts, path, small_model)
+    collected(small_dir, prompts, path, stored_model)
     return path.read_bytes()
 
 
@@ -109,23 +109,23 @@ def test_gate_and_up_are_equal_and_down_is_not(whole, prompts):
 
 
 @pytest.mark.parametrize("step", [1, 7, 40])
-def test_chunks_do_not_change_the_sums(whole, small_dir, small_model, prompts, tmp_path, step):
-    collected(small_dir, prompts, tmp_path / "out", small_model, step=step)
+def test_chunks_do_not_change_the_sums(whole, small_dir, stored_model, prompts, tmp_path, step):
+    collected(small_dir, prompts, tmp_path / "out", stored_model, step=step)
     for name, (_, values) in arrays(prompts.parent / "whole.gguf").items():
         np.testing.assert_allclose(arrays(tmp_path / "out")[name][1], values, rtol=1e-4)
 
 
-def test_the_model_is_as_before(small_model):
+def test_the_model_is_as_before(stored_model):
     """And computes the same while it is recorded."""
     ids = mx.array([list(range(3, 60))])
-    names, want = [name for name, _ in small_model.named_modules()], small_model(ids)
-    stacks = [small_model.layers[0].ffn.experts[part] for part in ("w1", "w2", "w3")]
-    with pytest.raises(KeyboardInterrupt), recording(small_model):
-        assert (small_model(ids) == want).all()
+    names, want = [name for name, _ in stored_model.named_modules()], stored_model(ids)
+    stacks = [stored_model.layers[0].ffn.experts[part] for part in ("w1", "w2", "w3")]
+    with pytest.raises(KeyboardInterrupt), recording(stored_model):
+        assert (stored_model(ids) == want).all()
         raise KeyboardInterrupt
-    assert [name for name, _ in small_model.named_modules()] == names
+    assert [name for name, _ in stored_model.named_modules()] == names
     assert all(
-        small_model.layers[0].ffn.experts[part] is stack
+        stored_model.layers[0].ffn.experts[part] is stack
         for part, stack in zip(("w1", "w2", "w3"), stacks, strict=True)
     )
 
@@ -172,47 +172,47 @@ def test_report():
 
 
 @pytest.fixture
-def events(small_dir, small_model, prompts, whole, tmp_path):
+def events(small_dir, stored_model, prompts, whole, tmp_path):
     """Calls and returns of a whole run here, from the loading of the model on."""
     counted = InterruptAt(0)
-    collected(small_dir, prompts, tmp_path / "out", small_model, counted)
+    collected(small_dir, prompts, tmp_path / "out", stored_model, counted)
     (tmp_path / "out").unlink()
     return counted.count
 
 
 @pytest.mark.parametrize("point", range(14))
 def test_ctrl_c_anywhere_then_the_same_bytes(
-    whole, small_dir, small_model, prompts, tmp_path, events, point
+    whole, small_dir, stored_model, prompts, tmp_path, events, point
 ):
     """Ten points at random, one in each tenth of the work, and four at its end."""
     number = events - 100 * (14 - point) if point >= 10 else events // 10 * point
     number += int(np.random.default_rng(point).integers(1, 90))
     output = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
-        collected(small_dir, prompts, output, small_model, InterruptAt(number))
+        collected(small_dir, prompts, output, stored_model, InterruptAt(number))
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert not (tmp_path / "out.lock").exists()
-    collected(small_dir, prompts, output, small_model)
+    collected(small_dir, prompts, output, stored_model)
     assert output.read_bytes() == whole
     assert {p.name for p in tmp_path.iterdir()} == {"out"}
 
 
 def test_ctrl_c_keeps_every_whole_sequence(
-    whole, small_dir, small_model, prompts, tmp_path, events
+    whole, small_dir, stored_model, prompts, tmp_path, events
 ):
     first, rest = InterruptAt(events // 2), InterruptAt(0)
     with pytest.raises(KeyboardInterrupt):
-        collected(small_dir, prompts, tmp_path / "out", small_model, first)
+        collected(small_dir, prompts, tmp_path / "out", stored_model, first)
     with np.load(tmp_path / "out.partial") as saved:
         assert saved["done"] >= 1
-    collected(small_dir, prompts, tmp_path / "out", small_model, rest)
+    collected(small_dir, prompts, tmp_path / "out", stored_model, rest)
     assert rest.count < 0.9 * events
     assert (tmp_path / "out").read_bytes() == whole
 
 
 @pytest.mark.parametrize("last", [1, 6, -6, -2])
 def test_killed_anywhere_then_the_same_bytes(
-    whole, small_dir, small_model, prompts, tmp_path, last
+    whole, small_dir, stored_model, prompts, tmp_path, last
 ):
     """Before any sum was saved, between, inside the last writing, and just after it."""
     sequences = GGUFReader(prompts.parent / "whole.gguf").fields["imatrix.chunk_count"].contents()
@@ -223,59 +223,59 @@ def test_killed_anywhere_then_the_same_bytes(
     assert done.returncode == -signal.SIGKILL, done
     assert output.exists() == (last == -2)
     (tmp_path / "out.new").write_bytes(b"GGUF, torn")
-    found = collected(small_dir, prompts, output, small_model)
+    found = collected(small_dir, prompts, output, stored_model)
     assert (found is None) == (last == -2)
     assert output.read_bytes() == whole
     assert not (tmp_path / "out.partial").exists()
 
 
-def test_what_is_there_is_kept(whole, small_dir, small_model, prompts, tmp_path):
+def test_what_is_there_is_kept(whole, small_dir, stored_model, prompts, tmp_path):
     output = tmp_path / "out"
     output.write_bytes(whole)
-    assert collected(small_dir, prompts, output, small_model) is None
+    assert collected(small_dir, prompts, output, stored_model) is None
     for changed in ({"length": 32}, {"max_tokens": 60}):
         with pytest.raises(DataError, match="out: exists and is of another model, prompts or opt"):
-            collected(small_dir, prompts, output, small_model, **changed)
+            collected(small_dir, prompts, output, stored_model, **changed)
     assert output.read_bytes() == whole
-    assert collected(small_dir, prompts, output, small_model, max_tokens=60, overwrite=True)
+    assert collected(small_dir, prompts, output, stored_model, max_tokens=60, overwrite=True)
     assert output.read_bytes() != whole
 
 
 def test_an_unfinished_run_of_another_kind(
-    whole, small_dir, small_model, prompts, tmp_path, events
+    whole, small_dir, stored_model, prompts, tmp_path, events
 ):
     def cut():
         with pytest.raises(KeyboardInterrupt):
-            collected(small_dir, prompts, output, small_model, InterruptAt(events // 2))
+            collected(small_dir, prompts, output, stored_model, InterruptAt(events // 2))
         assert partial.exists()
 
     output, partial = tmp_path / "out", tmp_path / "out.partial"
     cut()
     with pytest.raises(DataError, match=r"out\.partial: is an unfinished run with another model"):
-        collected(small_dir, prompts, output, small_model, length=32)
-    collected(small_dir, prompts, output, small_model, length=32, overwrite=True)
+        collected(small_dir, prompts, output, stored_model, length=32)
+    collected(small_dir, prompts, output, stored_model, length=32, overwrite=True)
     assert output.read_bytes() != whole and not partial.exists()
     output.unlink()
     cut()
     partial.write_bytes(partial.read_bytes()[:-100])
     with pytest.raises(DataError, match=r"out\.partial: damaged; use --overwrite"):
-        collected(small_dir, prompts, output, small_model)
-    collected(small_dir, prompts, output, small_model, overwrite=True)
+        collected(small_dir, prompts, output, stored_model)
+    collected(small_dir, prompts, output, stored_model, overwrite=True)
     assert output.read_bytes() == whole
 
 
-def test_two_at_once(small_dir, small_model, prompts, tmp_path):
+def test_two_at_once(small_dir, stored_model, prompts, tmp_path):
     with (tmp_path / "out.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         with pytest.raises(DataError, match="another collection is writing here"):
-            collected(small_dir, prompts, tmp_path / "out", small_model)
+            collected(small_dir, prompts, tmp_path / "out", stored_model)
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")  # noqa: PTH110
-def test_a_full_disk(small_dir, small_model, prompts, tmp_path):
+def test_a_full_disk(small_dir, stored_model, prompts, tmp_path):
     (tmp_path / "out.new").symlink_to("/dev/full")
     with pytest.raises(DataError, match="No space left on device; the same command goes on"):
-        collected(small_dir, prompts, tmp_path / "out", small_model)
+        collected(small_dir, prompts, tmp_path / "out", stored_model)
     assert not (tmp_path / "out").exists()
 
 

@@ -167,10 +167,10 @@ def test_states_that_did_not_come_from_the_store_share_rows_too(bare_model, tmp_
     assert spans == [(0, 1000), (1000, 2000), (1000, 3000), (1501, 1900), (1501, 2500)]
 
 
-def test_another_process_restores_the_same(small_dir, small_model, store):
-    cache = fed(small_model, IDS[:331])
+def test_another_process_restores_the_same(small_dir, stored_model, store):
+    cache = fed(stored_model, IDS[:331])
     store.save(IDS[:331], cache)
-    want = run(small_model, IDS[331:340], cache)
+    want = run(stored_model, IDS[331:340], cache)
     script = """
 import sys
 import mlx.core as mx, numpy as np

@@ -44,16 +44,16 @@ def room_for(directory, context, dtype=mx.float32, **more):
 # The plan
 
 
-def test_a_plan_adds_up(small_dir, small_model):
+def test_a_plan_adds_up(small_dir, stored_model):
     directory = ModelDirectory.open(small_dir)
     plan = room.plan(directory.config, directory, 700, mx.float32, saving=True)
-    state = small_model.make_cache()
-    mx.eval(small_model(mx.zeros((1, 700), mx.int32), cache=state))
+    state = stored_model.make_cache()
+    mx.eval(stored_model(mx.zeros((1, 700), mx.int32), cache=state))
     assert plan.state == state.nbytes and plan.at(1).state < plan.state
     assert plan.weights == sum(file.stat().st_size for file in directory.files)
     parts = (plan.weights, plan.state, plan.scratch, plan.buffers)
     assert plan.needed == sum(parts) and min(parts) > 0
-    loaded = room.of_model(small_model, 700)
+    loaded = room.of_model(stored_model, 700)
     assert (loaded.state, loaded.scratch, loaded.buffers) == (plan.state, plan.scratch, 0)
     assert (
         0.9 * plan.weights < loaded.weights < plan.weights

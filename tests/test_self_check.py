@@ -196,11 +196,11 @@ def test_a_fault_is_that_of_the_kernel_that_is_off(early):
         assert used == [False, True, True, True]
 
 
-def test_a_model_answers_rightly_with_a_bad_kernel(small_model, launched, capsys):
+def test_a_model_answers_rightly_with_a_bad_kernel(stored_model, launched, capsys):
     tokens = mx.array([[3, 17, 255, 9]])
 
     def logits():
-        return small_model(tokens, cache=small_model.make_cache())
+        return stored_model(tokens, cache=stored_model.make_cache())
 
     with spoiled(*WRONG):
         prepare(logits)
@@ -212,11 +212,11 @@ def test_a_model_answers_rightly_with_a_bad_kernel(small_model, launched, capsys
         assert float(mx.abs(got - logits()).max()) <= 1e-4
 
 
-def test_every_kernel_that_a_model_launches_is_asked_about(small_model, launched):
+def test_every_kernel_that_a_model_launches_is_asked_about(stored_model, launched):
     """Under the name of one that is compared."""
     with dispatch.asking() as asked, dispatch.kernels(), on_metal():
-        small_model(mx.array([list(range(12))]), cache=small_model.make_cache())
-        small_model(mx.array([[1]]), cache=small_model.make_cache())
+        stored_model(mx.array([list(range(12))]), cache=stored_model.make_cache())
+        stored_model(mx.array([[1]]), cache=stored_model.make_cache())
     names = {name for name, _ in asked}
     assert all(any(comparisons.named(kernel, name) for name in names) for kernel in launched)
     assert all(comparisons.of_kernel("metal", name, mx.float32) for name in names)
