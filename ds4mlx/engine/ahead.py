@@ -6,6 +6,7 @@ done where the state or the model is no longer what it was.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from operator import getitem, is_
 from typing import Any
 
@@ -47,6 +48,17 @@ class Ahead:
         self._state.records = kept | self._made
         boundaries.asked -= self._made.keys()
         return True
+
+
+def stepped_back(state: DecodeState, tokens: int) -> list[Ahead]:
+    """Bring a state back to `tokens` tokens; the steps forward from there, of one each, last first.
+
+    No boundary may lie between.
+    """
+    steps = []
+    while state.offset > tokens:
+        steps.append(Ahead(replace(Place.of(state), length=state.offset - 1)))
+    return steps
 
 
 class Seen:

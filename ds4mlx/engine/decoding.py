@@ -27,14 +27,16 @@ from ds4mlx.engine.undone import Place, undone_on_failure
 from ds4mlx.errors import DataError
 from ds4mlx.model.model import MOST_STEPPED, Model
 from ds4mlx.model.taps import listened
+from ds4mlx.state.decode_state import DecodeState
 
 
 @dataclass(frozen=True)
 class Taken:
     """The token that a sequence took in a step, and the text that it brought.
 
-    logits: float32 (1, vocab), those that it was drawn from. error: why there is no token, if there
-    is none; its sequence has left, with its state as before the step that failed.
+    logits: float32 (1, vocab), those that it was drawn from; streams (1, n, D), those that they were
+    made of, where they are kept. error: why there is no token, if there is none; its sequence has
+    left, with its state as before the step that failed.
     """
 
     sequence: Sequence
@@ -42,6 +44,7 @@ class Taken:
     text: str
     logits: mx.array
     error: DataError | None = None
+    streams: mx.array | None = None
 
 
 @dataclass
@@ -49,12 +52,13 @@ class _Draw:
     """A token int32 (1,), on its way, and the logits (1, vocab) that it is drawn from.
 
     token: None where it is drawn when all before it are taken. before: the length of the state that
-    the logits were computed from.
+    the logits were computed from. streams: (1, n, D), where they are kept.
     """
 
     token: mx.array | None
     logits: mx.array
     before: int
+    streams: mx.array | None = None
 
 
 class _Member:
@@ -84,10 +88,13 @@ class _Member:
 
 
 class Decoding:
-    """Up to 8 sequences of one model; they join and leave between steps, and leave when they end."""
+    """Up to 8 sequences of one model; they join and leave between steps, and leave when they end.
 
-    def __init__(self, model: Model):
-        self.model = model
+    streams: keep those that every step makes.
+    """
+
+    def __init__(self, model: Model, streams: bool = False):
+        self.model, self._streams = model, streams
         self._members: list[_Member] = []
         self._seen = Seen(model)
         self._failed: tuple[list[_Member], Exception] | None = None
@@ -227,13 +234,22 @@ class Decoding:
         states = [sequence.state for sequence in sequences]
         before = [state.offset for state in states]
         with undone_on_failure(states):
-            rows = rows_of(self.model.last_logits(tokens, states))
+            rows, streams = self._outputs(tokens, states)
             made = [
-                _Draw(None if s.waits else s.draw(row, unread), row, length)
-                for s, row, length in zip(sequences, rows, before, strict=True)
+                _Draw(None if s.waits else s.draw(row, unread), row, length, each)
+                for s, row, length, each in zip(sequences, rows, before, streams, strict=True)
             ]
             mx.async_eval([draw.token for draw in made if draw.token is not None], rows)
         return made
+
+    def _outputs(
+        self, tokens: mx.array | list[list[int]], states: list[DecodeState]
+    ) -> tuple[list[mx.array], list[mx.array] | list[None]]:
+        """Of each state the logits (1, vocab) and, where they are kept, the streams (1, n, D)."""
+        if not self._streams:
+            return rows_of(self.model.last_logits(tokens, states)), [None] * len(states)
+        logits, streams = self.model.last(tokens, states)
+        return rows_of(logits), rows_of(streams)
 
     def _read(self) -> list[int]:
         """The members' tokens; if they cannot be computed, the states are back before them."""
@@ -257,4 +273,4 @@ class Decoding:
         text = sequence.take(token)
         if sequence.reason:
             self.remove(sequence)
-        return Taken(sequence, token, text, draw.logits)
+        return Taken(sequence, token, text, draw.logits, streams=draw.streams)

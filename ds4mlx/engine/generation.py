@@ -10,12 +10,14 @@ import mlx.core as mx
 
 from ds4mlx.chat.segments import Prompt
 from ds4mlx.engine import room
-from ds4mlx.engine.decoding import Decoding
+from ds4mlx.engine.bypass import Bypass
+from ds4mlx.engine.decoding import Decoding, Taken
 from ds4mlx.engine.prefill import prefill
 from ds4mlx.engine.requests import check_count, check_prompt
 from ds4mlx.engine.rules import Rule
 from ds4mlx.engine.sampling import Sampler, log_probs
 from ds4mlx.engine.sequence import Sequence
+from ds4mlx.engine.speculative import Drafted, Speculation, check_drafts
 from ds4mlx.errors import DataError
 from ds4mlx.model.model import Model
 from ds4mlx.state.decode_state import DecodeState
@@ -38,6 +40,8 @@ class Response:
     peak_memory: float  # GB
     finish_reason: str | None  # "stop" or "length" with the last response
     cached_tokens: int = 0  # tokens before the prompt's that were not prefilled
+    drafted_tokens: int = 0  # proposed by the draft block so far, and checked
+    accepted_tokens: int = 0  # of these
 
     @cached_property
     def logprobs(self) -> mx.array:
@@ -96,6 +100,7 @@ def stream_generate(
     policy: Policy | None = None,
     rule: Rule | None = None,
     thinking_budget: int | None = None,
+    drafts: int = 0,
 ) -> Generator[Response, None, None]:
     """Continue `prompt`, text, pieces of it or token ids, one token at a time.
 
@@ -107,6 +112,9 @@ def stream_generate(
     store: where the longest stored prefix of the prompt is taken up, and saves are made as `policy`
     says; not together with a cache, whose tokens are not known here.
     rule, thinking_budget: what the answer must be, and the longest thought, as of a `Sequence`.
+    drafts: up to so many tokens, at most 3, are proposed by the model's draft block and checked in one
+    step, as long as that is faster here. Greedy text and text drawn with a seed are the same as without,
+    but for rounding; other text is drawn from the same distribution.
 
     The cache moves on by the prompt and by every token given out but the last: it takes a token
     when the next one is asked for. That is computed ahead, while the last one is being used, and
@@ -124,6 +132,7 @@ def stream_generate(
     room.of_model(model, first + len(ids) + max_tokens, saving=store is not None).check()
     if prefill_step is not None:
         check_count("prefill_step", prefill_step, 1)
+    check_drafts(model, drafts)
     if store is not None:
         state, _ = take_up(store, ids, state, 0)
     sequence = Sequence(
@@ -137,7 +146,7 @@ def stream_generate(
         rule=rule,
         thinking_budget=thinking_budget,
     )
-    options = {"prefill_step": prefill_step, "on_prefill": on_prefill}
+    options = {"prefill_step": prefill_step, "on_prefill": on_prefill, "drafts": drafts}
     if store is None:
         return answer(model, sequence, **options)
     return _kept_answer(
@@ -152,8 +161,13 @@ def answer(
     prefill_step: int | None = None,
     on_prefill: Callable[[int, int], None] | None = None,
     keeper: Keeper | None = None,
+    drafts: int = 0,
+    bypass: Bypass | None = None,
 ) -> Generator[Response, None, None]:
-    """Drive a sequence to its end, with the saves of a keeper while its state moves on."""
+    """Drive a sequence to its end, with the saves of a keeper while its state moves on.
+
+    drafts, bypass: as of `Speculation`, with a bypass of its own if none is given.
+    """
 
     def told(done: int, total: int) -> None:
         if keeper is not None:
@@ -164,11 +178,9 @@ def answer(
     if not sequence.max_tokens:
         return
     clock, cached = _Clock(len(sequence.pending)), sequence.state.offset
-    decoding = Decoding(model)
-    logits = prefill(model, sequence.pending, sequence.state, prefill_step, told)
-    decoding.add(sequence, logits, cached)
+    step, drafted = _driven(model, sequence, prefill_step, told, drafts, bypass)
     while not sequence.reason:
-        (taken,) = decoding.step()
+        taken = step()
         if taken.error is not None:
             raise taken.error
         if keeper is not None:
@@ -184,7 +196,29 @@ def answer(
             mx.get_peak_memory() / 1e9,
             sequence.reason,
             cached,
+            drafted.proposed,
+            drafted.accepted,
         )
+
+
+def _driven(
+    model: Model,
+    sequence: Sequence,
+    prefill_step: int | None,
+    told: Callable[[int, int], None],
+    drafts: int,
+    bypass: Bypass | None,
+) -> tuple[Callable[[], Taken], Drafted]:
+    """What gives the next token of a sequence whose prompt has been read, and counts of drafts."""
+    ids, state, before = sequence.pending, sequence.state, sequence.state.offset
+    if not drafts:
+        decoding = Decoding(model)
+        decoding.add(sequence, prefill(model, ids, state, prefill_step, told), before)
+        return lambda: decoding.step()[0], Drafted()
+    speculation = Speculation(model, sequence, drafts, bypass or Bypass())
+    logits = prefill(model, ids, state, prefill_step, told, speculation.saw)
+    speculation.add(logits, before)
+    return speculation.step, speculation.drafted
 
 
 class _Clock:

@@ -18,12 +18,14 @@ def prefill(
     cache: DecodeState,
     step: int | None = None,
     on_chunk: Callable[[int, int], None] | None = None,
+    on_streams: Callable[[mx.array], None] | None = None,
 ) -> mx.array:
     """Feed `ids` to the state as `prefill_chunks` does; logits (1, vocab) after the last token.
 
-    on_chunk: told (tokens done, tokens in all) after each chunk.
+    on_chunk: told (tokens done, tokens in all) after each chunk. on_streams: told each chunk's
+    streams (1, L, n, D) after the last layer, when the state has taken it.
     """
-    chunks = prefill_chunks(model, ids, cache, step)
+    chunks = prefill_chunks(model, ids, cache, step, on_streams)
     while True:
         try:
             done = next(chunks)
@@ -34,7 +36,11 @@ def prefill(
 
 
 def prefill_chunks(
-    model: Model, ids: Sequence[int], cache: DecodeState, step: int | None = None
+    model: Model,
+    ids: Sequence[int],
+    cache: DecodeState,
+    step: int | None = None,
+    on_streams: Callable[[mx.array], None] | None = None,
 ) -> Generator[int, None, mx.array]:
     """Feed `ids` to the state in chunks; yields the tokens done after each, so that others may run.
 
@@ -51,13 +57,17 @@ def prefill_chunks(
     logits = None
     for start in (0, *range(first, len(ids), step)):
         stop = min(len(ids), start + step if start else first)
-        logits = prefill_chunk(model, ids[start:stop], cache, stop == len(ids))
+        logits = prefill_chunk(model, ids[start:stop], cache, stop == len(ids), on_streams)
         yield stop
     return mx.zeros((1, 0)) if logits is None else logits
 
 
 def prefill_chunk(
-    model: Model, ids: Sequence[int], cache: DecodeState, last: bool
+    model: Model,
+    ids: Sequence[int],
+    cache: DecodeState,
+    last: bool,
+    on_streams: Callable[[mx.array], None] | None = None,
 ) -> mx.array | None:
     """Feed one chunk to the state; logits (1, vocab) after it if it is the `last`, else None.
 
@@ -68,6 +78,6 @@ def prefill_chunk(
     what = f"{len(ids)} tokens of a prompt, after {cache.offset}"
     try:
         with memory_told(what), undivided(), undone_on_failure([cache], far=True):
-            return model.read(chunk, cache, last)
+            return model.read(chunk, cache, last, on_streams)
     finally:
         mx.clear_cache()

@@ -80,6 +80,16 @@ class Sampler:
         drawn = mx.random.categorical(kept, key=key)
         return mx.take_along_axis(tokens, drawn[:, None], axis=-1)[:, 0].astype(mx.int32)
 
+    def log_probs(self, logits: mx.array) -> mx.array:
+        """What a draw chooses from, at a temperature above 0.
+
+        Logits (B, vocab) -> log-probabilities (B, vocab) float32, -inf for those filtered out.
+        """
+        tokens, kept = self._ordered(logits)
+        none = mx.full(logits.shape, -mx.inf)
+        tokens = tokens[:, : kept.shape[-1]]
+        return log_probs(mx.put_along_axis(none, tokens, kept, axis=-1))
+
     def candidates(self, logits: mx.array) -> tuple[mx.array, mx.array]:
         """What a draw chooses from, at a temperature above 0.
 

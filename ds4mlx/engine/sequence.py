@@ -13,6 +13,7 @@ from collections import abc
 import mlx.core as mx
 
 from ds4mlx.engine.penalties import LookBack
+from ds4mlx.engine.proposals import Proposal, drawn
 from ds4mlx.engine.repetition import Repetition
 from ds4mlx.engine.rules import Rule
 from ds4mlx.engine.sampling import Sampler, draw_key
@@ -106,18 +107,21 @@ class Sequence:
         """Have </think> be the next token if that is inside a thought; else nothing is changed."""
         self._thought.end()
 
-    def draw(self, logits: mx.array, unread: int = 0) -> mx.array:
+    def key(self, unread: int = 0) -> mx.array:
+        """The key of the next draw but `unread` ones."""
+        return draw_key(self.seed, self.first + len(self.tokens) + unread)
+
+    def draw(self, logits: mx.array, unread: int = 0, proposal: Proposal | None = None) -> mx.array:
         """Logits (1, vocab) after the last token -> the next token, int32 (1,), or NOT_FINITE.
 
         unread: how many tokens were drawn before it that the sequence has not taken yet; 0 if it
-        `waits`. Nothing is evaluated: the token can be fed to the model before it is read.
-        Raises DataError if the rule cannot be followed further.
+        `waits`. proposal: a token that may be it. Nothing is evaluated: the token can be fed to the
+        model before it is read. Raises DataError if the rule cannot be followed further.
         """
         if self._thought.must_close:
             token = mx.array([self._thought.closing])
         else:
-            position = self.first + len(self.tokens) + unread
-            token = self.sampler(self._shaped(logits), draw_key(self.seed, position))
+            token = drawn(self.sampler, self._shaped(logits), self.key(unread), proposal)
         return mx.where(mx.all(mx.isfinite(logits)), token.astype(mx.int32), NOT_FINITE)
 
     def take(self, token: int) -> str:

@@ -36,7 +36,7 @@ def draw(sequences: abc.Sequence[Sequence], logits: mx.array) -> list[int]:
 
 
 def rows_of(logits: mx.array) -> list[mx.array]:
-    """Logits (B, vocab) -> B rows (1, vocab). Nothing is evaluated."""
+    """Logits (B, vocab), or streams, -> B rows (1, ...). Nothing is evaluated."""
     return mx.split(logits, len(logits)) if len(logits) > 1 else [logits]  # type: ignore[return-value]
 
 

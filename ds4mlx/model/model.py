@@ -18,7 +18,7 @@ from ds4mlx.model.batch import Batch
 from ds4mlx.model.block import Block
 from ds4mlx.model.draft import MTP
 from ds4mlx.model.fused.choice import MOST_STEPPED, takes
-from ds4mlx.model.fused.step import TracedStep, step_logits
+from ds4mlx.model.fused.step import TracedStep, step_outputs
 from ds4mlx.model.hyper import HyperHead
 from ds4mlx.model.inputs import Cache, Inputs, Tokens, read_states, read_tokens
 from ds4mlx.model.linear import Embedding, Linear, RMSNorm
@@ -28,6 +28,7 @@ from ds4mlx.model.rope import rotary_tables
 from ds4mlx.model.taps import begin, tap
 from ds4mlx.precision import keep_float32
 from ds4mlx.state.decode_state import DecodeState
+from ds4mlx.state.drafts import Drafts
 from ds4mlx.state.kind import StateKind, digest
 from ds4mlx.state.rounding import Rounding
 from ds4mlx.state.row_forms import StateForm
@@ -88,11 +89,16 @@ class Model(Module):
 
     def last_logits(self, tokens: Tokens, cache: Cache) -> mx.array:
         """Like calling the model, but the head runs for the last tokens only: (B, vocab)."""
+        return self.last(tokens, cache)[0]
+
+    def last(self, tokens: Tokens, cache: Cache) -> tuple[mx.array, mx.array]:
+        """`last_logits` (B, vocab), and the streams (B, n, D) after the last layer they are made of."""
         call = _Call(self, tokens, cache)
         if call.steps:
-            return call.moved(self._logits(call))
-        streams = self._run(call.batch, call.states)
-        return call.moved(self.logits(streams[call.inputs.last]))
+            begin(call.batch)
+            return call.moved(*step_outputs(self, call.batch, call.states))
+        streams = self._run(call.batch, call.states)[call.inputs.last]
+        return call.moved(self.logits(streams), streams)
 
     def step(self, tokens: mx.array | Sequence[int], states: Sequence[DecodeState]) -> mx.array:
         """One more token of up to 8 sequences: int (B,) and B states -> logits (B, vocab)."""
@@ -115,19 +121,31 @@ class Model(Module):
         call = _Call(self, tokens, cache)
         return call.done(self._run(call.batch, call.states))
 
-    def read(self, tokens: Tokens, state: DecodeState, last: bool) -> mx.array | None:
+    def read(
+        self,
+        tokens: Tokens,
+        state: DecodeState,
+        last: bool,
+        on_streams: Callable[[mx.array], None] | None = None,
+    ) -> mx.array | None:
         """Feed a chunk (1, L) of a prompt to a state, each layer evaluated while the next is built.
 
         Logits (1, vocab) after it if it is the `last`, else None. Unlike a call it evaluates, and one
         that raises leaves some layers ahead of others, which `load` of an earlier record mends.
+        on_streams: told the streams (1, L, n, D) after the last layer, when the state has moved on.
         """
         call = _Call(self, tokens, state)
         if last and call.steps:
-            out = call.moved(self._logits(call))
+            begin(call.batch)
+            logits, streams = step_outputs(self, call.batch, call.states)
         else:
-            streams = self._run(call.batch, call.states, Pace(call.batch))[call.inputs.last]
-            out = call.moved(self.logits(streams) if last else streams)
+            streams = self._run(call.batch, call.states, Pace(call.batch))
+            ends = streams[call.inputs.last]
+            logits = self.logits(ends) if last else ends
+        out, streams = call.moved(logits, streams)
         mx.eval(out)
+        if on_streams is not None:
+            on_streams(streams[None])
         return out if last else None
 
     def _logits(self, call: "_Call") -> mx.array:
@@ -135,7 +153,7 @@ class Model(Module):
         if not call.steps:
             return self.logits(self._run(call.batch, call.states))
         begin(call.batch)
-        return step_logits(self, call.batch, call.states)
+        return step_outputs(self, call.batch, call.states)[0]
 
     def _run(
         self, batch: Batch, states: Sequence[DecodeState], pace: Pace | None = None
@@ -163,18 +181,25 @@ class Model(Module):
         return self.head(hidden.astype(mx.float32))
 
     def draft(
-        self, streams: mx.array, tokens: Tokens, state: DecodeState | None = None, depth: int = 0
+        self,
+        streams: mx.array,
+        tokens: Tokens,
+        state: DecodeState | Drafts | None = None,
+        depth: int = 0,
     ) -> tuple[mx.array, mx.array]:
         """Logits of draft block `depth` and its streams.
 
         streams: (1, L, n, D) at positions t; tokens: int (1, L), those at t + 1; the logits
         (1, L, vocab) are for t + 2. `state.drafts[depth]` moves on by L positions, at its end as a
         call does; t is its length, which may lag behind `state.offset` but never exceeds it.
-        Without a state, t begins at 0 and nothing is kept. Raises DataError.
+        `Drafts` may stand alone, without main layers. Without a state, t begins at 0 and nothing is
+        kept. Raises DataError.
         """
         inputs = read_tokens(tokens, self.args.vocab_size, True)
         self._check_draft(streams, inputs, state, depth)
-        drafts, records = (state or self.make_cache()).drafts, state.records if state else {}
+        whole = None if isinstance(state, Drafts) else state
+        drafts = state if isinstance(state, Drafts) else (whole or self.make_cache()).drafts
+        records = whole.records if whole else {}
         step = drafts.step(depth, inputs.lengths[0], records)
         batch, block = Batch.of(inputs.ids, [step], self._rotary), self.mtp[depth]
         flat = block.joined(streams.flatten(0, 1), self.embedded(inputs.ids))
@@ -185,7 +210,7 @@ class Model(Module):
         return out[0][None], out[1][None]
 
     def _check_draft(
-        self, streams: mx.array, inputs: Inputs, state: DecodeState | None, depth: int
+        self, streams: mx.array, inputs: Inputs, state: DecodeState | Drafts | None, depth: int
     ) -> None:
         """Raises DataError for what `draft` cannot be called with."""
         if not 0 <= depth < len(self.mtp):
@@ -193,7 +218,7 @@ class Model(Module):
         wanted = (1, inputs.lengths[0], self.args.hc_mult, self.args.hidden_size)
         if len(inputs.lengths) != 1 or streams.shape != wanted:
             raise DataError(f"streams for these tokens must be {wanted}, not {streams.shape}")
-        if state is None:
+        if state is None or isinstance(state, Drafts):
             return
         (state,) = read_states(state, 1, self.state_form, len(self.layers))
         end = state.drafts[depth].offset + inputs.lengths[0]
@@ -250,19 +275,19 @@ class _Call:
 
     def done(self, flat: mx.array) -> mx.array | list[mx.array]:
         """What was made of each token, (N, ...), shaped as the tokens; the states move on."""
-        return self._ended(flat, self.inputs.shaped)
+        return self._ended([flat], lambda outs: self.inputs.shaped(outs[0]))
 
-    def moved(self, out: mx.array) -> mx.array:
-        """What was made of each sequence, (B, ...); the states move on."""
-        return self._ended(out, lambda out: out)
+    def moved(self, logits: mx.array, streams: mx.array) -> tuple[mx.array, mx.array]:
+        """Logits (B, vocab), and streams; the states move on."""
+        return self._ended([logits, streams], lambda outs: (outs[0], outs[1]))
 
-    def _ended(self, flat: mx.array, shaped: Callable[[mx.array], Out]) -> Out:
-        """`flat`, shaped, after whose evaluation the states are evaluated; commits them last."""
+    def _ended(self, outs: list[mx.array], shaped: Callable[[list[mx.array]], Out]) -> Out:
+        """`outs`, shaped, after whose evaluation the states are evaluated; commits them last."""
         if not self.kept:
-            return shaped(flat)
+            return shaped(outs)
         steps = [span.step for span in self.batch.spans]
         for state, step in zip(self.states, steps, strict=True):
-            flat = mx.depends([flat], state.finish(step))[0]
-        out = shaped(flat)
+            outs = mx.depends(outs, state.finish(step))
+        out = shaped(outs)
         commit(steps)
         return out

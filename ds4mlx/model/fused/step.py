@@ -27,8 +27,8 @@ from ds4mlx.model.taps import listened
 from ds4mlx.state.decode_state import DecodeState
 from ds4mlx.state.tails import append, arrays_of, place, settle
 
-# What a traced step gives: logits (B, vocab), and of each sequence the new tails.
-Traced = tuple[mx.array, list[list[mx.array]]]
+# What a traced step gives: logits (B, vocab), streams (B, n, D), and of each sequence the new tails.
+Traced = tuple[mx.array, mx.array, list[list[mx.array]]]
 # Of each sequence: place and angles.
 Places = Sequence[tuple[mx.array, ...]]
 
@@ -65,8 +65,13 @@ class Stepped(Protocol):
     def logits(self, streams: mx.array) -> mx.array: ...
 
 
-def step_logits(model: Stepped, batch: Batch, states: Sequence[DecodeState]) -> mx.array:
-    """Logits float32 (B, vocab) after one more token of each state; the batch's steps take the rows."""
+def step_outputs(
+    model: Stepped, batch: Batch, states: Sequence[DecodeState]
+) -> tuple[mx.array, mx.array]:
+    """Logits float32 (B, vocab) and streams (B, n, D) after one more token of each state.
+
+    The batch's steps take the rows.
+    """
     for state in states:
         settle(state)
     places: Places = [tuple(_place(state, model._rotary)) for state in states]
@@ -78,10 +83,10 @@ def step_logits(model: Stepped, batch: Batch, states: Sequence[DecodeState]) -> 
         return _in_parts(model, batch, states, places, held, selects, apart)
     sides = batch.ids, places, held, selects, dispatch.ways()
     _compare_first(model, step, states, sides)
-    logits, tails = step.call(*sides)
+    logits, streams, tails = step.call(*sides)
     for span, state, own in zip(batch.spans, states, tails, strict=True):
         append(state.parts, own, span.step)
-    return logits
+    return logits, streams
 
 
 def _place(state: DecodeState, tables: dict[int, Rotary]) -> Place:
@@ -135,7 +140,8 @@ def _traced(
         for own, each in zip(tails, rows, strict=True):
             own += tails_of(each)
     known = dense_known(model.head)
-    return head(model, carried) if known else model.logits(carried.streams), tails
+    logits = head(model, carried) if known else model.logits(carried.streams)
+    return logits, carried.streams, tails
 
 
 def _in_parts(
@@ -146,7 +152,7 @@ def _in_parts(
     held: Sequence[Sequence[mx.array]],
     selects: Sequence[int],
     modules: frozenset[int],
-) -> mx.array:
+) -> tuple[mx.array, mx.array]:
     """The same without tracing, some blocks through their modules."""
     carried = begin(model, batch.ids)
     layers = _layers(model, places, held, selects)
@@ -160,7 +166,8 @@ def _in_parts(
             for span, state, each in zip(batch.spans, states, rows, strict=True):
                 append(state[number].parts, tails_of(each), span.step)
     apart = listened() or not dense_known(model.head)
-    return model.logits(carried.streams) if apart else head(model, carried)
+    logits = model.logits(carried.streams) if apart else head(model, carried)
+    return logits, carried.streams
 
 
 def begin(model: Stepped, ids: mx.array) -> Carried:
