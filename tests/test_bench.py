@@ -12,6 +12,7 @@ from test_synth import SMALL
 from typer.testing import CliRunner
 
 from ds4mlx.bench import costs, whole_model
+from ds4mlx.bench.drafting import Drafting
 from ds4mlx.bench.plot import Line, axis, plot
 from ds4mlx.bench.synth import synth_model, weight_bytes
 from ds4mlx.bench.tables import csv_text, plot_text, table
@@ -38,6 +39,13 @@ def test_a_row(model, asked):
     assert row.bandwidth_share == pytest.approx(share, 1e-2)
     assert bool(row.kernels) == (asked.target is not None)
     assert (row.counted_for == "cuda") == (asked.target == "cuda")
+
+
+def test_drafts_are_measured(small_model, small_tokenizer):
+    asked = replace(PLAIN, gen=4, drafting=Drafting(small_model, small_tokenizer, 2))
+    (row,) = rows = bench(small_model, [20], asked)
+    assert row.draft_tokens_per_s > 0 and 0 <= row.draft_acceptance <= 1
+    assert 1 <= row.draft_tokens_per_round <= 3 and "t/round" in table(rows)
 
 
 @pytest.mark.parametrize("target", ["metal", "cuda"])
@@ -142,5 +150,10 @@ def test_command_line(monkeypatch, tmp_path):
     assert {row["counted_for"] for row in printed["rows"]} == {"cuda"}
     assert (tmp_path / "rows.csv").read_text().count("\n") == 3
     assert ElementTree.parse(tmp_path / "speed.svg").getroot().tag.endswith("svg")
-    for wrong in (["--plot", "speed.png"], ["--batch", "9"], ["--count-for", "vulkan"]):
+    for wrong in (
+        ["--draft", "1", "--batch", "2"],
+        ["--plot", "speed.png"],
+        ["--batch", "9"],
+        ["--count-for", "vulkan"],
+    ):
         assert CliRunner().invoke(app, ["bench", *wrong]).exit_code == 2

@@ -22,14 +22,20 @@ COLUMNS = (
     ("of limit", "bandwidth_share", ".1%"),
     ("peak GB", "peak_gb", ".2f"),
 )
+DRAFTED = (
+    ("drafted t/s", "draft_tokens_per_s", ".2f"),
+    ("accepted", "draft_acceptance", ".1%"),
+    ("t/round", "draft_tokens_per_round", ".2f"),
+)
 
 
 def table(rows: Sequence[Row]) -> str:
     """For people: a line a depth, which of them are of random rows, and a step's launches by kernel."""
-    lines = ["".join(f"{title:>{_wide(title)}}" for title, _, _ in COLUMNS)]
+    columns = COLUMNS if rows[0].draft_acceptance is None else COLUMNS + DRAFTED
+    lines = ["".join(f"{title:>{_wide(title)}}" for title, _, _ in columns)]
     for row in rows:
         values = {**asdict(row), "read_gb": row.weights_gb + row.rows_gb}
-        cells = ((title, values[name], form) for title, name, form in COLUMNS)
+        cells = ((title, values[name], form) for title, name, form in columns)
         lines.append(
             "".join(f"{_cell(value, form):>{_wide(title)}}" for title, value, form in cells)
         )

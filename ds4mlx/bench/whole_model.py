@@ -9,6 +9,7 @@ from typing import Literal
 import mlx.core as mx
 
 from ds4mlx.bench.costs import Target, cost, rows_read, weights_read
+from ds4mlx.bench.drafting import Drafting
 from ds4mlx.config import ModelConfig
 from ds4mlx.custom_kernels.graph import kinds
 from ds4mlx.engine import room
@@ -34,7 +35,8 @@ class Row:
     being what it takes to build and submit it. operations: of MLX's graph as it ran here, launches by
     kernel and others by kind as counted for `counted_for` (see `costs`). weights_gb and rows_gb: what a
     step reads by arithmetic; moved_gb: what it reads and writes as it is launched. bandwidth_share: of
-    reading what arithmetic says in the time that reading it alone would take here.
+    reading what arithmetic says in the time that reading it alone would take here. draft_*: with
+    drafts, of a text of code; how many are accepted, and how many tokens a round of them gives.
     """
 
     depth: int
@@ -56,6 +58,9 @@ class Row:
     largest_output_mb: float | None
     bandwidth_share: float | None
     peak_gb: float
+    draft_tokens_per_s: float | None = None
+    draft_acceptance: float | None = None
+    draft_tokens_per_round: float | None = None
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,9 @@ class Asked:
     """What is measured. gen: steps that are timed. batch: sequences that are decoded at once.
 
     fill: "real" prefills the depth, "synthetic" only a chunk that ends there, after random rows of the
-    right shapes, "mixed" is the former up to DEEPEST tokens. target: for which launches are counted; None: no kernels. bandwidth: bytes a second that the device reads.
+    right shapes, "mixed" is the former up to DEEPEST tokens. target: for which launches are counted;
+    None: no kernels. bandwidth: bytes a second that the device reads. drafting: how drafts are
+    measured, if they are.
     """
 
     gen: int
@@ -71,6 +78,7 @@ class Asked:
     batch: int = 1
     target: Target | None = "metal"
     bandwidth: float | None = None
+    drafting: Drafting | None = None
 
 
 def bench(
@@ -114,6 +122,7 @@ def _at(model: Model, depth: int, asked: Asked) -> Row:
     peak, seconds = mx.get_peak_memory(), statistics.median(times)
     spent = cost(model, states, asked.target)
     weights, rows = weights_read(model, asked.batch), asked.batch * rows_read(model, depth)
+    drafted = asked.drafting.measure(depth, asked.gen) if asked.drafting else None
     least = None if asked.bandwidth is None else (weights + rows) / asked.bandwidth
     return Row(
         depth=depth,
@@ -135,6 +144,9 @@ def _at(model: Model, depth: int, asked: Asked) -> Row:
         largest_output_mb=None if spent.largest is None else _scaled(spent.largest, 1e6),
         bandwidth_share=None if least is None else round(least / seconds, 4),
         peak_gb=_scaled(peak, 1e9),
+        draft_tokens_per_s=drafted and drafted.tokens_per_s,
+        draft_acceptance=drafted and drafted.acceptance,
+        draft_tokens_per_round=drafted and drafted.per_round,
     )
 
 

@@ -47,9 +47,11 @@ def timing(last: Response) -> str:
     """One line of token counts, speeds and memory."""
     speed = f", {last.generation_tps:.1f} t/s" if last.generation_tokens > 1 else ""
     cut = " (cut: --max-tokens)" if last.finish_reason == "length" else ""
+    drafted, accepted = last.drafted_tokens, last.accepted_tokens
+    drafts = f"{accepted} of {drafted} drafts accepted | " if drafted else ""
     cached = f" after {last.cached_tokens} kept" if last.cached_tokens else ""
     return (
         f"[prompt {last.prompt_tokens} tokens{cached}, {last.prompt_tps:.1f} t/s | "
-        f"generated {last.generation_tokens} tokens{speed}{cut} | "
+        f"generated {last.generation_tokens} tokens{speed}{cut} | {drafts}"
         f"peak memory {last.peak_memory:.2f} GB]"
     )

@@ -98,6 +98,15 @@ KvBudget = Annotated[str, typer.Option("--kv-budget", help="The most bytes to ke
 KvText = Annotated[
     bool, typer.Option("--kv-text/--no-kv-text", help="Keep the readable text there too.")
 ]
+Draft = Annotated[
+    int,
+    typer.Option(
+        "--draft",
+        min=0,
+        max=3,
+        help="Have the model's draft block propose up to N tokens a step, while that is faster here.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 

@@ -20,6 +20,7 @@ from ds4mlx.cli.terminal import note, progress
 if TYPE_CHECKING:
     from ds4mlx.config import ModelConfig
     from ds4mlx.model.model import Model
+    from ds4mlx.text.tokenizer import Tokenizer
 
 Prompt = Annotated[
     str, typer.Option("--prompt", help="The depths to measure at, in tokens, such as 512,2048.")
@@ -43,6 +44,15 @@ Plot = Annotated[
 ]
 Batch = Annotated[
     int, typer.Option("--batch", min=1, max=8, help="The sequences decoded at once, of one depth.")
+]
+Draft = Annotated[
+    int | None,
+    typer.Option(
+        "--draft",
+        min=1,
+        max=3,
+        help="Also decode Python code with up to N drafts a step, and count how many are accepted.",
+    ),
 ]
 Target = Annotated[
     Literal["metal", "cuda"] | None,
@@ -70,10 +80,15 @@ class Measurement:
     plot: Path | None
     batch: int
     target: Literal["metal", "cuda"] | None
+    drafts: int | None = None
 
     def __post_init__(self) -> None:
         if self.plot is not None and self.plot.suffix != ".svg":
             raise typer.BadParameter(f"{self.plot} does not end in .svg", param_hint="--plot")
+        if self.drafts and (self.batch > 1 or self.fill == "synthetic"):
+            raise typer.BadParameter(
+                "drafts need a text that was read, of one sequence", param_hint="--draft"
+            )
 
 
 def bench(
@@ -92,6 +107,7 @@ def bench(
     plot: Plot = None,
     batch: Batch = 1,
     count_for: Target = None,
+    draft: Draft = None,
 ) -> None:
     """Measure how fast a model prefills and decodes at several depths, and what a token costs.
 
@@ -109,14 +125,13 @@ def bench(
     from ds4mlx.bench.whole_model import check_room
     from ds4mlx.weights.directory import ModelDirectory
 
-    asked = Measurement(depths, gen, ctx, fill, as_json, csv, plain, plot, batch, count_for)
+    asked = Measurement(depths, gen, ctx, fill, as_json, csv, plain, plot, batch, count_for, draft)
     arg.check_output(csv)
     arg.check_output(plot)
     directory = ModelDirectory.open(arg.find_model(model))
     weights = sum((directory.path / file).stat().st_size for file in directory.files)
     check_room(directory.config, max(depths), gen, ctx, weights, batch)
-    loaded, _ = arg.open_model(model)
-    return _report(loaded, asked)
+    return _report(*arg.open_model(model), asked)
 
 
 def synth(
@@ -179,7 +194,7 @@ def synth(
         written = write_synth(config, recipe, directory, partial(progress, "writing", "files"))
         return note(f"{directory}: {written:,} bytes of weights")
     model = _in_memory(config, recipe, asked if bench else None, like)
-    return _report(model, asked) if bench else None
+    return _report(model, None, asked) if bench else None
 
 
 def _in_memory(config: ModelConfig, recipe: str, asked: Measurement | None, like: str) -> Model:
@@ -225,9 +240,10 @@ def _kernels(as_json: bool) -> None:
     print(json.dumps(figures, indent=1) if as_json else table(figures))
 
 
-def _report(model: Model, asked: Measurement) -> None:
+def _report(model: Model, tokenizer: Tokenizer | None, asked: Measurement) -> None:
     import mlx.core as mx
 
+    from ds4mlx.bench.drafting import Drafting
     from ds4mlx.bench.kernels import readable_bandwidth
     from ds4mlx.bench.tables import csv_text, plot_text, table
     from ds4mlx.bench.whole_model import Asked
@@ -236,7 +252,10 @@ def _report(model: Model, asked: Measurement) -> None:
 
     read, here = readable_bandwidth(), dialect.target()
     target = None if asked.plain else asked.target or here or "metal"
-    wanted = Asked(asked.gen, asked.fill, asked.batch, target, read)
+    drafting = None
+    if asked.drafts and tokenizer is not None:
+        drafting = Drafting(model, tokenizer, asked.drafts)
+    wanted = Asked(asked.gen, asked.fill, asked.batch, target, read, drafting)
     with dispatch.plain_operations() if asked.plain else nullcontext():
         rows = measure(model, asked.depths, wanted, note)
     device = str(mx.device_info()["device_name"]) if mx.default_device() == mx.gpu else "cpu"

@@ -52,6 +52,7 @@ def generate(
         typer.Option(help="A text that ends the answer and is left out; may be repeated."),
     ] = None,
     json_schema: arg.JsonSchema = None,
+    draft: arg.Draft = 0,
     logprobs: Annotated[
         Path | None,
         typer.Option(help="Write a file of JSON lines: each token with its log-probabilities."),
@@ -113,6 +114,7 @@ def generate(
             store=store,
             rule=rule,
             thinking_budget=think_budget,
+            drafts=draft,
         )
         printer = Printer(sys.stdout, not raw and think != "none", arg.shown(reasoning))
         keep = LogProbs(log, tokenizer).add if log else None

@@ -110,7 +110,8 @@ class Speculation:
         if self._checked and not self._goes_on():
             self._checked.clear()
         if not self._checked:
-            if listened() or not self.sequence.drawn or not self._drafting:
+            undrawn = not self.sequence.pending  # from the logits given to `add`
+            if undrawn or listened() or not self._drafting:
                 return self._without_drafts()
             self._plain.remove(self.sequence)
             self._round()

@@ -1,0 +1,386 @@
+"""Drafts: the text, the draws and the states are those without them, wherever an answer ends."""
+
+import random
+from itertools import cycle, islice
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from ahead import IDS, NEAR, shown
+from steering import InterruptAt, text_of, tokens_of
+
+from ds4mlx import DataError, Model, generate, load, stream_generate
+from ds4mlx.chat import encode_messages
+from ds4mlx.config import ModelConfig
+from ds4mlx.engine.bypass import COUNTED, LONGEST, PAUSE, RENEWED, WARM, Bypass
+from ds4mlx.engine.decoding import Decoding
+from ds4mlx.engine.generation import answer
+from ds4mlx.engine.penalties import Penalties
+from ds4mlx.engine.prefill import prefill
+from ds4mlx.engine.proposals import drawn, propose
+from ds4mlx.engine.sampling import Sampler, draw_key
+from ds4mlx.engine.sequence import Sequence
+from ds4mlx.engine.speculative import Speculation
+from ds4mlx.evaluation.held_out import filler_of, held_out_texts
+from ds4mlx.evaluation.tool_calls import case as tool_case
+from ds4mlx.evaluation.weights import decode_weights, replace_values
+from ds4mlx.evaluation.words import NOUNS
+from ds4mlx.model.taps import Listener, listening
+
+# A chi-squared value that a right distribution over 8 tokens exceeds once in 100,000 times.
+CRITICAL_7 = 35.26
+
+
+class Flipping(Bypass):
+    """Uses drafts and does not, in turn, so many tokens or rounds each time."""
+
+    def __init__(self, *lengths):
+        self._states = cycle([flag for length in lengths for flag in [length > 0] * abs(length)])
+        self.drafting = next(self._states)
+
+    def took(self, tokens, seconds):
+        self.drafting = next(self._states)
+
+
+def always():
+    return Flipping(1)
+
+
+@pytest.fixture(scope="module")
+def model(small_dir):
+    """The small random model without rounding, where one token and several make the same logits.
+
+    Its head knows five tokens only, so that a draft block of noise is right now and then.
+    """
+    loaded = load(small_dir, dtype=mx.float32, rounding="none")[0]
+    decode_weights(loaded)
+    known = np.isin(np.arange(288), [30, 70, 110, 150, 190])
+    replace_values(loaded.head, loaded.head.weight * mx.array(known[:, None]))
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def writer(embedded_dir):
+    """The embedded model, whose draft block was trained, without rounding, and its tokenizer."""
+    loaded, tokenizer = load(embedded_dir, dtype=mx.float32, rounding="none")
+    decode_weights(loaded)
+    return loaded, tokenizer
+
+
+@pytest.fixture
+def sequence(model, small_tokenizer):
+    def made(start=0, length=40, max_tokens=24, near=False, **options):
+        state = model.make_cache()
+        if near:
+            state.boundaries.spacing = NEAR
+        ids = IDS[start : start + length]
+        return Sequence(ids, state, small_tokenizer, max_tokens=max_tokens, **options)
+
+    return made
+
+
+def tokens(model, sequence, drafts=0, bypass=None):
+    return tokens_of(answer(model, sequence, drafts=drafts, bypass=bypass or always()))
+
+
+def speculation(model, sequence, drafts=3, bypass=None):
+    """One whose prompt has been read."""
+    made = Speculation(model, sequence, drafts, bypass)
+    made.add(prefill(model, sequence.pending, sequence.state, on_streams=made.saw), 0)
+    return made
+
+
+# What comes out
+
+
+@pytest.mark.parametrize("drafts", [1, 3])
+def test_greedy_text_is_the_same(model, sequence, drafts):
+    """Of a draft block of noise, with drafts always or now and then."""
+    for start, length in ((0, 1), (5, 140)):
+        asked = start, length, 16
+        want = tokens(model, sequence(*asked))
+        assert tokens(model, sequence(*asked), drafts) == want
+        assert tokens(model, sequence(*asked), drafts, Flipping(3, -2, 1, -1)) == want
+
+
+def test_a_trained_draft_block_is_mostly_right(writer):
+    """It would not be if a position were paired with another token, or with another's streams.
+
+    Also where tokens in between were not drafted: the block has read them all the same.
+    """
+    model, tokenizer = writer
+    ids, seen = tokenizer.encode("def is_prime(n):\n    "), []
+    for drafts, bypass in ((0, None), (2, always()), (1, Flipping(1, -9, 100))):
+        one = Sequence(ids, model.make_cache(), tokenizer, max_tokens=24)
+        seen.append(list(answer(model, one, drafts=drafts, bypass=bypass)))
+    assert tokens_of(seen[0]) == tokens_of(seen[1]) == tokens_of(seen[2])
+    assert seen[0][-1].drafted_tokens == 0
+    for last in (seen[1][-1], seen[2][-1]):
+        assert last.accepted_tokens > 0.4 * last.drafted_tokens > 3
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        Sampler(seed=3),
+        Sampler(0.7, top_p=0.9, top_k=20, seed=4),
+        Sampler(seed=5, penalties=Penalties(repetition=1.3, presence=0.5)),
+        Sampler(0, penalties=Penalties(repetition=1.5)),
+    ],
+)
+def test_draws_that_repeat_are_the_same(model, sequence, sampler):
+    want = tokens(model, sequence(max_tokens=12, sampler=sampler))
+    assert tokens(model, sequence(max_tokens=12, sampler=sampler), 3) == want
+
+
+@pytest.mark.parametrize("sampler", [Sampler(1.3), Sampler(0.8, top_p=0.9, top_k=6, min_p=0.02)])
+def test_accepted_and_replaced_draws_have_the_models_distribution(sampler):
+    logits, draft = (mx.array(row) for row in np.random.default_rng(1).normal(size=(2, 1, 8)) * 1.5)
+    p = np.exp(np.array(sampler.log_probs(logits)))[0]
+    made, count = [], 400
+    for number in range(count):
+        key = draw_key(7, number)
+        made.append(drawn(sampler, logits, key, propose(sampler, draft, key, True)))
+    seen, kept = np.bincount(np.array(mx.concatenate(made)), minlength=8), p > 0
+    assert not seen[~kept].any()
+    assert chi_squared(seen[kept], count * p[kept]) < CRITICAL_7
+
+
+def chi_squared(seen, expected):
+    return ((seen - expected) ** 2 / expected).sum()
+
+
+@pytest.mark.parametrize("broken", [np.nan, np.inf, -np.inf])
+def test_a_draft_that_is_no_number_changes_nothing(broken):
+    """Its proposals are as good as any others."""
+    sampler, logits = Sampler(), mx.array([[0.0, 50.0, 0.0]])
+    for alone in (False, True):
+        key = draw_key(1, 1)
+        offered = propose(sampler, mx.full((1, 3), broken), key, alone)
+        assert drawn(sampler, logits, key, offered).item() == 1
+
+
+def test_a_samplers_log_probabilities_are_those_of_its_candidates():
+    logits = mx.random.normal((2, 50), key=mx.random.key(0))
+    for sampler in (Sampler(0.5), Sampler(top_k=3), Sampler(top_p=0.5), Sampler(2, min_p=0.1)):
+        ids, want = sampler.candidates(logits)
+        got = mx.take_along_axis(sampler.log_probs(logits), ids, axis=-1)
+        np.testing.assert_allclose(np.array(got), np.array(want), rtol=1e-5)
+
+
+# States
+
+
+def test_every_state_between_two_tokens_is_the_one_without_drafts(model, sequence):
+    """Over regular boundaries, thinned ones, and boundaries asked for, in the middle of rounds."""
+    both = [sequence(length=100, max_tokens=42, near=True) for _ in range(2)]
+    for each in both:
+        for position in (1, 9, 12, 33):
+            each.state.add_boundary(100 + position)
+    decoding = Decoding(model)
+    decoding.add(both[0], prefill(model, both[0].pending, both[0].state))
+    ours = speculation(model, both[1], bypass=Flipping(9, -1))
+    for _ in range(42):
+        want, got = decoding.step()[0], ours.step()
+        assert (got.token, got.text) == (want.token, want.text)
+        *alike, bits = shown(both[0].state)
+        *same, others = shown(both[1].state)
+        assert alike[:4] == same[:4] and both[1].fed == both[1].tokens[:-1]
+        for one, other in zip(bits, others, strict=True):
+            np.testing.assert_allclose(values(other), values(one), atol=1e-3)
+    assert ours.drafted.accepted and ours.drafted.rounds > 10
+
+
+class Deaf(Listener):
+    def wants(self, name):
+        return False
+
+
+def values(raw):
+    return np.frombuffer(raw, np.float32)
+
+
+@pytest.mark.parametrize("after", [3, 8])
+@pytest.mark.parametrize("what", ["rewind", "weight", "boundary", "listen"])
+def test_what_is_changed_between_two_tokens_counts_at_once(model, sequence, what, after):
+    sound, got = model.norm.weight, []
+    for drafts in (0, 3):
+        one, kept = sequence(max_tokens=14), []
+        run = answer(model, one, drafts=drafts, bypass=always())
+        try:
+            kept += tokens_of(islice(run, after))
+            if what == "rewind":
+                one.state.rewind(one.state.offset - 3)
+            elif what == "weight":
+                model.norm.weight = sound * -1
+            elif what == "boundary":
+                one.state.add_boundary(one.state.offset + 1)
+            else:
+                with listening(Deaf()):
+                    kept += tokens_of(islice(run, 2))
+            kept += tokens_of(run)
+        finally:
+            model.norm.weight = sound
+        got.append((kept, one.state.offset, sorted(one.state.records)))
+    assert got[0] == got[1]
+
+
+@pytest.mark.parametrize("drafts", [1, 3])
+def test_ends_leave_what_was_given_out(model, small_tokenizer, drafts):
+    """A stop string, the longest answer, an iterator that is closed; in or after a round."""
+
+    def run(drafts, count=None, **options):
+        one = Sequence(IDS[:30], model.make_cache(), small_tokenizer, **options)
+        made = answer(model, one, drafts=drafts, bypass=always())
+        seen = list(islice(made, count))
+        made.close()
+        assert one.state.offset == 30 + len(seen) - 1 and one.fed == one.tokens[:-1]
+        return tokens_of(seen), text_of(seen), seen[-1].finish_reason
+
+    text = run(0, max_tokens=20)[1]
+    stops = [{"stop": text[at : at + 3], "max_tokens": 20} for at in (3, 6, 7)]
+    for options in (*stops, *({"max_tokens": most} for most in (1, 2, 7, 8))):
+        assert run(drafts, **options) == run(0, **options)
+    for count in (1, 4, 9):
+        assert run(drafts, count, max_tokens=20) == run(0, count, max_tokens=20)
+
+
+def test_ctrl_c_leaves_a_state_that_goes_on(model, sequence):
+    want = tokens(model, sequence(max_tokens=14))
+    with InterruptAt(0) as all_calls:
+        tokens(model, sequence(max_tokens=14), 3)
+    for number in range(all_calls.count // 3, all_calls.count, all_calls.count // 5):
+        one, seen = sequence(max_tokens=14), []
+        with pytest.raises(KeyboardInterrupt), InterruptAt(number):
+            for response in answer(model, one, drafts=3, bypass=always()):
+                seen.append(response.token)
+        assert {layer.offset for layer in one.state} == {one.state.offset}
+        assert one.tokens[40:][: len(seen)] == seen == want[: len(seen)]
+        assert one.fed == one.tokens[: one.state.offset]
+        if one.reason is None and one.pending:
+            assert one.tokens[40:] + tokens(model, one, 2) == want
+
+
+def test_logits_that_are_not_finite_are_told(small_dir, small_tokenizer):
+    """By the same error, with the state before the step that failed."""
+    told = []
+    for drafts in (0, 3):
+        model = load(small_dir, dtype=mx.float32, rounding="none")[0]
+        one = Sequence(IDS[:20], model.make_cache(), small_tokenizer, max_tokens=30)
+        run = answer(model, one, drafts=drafts, bypass=always())
+        tokens_of(islice(run, 6))
+        model.layers[1].attn_norm.weight = model.layers[1].attn_norm.weight * np.nan
+        with pytest.raises(DataError, match="layer 1 is the first") as error:
+            next(run)
+        told.append((str(error.value), one.state.offset))
+    assert told[0] == told[1]
+
+
+# Whether it pays
+
+
+def spent(bypass, plain, drafted, tokens):
+    """How many of the next tokens were drafted, if they take so long."""
+    count = 0
+    for _ in range(tokens):
+        count += bypass.drafting
+        bypass.took(1, drafted if bypass.drafting else plain)
+    return count
+
+
+def test_drafts_stay_where_they_pay():
+    bypass = Bypass()
+    assert not bypass.drafting and spent(bypass, 1.0, 0.6, 10_000) > 9_500
+    assert spent(bypass, 1.0, 1.5, 10_000) < 500  # and go when they no longer do
+
+
+def test_drafts_go_where_they_lose():
+    """They are tried again ever more rarely, and stay when they have come to pay."""
+    bypass = Bypass()
+    assert spent(bypass, 1.0, 1.2, 30_000) == 8 * (WARM + COUNTED)
+    assert spent(bypass, 1.0, 0.5, 2 * LONGEST) > LONGEST / 2
+
+
+def test_a_draw_changes_nothing():
+    """Speeds within the gain that is asked for: what is used stays in use."""
+    bypass = Bypass()
+    assert spent(bypass, 1.0, 0.97, 2 * (WARM + COUNTED) + PAUSE) <= WARM + COUNTED + 1
+    bypass = Bypass()
+    spent(bypass, 1.0, 0.5, 4 * (WARM + COUNTED))
+    assert spent(bypass, 1.0, 0.97, 10 * (WARM + COUNTED)) == 10 * (WARM + COUNTED)
+
+
+def test_the_speed_without_drafts_is_measured_anew():
+    bypass = Bypass()
+    period = (RENEWED + 1) * (WARM + COUNTED)
+    assert 0 < 3 * period - spent(bypass, 1.0, 0.5, 3 * period) <= 4 * (WARM + COUNTED)
+
+
+# What is refused
+
+
+def test_what_is_refused(model, small_tokenizer):
+    for wrong in (4, -1, 1.5, True):
+        with pytest.raises(DataError, match="drafts must be"):
+            stream_generate(model, small_tokenizer, [3, 4], drafts=wrong)
+    changes = {"num_nextn_predict_layers": 0, "compress_ratios": [0, 4, 128]}
+    bare = Model(ModelConfig(**{**vars(model.args), **changes}))
+    with pytest.raises(DataError, match="no draft block"):
+        stream_generate(bare, small_tokenizer, [3, 4], drafts=1)
+    assert generate(model, small_tokenizer, [3, 4], 4, drafts=2) == generate(
+        model, small_tokenizer, [3, 4], 4
+    )
+
+
+@pytest.mark.slow
+def test_sampled_text_has_the_models_distribution(model, small_tokenizer):
+    """Of two tokens in a row, whose probabilities the model itself gives."""
+    known, ids, count = [30, 70, 110, 150, 190], IDS[:20], 3000
+    sampler = Sampler(0.8, top_k=5)
+    first = np.exp(np.array(sampler.log_probs(model(mx.array([ids]))[0, -1:])))[0, known]
+    after = model(mx.array([[*ids, token] for token in known]))[:, -1]
+    want = (first[:, None] * np.exp(np.array(sampler.log_probs(after)))[:, known]).ravel()
+    whole = model.make_cache()
+    prefill(model, ids[:-1], whole)
+    seen = np.zeros(25)
+    for number in range(count):
+        state = model.make_cache()
+        state.share(whole)
+        one = Sequence(ids, state, small_tokenizer, sampler=sampler, max_tokens=3)
+        one.seed = number  # the sampler has none, so proposals are drawn by themselves
+        got = tokens(model, one, 2)
+        seen[5 * known.index(got[0]) + known.index(got[1])] += 1
+    kept = want > 0
+    assert chi_squared(seen[kept], count * want[kept]) < 65  # once in 100,000 times
+
+
+def prompts(tokenizer):
+    """Ten of each kind of text."""
+    rng, code = random.Random(3), filler_of(held_out_texts(), 300)
+    for _ in range(10):
+        yield "code", tokenizer.encode(code(rng))
+        name = f"{rng.choice(NOUNS)}_{rng.choice(NOUNS)}"
+        yield "beginning of a function", tokenizer.encode(f"def {name}(values):\n")
+        asked = {"role": "user", "content": f"Write a function {name} that sorts words."}
+        yield "request", tokenizer.encode(encode_messages([asked], thinking="none"))
+        task = tool_case(rng)
+        asked = encode_messages([task.request], thinking="none", tools=task.tools)
+        yield "tool call", tokenizer.encode(asked)
+        yield "noise", [rng.randrange(300, 1000) for _ in range(50)]
+
+
+@pytest.mark.slow
+def test_long_greedy_texts_are_the_same(writer, capsys):
+    """50 prompts, 200 tokens each, and what share of the drafts is accepted by kind of text."""
+    model, tokenizer = writer
+    counts = {}
+    for number, (kind, ids) in enumerate(prompts(tokenizer)):
+        runs = []
+        for drafts in (0, 1 + number // 5 % 3):
+            one = Sequence(ids, model.make_cache(), tokenizer, max_tokens=200)
+            runs.append(list(answer(model, one, drafts=drafts, bypass=always())))
+        assert tokens_of(runs[0]) == tokens_of(runs[1])
+        own = counts.setdefault((kind, drafts), np.zeros(3, int))
+        own += [len(runs[1]), runs[1][-1].drafted_tokens, runs[1][-1].accepted_tokens]
+        with capsys.disabled():
+            print(kind, drafts, len(runs[1]), own.tolist(), flush=True)
