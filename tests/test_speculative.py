@@ -237,12 +237,12 @@ def test_ends_leave_what_was_given_out(model, small_tokenizer, drafts):
         assert one.state.offset == 30 + len(seen) - 1 and one.fed == one.tokens[:-1]
         return tokens_of(seen), text_of(seen), seen[-1].finish_reason
 
-    text = run(0, max_tokens=20)[1]
-    stops = [{"stop": text[at : at + 3], "max_tokens": 20} for at in (3, 6, 7)]
-    for options in (*stops, *({"max_tokens": most} for most in (1, 2, 7, 8))):
+    text = run(0, max_tokens=12)[1]
+    stops = [{"stop": text[at : at + 3], "max_tokens": 12} for at in (3, 6)]
+    for options in (*stops, *({"max_tokens": most} for most in (1, 6, 7))):
         assert run(drafts, **options) == run(0, **options)
-    for count in (1, 4, 9):
-        assert run(drafts, count, max_tokens=20) == run(0, count, max_tokens=20)
+    for count in (1, 4):
+        assert run(drafts, count, max_tokens=12) == run(0, count, max_tokens=12)
 
 
 def test_ctrl_c_leaves_a_state_that_goes_on(model, sequence):
