@@ -31,7 +31,8 @@ DRAFTED = (
 
 def table(rows: Sequence[Row]) -> str:
     """For people: a line a depth, which of them are of random rows, and a step's launches by kernel."""
-    columns = COLUMNS if rows[0].draft_acceptance is None else COLUMNS + DRAFTED
+    drafted = any(row.draft_acceptance is not None for row in rows)
+    columns = COLUMNS + DRAFTED if drafted else COLUMNS
     lines = ["".join(f"{title:>{_wide(title)}}" for title, _, _ in columns)]
     for row in rows:
         values = {**asdict(row), "read_gb": row.weights_gb + row.rows_gb}

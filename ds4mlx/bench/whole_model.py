@@ -70,7 +70,7 @@ class Asked:
     fill: "real" prefills the depth, "synthetic" only a chunk that ends there, after random rows of the
     right shapes, "mixed" is the former up to DEEPEST tokens. target: for which launches are counted;
     None: no kernels. bandwidth: bytes a second that the device reads. drafting: how drafts are
-    measured, if they are.
+    measured, if they are, at depths that are prefilled.
     """
 
     gen: int
@@ -122,7 +122,8 @@ def _at(model: Model, depth: int, asked: Asked) -> Row:
     peak, seconds = mx.get_peak_memory(), statistics.median(times)
     spent = cost(model, states, asked.target)
     weights, rows = weights_read(model, asked.batch), asked.batch * rows_read(model, depth)
-    drafted = asked.drafting.measure(depth, asked.gen) if asked.drafting else None
+    states.clear()
+    drafted = asked.drafting.measure(depth, asked.gen) if asked.drafting and real else None
     least = None if asked.bandwidth is None else (weights + rows) / asked.bandwidth
     return Row(
         depth=depth,

@@ -130,7 +130,8 @@ def bench(
     arg.check_output(plot)
     directory = ModelDirectory.open(arg.find_model(model))
     weights = sum((directory.path / file).stat().st_size for file in directory.files)
-    check_room(directory.config, max(depths), gen, ctx, weights, batch)
+    tokens = gen + 4 * (draft or 0)  # rounds may begin and end beyond what is measured
+    check_room(directory.config, max(depths), tokens, ctx, weights, batch)
     return _report(*arg.open_model(model), asked)
 
 
