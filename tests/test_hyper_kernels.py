@@ -81,11 +81,14 @@ def assert_same(got, want):
 def test_plain_before_is_the_modules(dtype):
     own, streams, norm = site(HyperConnection, dtype)
     sums, weights = hyper_out.hyper_mix(streams, own.fn), (own.base, own.scale, norm.weight)
-    x, post, comb = own.before(streams)
+    wanted = own.before(streams, norm)
     for got, want in zip(
-        hyper_in.hyper_in(streams, sums, *weights, **OPTIONS), (norm(x), post, comb), strict=True
+        hyper_in.hyper_in(streams, sums, *weights, **OPTIONS), wanted, strict=True
     ):
         assert_same(got, want)
+    with on_metal(), dispatch.kernels():
+        for got, want in zip(own.before(streams, norm), wanted, strict=True):
+            assert_same(got, want)
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
@@ -100,8 +103,8 @@ def test_plain_head_is_the_modules(dtype):
 @pytest.mark.parametrize("outs", [1, 2])
 def test_after_is_the_modules(dtype, by_kernel, outs):
     """What a sublayer gives is rounded as the modules do, before it is spread."""
-    own, streams, _ = site(HyperConnection, dtype)
-    _, post, comb = own.before(streams)
+    own, streams, norm = site(HyperConnection, dtype)
+    _, post, comb = own.before(streams, norm)
     given = [normal((3, 64), F32, 7 + i) for i in range(outs)]
     out = given[0] if outs == 1 else given[0] + given[1].astype(dtype).astype(F32)
     want = own.merge(streams, out.astype(dtype), post, comb)
@@ -120,7 +123,7 @@ def test_kernels_take_four_streams_of_whole_loads():
     with on_metal(), dispatch.kernels():
         for shape, inside in (
             ((8, 4, 8192), True),
-            ((9, 4, 64), False),
+            ((65536, 4, 64), False),
             ((1, 3, 64), False),
             ((1, 4, 68), False),
             ((1, 4, 8200), False),
@@ -195,6 +198,7 @@ head = partial(cases.head, F32, 168, 2)
 after = partial(cases.after, BF16, 168, 3)
 two = partial(cases.after, F32, 168, 3, outs=2)
 mix = partial(cases.mix, F32, 168, 3)
+many = partial(cases.many, F32, 296, 33)
 BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
 FAULTS = [
     ("hyper_in", before, "sum += partial[", "sum = partial["),
@@ -219,6 +223,12 @@ FAULTS = [
     ("hyper_mix", mix, "(row * 4 + stream) * WIDTH", "(stream * 4 + row) * WIDTH"),
     ("hyper_mix", mix, "square = fma(v[t], v[t], square)", "square = fma(v[t], v[t], v[t])"),
     ("hyper_mix", mix, "row < ROWS && c < WIDTH", "row < ROWS"),
+    ("hyper_mixes", many, "if (c < end) load8", "load8"),
+    ("hyper_mixes", many, "first + at / 16 + 16 * i, count - 1)", "at / 16 + 16 * i, count - 1)"),
+    ("hyper_mixes", many, "* SLICES + slice) * 25", "* SLICES) * 25"),
+    ("hyper_mixes", many, f"k += AT_ONCE) {{\n        {BARRIER}", "k += AT_ONCE) {"),
+    ("hyper_mixes", many, "simd_shuffle_xor(square, 2)", "square"),
+    ("hyper_mixes", many, "own[m0], own[m0]", "own[m0], own[0]"),
 ]  # fmt: skip
 
 
@@ -236,8 +246,8 @@ def test_every_kernel_has_two_faults():
 def test_texts_keep_apples_rules():
     with handed_to_metal() as handed:
         for dtype in (F32, BF16):
-            for compute in (cases.before, cases.head, cases.after, cases.mix):
+            for compute in (cases.before, cases.head, cases.after, cases.mix, cases.many):
                 compute(dtype, 168, 2)
             cases.after(dtype, 168, 2, outs=2)
-    assert len({launch.source for _, launch in handed}) == len(handed) == 10
+    assert len({launch.source for _, launch in handed}) == len(handed) == 12
     assert check(*(launch for _, launch in handed)) == []

@@ -6,7 +6,7 @@ import pytest
 
 from ds4mlx.config import ModelConfig
 from ds4mlx.custom_kernels import dialect, dispatch
-from ds4mlx.custom_kernels.layer import hyper_post, hyper_pre, router
+from ds4mlx.custom_kernels.layer import hyper_before, hyper_post, router
 from ds4mlx.custom_kernels.products import dense, experts
 from ds4mlx.model.linear import ExpertStack, Linear
 from ds4mlx.model.moe import RoutedExperts
@@ -61,15 +61,17 @@ def test_router(inside, outside):
     assert takes(*inside) and not takes(*outside)
 
 
-@pytest.mark.parametrize("inside, outside", [((8, 4, 72), (9, 4, 72)), ((1, 4, 72), (1, 4, 68))])
+@pytest.mark.parametrize(
+    "inside, outside", [((65535, 4, 72), (65536, 4, 72)), ((1, 4, 72), (1, 4, 68))]
+)
 def test_streams_before(inside, outside):
-    assert hyper_pre.takes(mx.zeros(inside)) and not hyper_pre.takes(mx.zeros(outside))
+    assert hyper_before.takes(mx.zeros(inside)) and not hyper_before.takes(mx.zeros(outside))
 
 
 def test_other_numbers_of_streams():
     for streams in (mx.zeros((1, n, 64)) for n in (3, 5)):
-        assert not hyper_pre.takes(streams) and not hyper_post.takes(streams)
-    assert hyper_post.takes(mx.zeros((9, 4, 68)))
+        assert not hyper_before.takes(streams) and not hyper_post.takes(streams)
+    assert hyper_post.takes(mx.zeros((9, 4, 72))) and not hyper_post.takes(mx.zeros((9, 4, 68)))
 
 
 @pytest.mark.parametrize(
@@ -103,9 +105,9 @@ def test_streams_after_are_made_in_pieces(monkeypatch):
     launched = Launches()
     monkeypatch.setattr(hyper_post, "by_kernel", launched)
     for count in (65535, 65536, 262145):
-        sides = mx.zeros((count, 4, 2)), mx.zeros((count, 2)), mx.zeros((count, 4))
+        sides = mx.zeros((count, 4, 8)), mx.zeros((count, 8)), mx.zeros((count, 4))
         out = hyper_post.after_sublayer(*sides, mx.zeros((count, 4, 4)))
-        assert out.shape == (count, 4, 2)
+        assert out.shape == (count, 4, 8)
     wide = mx.zeros((262144, 4, 1 << 13))  # never evaluated
     hyper_post.after_sublayer(wide, wide[:, 0], wide[:, :, 0], wide[:, :, :4])
     assert launched == [65535, 65535, 1, *[65535] * 4, 5, *[65535] * 4, 4]

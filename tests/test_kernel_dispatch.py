@@ -144,7 +144,14 @@ def logits(model) -> mx.array:
 def test_whole_model(q2, metal):
     found = logits(q2)
     kinds = {name.removesuffix("_f32") for name in metal}
-    assert {"router", "router_hashed", "hyper_pre", "hyper_post", "decode_q8_0"} <= kinds
+    assert {
+        "router",
+        "router_hashed",
+        "hyper_mixes",
+        "hyper_in",
+        "hyper_post",
+        "decode_q8_0",
+    } <= kinds
     assert "attention_chunk" in kinds
     assert {"experts_up_iq2_xxs", "experts_down_sorted_q2_k", "dense_matvec_q8_0"} <= kinds
     with dispatch.plain_operations():

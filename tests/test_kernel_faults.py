@@ -70,7 +70,7 @@ def less_down(format):
 tiles = partial(cases.runs, [3, 0, 64, 65, 0], 64)
 router = partial(cases.route, F32, 37, 264, 2, False)
 hashed = partial(cases.route, F32, 16, 264, 3, True)
-pre, post = partial(cases.pre, F32, 96, 2), partial(cases.post, F32, 288, 2)
+post = partial(cases.post, F32, 288, 2)
 
 # kernel, what is computed, the text, what stands in its place
 FAULTS = [
@@ -193,10 +193,6 @@ FAULTS = [
     ("router", router, f"    {BARRIER}", ""),
     ("router_hashed", hashed, "ids[token]", "ids[0]"),
     ("router_hashed", hashed, "lane < SCORED ? mine : 0.0f", "mine"),
-    ("hyper_pre", pre, "2.0f * sigmoid", "sigmoid"),
-    ("hyper_pre", pre, "simd_shuffle_xor(v, 4)", "simd_shuffle_xor(v, 1)"),
-    ("hyper_pre", pre, "norm * scale[2]", "norm * scale[1]"),
-    ("hyper_pre", pre, f"mix[m] = v;\n    }}\n    {BARRIER}", "mix[m] = v;\n    }"),
     ("hyper_post", post, "16 + 4 * j + k", "16 + 4 * k + j"),
     ("hyper_post", post, "post[token * 4 + k]", "post[k]"),
 ]
@@ -222,7 +218,7 @@ COMPUTED = [
 COMPUTED += [up8("iq2_xxs"), down8("q2_k"), down8("q4_k")]
 COMPUTED += [many_up("iq2_xxs"), less_up("iq2_xxs"), many_down("q2_k"), down_sorted("q4_k")]
 COMPUTED += [many_up("mxfp4"), many_up("q4_k"), many_down("q4_k"), up_sorted("iq2_xxs")]
-COMPUTED += [router, hashed, partial(cases.pre, BF16, 96, 2), partial(cases.post, BF16, 288, 2)]
+COMPUTED += [router, hashed, partial(cases.post, BF16, 288, 2)]
 COMPUTED += [
     partial(index.scores, BF16, kind, index.TALKER, (96, 8), 284, 67) for kind in ("index", "plain")
 ]

@@ -12,7 +12,7 @@ from ds4mlx.custom_kernels import dialect
 from ds4mlx.custom_kernels.cases import modules as cases
 from ds4mlx.custom_kernels.cases.base import normal
 from ds4mlx.custom_kernels.codes import staging
-from ds4mlx.custom_kernels.layer import hyper_post, hyper_pre, router
+from ds4mlx.custom_kernels.layer import hyper_before, hyper_post, hyper_pre, router
 from ds4mlx.custom_kernels.products import (
     experts,
     experts_down,
@@ -203,10 +203,11 @@ def test_hyper_connection(value):
         normal((hyper_pre.MIXES, 4 * width), F32, 1, 0.1),
         normal((24,), F32, 2),
         normal((3,), F32, 3),
+        1 + normal((width,), F32, 8, 0.3),
     )
     streams = spoilt(normal((2, 4, width), F32, 4), value, 1, 2, 5)
     options = {"iterations": 3, "eps": 1e-6, "norm_eps": 1e-6}
-    ways = hyper_pre.by_kernel, hyper_pre.plain
+    ways = hyper_before.by_kernel, hyper_pre.plain
     for got, want in zip(*(way(streams, *weights, **options) for way in ways), strict=True):
         nan_for_nan(got, want)
     out, post = normal((2, width), F32, 5), normal((2, 4), F32, 6)

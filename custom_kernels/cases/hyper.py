@@ -7,7 +7,7 @@ from typing import Any
 import mlx.core as mx
 
 from ds4mlx.custom_kernels.cases.base import Case, Pairs, normal
-from ds4mlx.custom_kernels.layer import head_in, hyper_in, hyper_out
+from ds4mlx.custom_kernels.layer import head_in, hyper_before, hyper_in, hyper_out
 from ds4mlx.custom_kernels.layer.hyper_post import plain as merged
 from ds4mlx.custom_kernels.layer.hyper_pre import MIXES, STREAMS, collapse, project
 from ds4mlx.custom_kernels.layer.hyper_pre import plain as before_sublayer
@@ -51,9 +51,13 @@ def before(
     weights = normal((MIXES,), F32, 2, steep), normal((3,), F32, 3)
     norm, options = _norm(width, dtype), {"iterations": iterations, **EPS}
     got = hyper_in.by_kernel(streams, partials(streams, fn), *weights, norm, **options)
-    x, post, comb = before_sublayer(streams.astype(F32), fn, *weights, **options)
-    want = rms_norm(x, norm, EPS["norm_eps"]), post, comb
+    want = before_sublayer(streams.astype(F32), fn, *weights, norm, **options)
     return list(zip(got, want, strict=True))
+
+
+def many(dtype: mx.Dtype, width: int, tokens: int, scale: float = 1.0) -> Pairs:
+    streams, fn = normal((tokens, STREAMS, width), dtype, 1, scale), fn_of(MIXES, width)
+    return _mixed(hyper_before.mixes(streams, fn), streams, fn)
 
 
 def head(dtype: mx.Dtype, width: int, tokens: int, scale: float = 1.0) -> Pairs:
@@ -88,7 +92,13 @@ def _mixed(sums: mx.array, streams: mx.array, fn: mx.array) -> Pairs:
 
 
 def _case(compute: Callable[..., Pairs], dtype: mx.Dtype, width: int, tokens: int, **more) -> Case:
-    names = {before: "hyper_in", head: "head_in", after: "hyper_out", mix: "hyper_mix"}
+    names = {
+        before: "hyper_in",
+        head: "head_in",
+        after: "hyper_out",
+        mix: "hyper_mix",
+        many: "hyper_mixes",
+    }
     note = "".join(f", {name} {value:g}" for name, value in more.items())
     title = f"{names[compute]} {width}, {tokens} tokens{note}"
     return Case(title, dtype, partial(compute, dtype, width, tokens, **more))
@@ -103,6 +113,9 @@ def small() -> Iterator[Case]:
             yield _case(after, dtype, width, tokens)
             yield _case(after, dtype, width, tokens, outs=2)
             yield _case(mix, dtype, width, tokens)
+            yield _case(many, dtype, width, tokens)
+        yield _case(many, dtype, 40, 33)
+        yield _case(before, dtype, 64, 9)
         yield _case(after, dtype, 40, 2, rows=STREAMS, outs=2)
     yield _case(mix, F32, 8, 8, rows=STREAMS)
 
@@ -114,6 +127,7 @@ def wide() -> Iterator[Case]:
         yield _case(head, dtype, 4096, 1)
         yield _case(after, dtype, 4096, 1)
         yield _case(after, dtype, 4096, 8, outs=2)
+        yield _case(many, dtype, 4096, 3)
     yield _case(mix, mx.bfloat16, 4096, 1)
     yield _case(before, mx.bfloat16, 7168, 1)
     yield _case(after, mx.bfloat16, 7168, 2, rows=STREAMS, outs=2)
@@ -122,6 +136,7 @@ def wide() -> Iterator[Case]:
     for scale in (1e-12, 1e15):
         yield _case(before, mx.bfloat16, 96, 2, scale=scale)
         yield _case(after, mx.bfloat16, 96, 2, scale=scale)
+        yield _case(many, mx.bfloat16, 96, 2, scale=scale)
 
 
 Timed = tuple[str, Callable[[int, mx.array], mx.array], mx.array, int]

@@ -15,7 +15,7 @@ import numpy as np
 from ds4mlx.custom_kernels import read_speed
 from ds4mlx.custom_kernels.cases.base import Case, Pairs, normal
 from ds4mlx.custom_kernels.codes import staging
-from ds4mlx.custom_kernels.layer import hyper_post, hyper_pre, router
+from ds4mlx.custom_kernels.layer import hyper_post, router
 from ds4mlx.custom_kernels.products import (
     expert_tiles,
     experts_down,
@@ -162,16 +162,6 @@ def route(dtype: mx.Dtype, experts: int, width: int, tokens: int, hashed: bool) 
     return [(got, want.astype(mx.float32)) for got, want in zip(*sides, strict=True)]
 
 
-def pre(dtype: mx.Dtype, width: int, tokens: int, scale: float = 1.0) -> Pairs:
-    fn = normal((hyper_pre.MIXES, 4 * width), mx.float32, 1, width**-0.5)
-    weights = fn, normal((24,), mx.float32, 2), normal((3,), mx.float32, 3)
-    streams = normal((tokens, 4, width), dtype, 4, scale)
-    options = {"iterations": 20, "eps": 1e-6, "norm_eps": 1e-6}
-    got = hyper_pre.by_kernel(streams, *weights, **options)
-    want = hyper_pre.plain(streams.astype(mx.float32), *weights, **options)
-    return list(zip(got, want, strict=True))
-
-
 def post(dtype: mx.Dtype, width: int, tokens: int) -> Pairs:
     streams, out = normal((tokens, 4, width), dtype, 1), normal((tokens, width), dtype, 2)
     weights, comb = normal((tokens, 4), mx.float32, 3), normal((tokens, 4, 4), mx.float32, 4)
@@ -218,7 +208,6 @@ def _experts(dtype: mx.Dtype) -> Iterator[Case]:
 def _others(dtype: mx.Dtype) -> Iterator[Case]:
     yield Case("router 37x264", dtype, lambda: route(dtype, 37, 264, 2, False))
     yield Case("router hashed 16x264", dtype, lambda: route(dtype, 16, 264, 3, True))
-    yield Case("hyper_pre 96", dtype, lambda: pre(dtype, 96, 2))
     yield Case("hyper_post 288", dtype, lambda: post(dtype, 288, 2))
 
 
@@ -245,9 +234,7 @@ def wide() -> Iterator[Case]:
     yield _case(up, "experts_up", "iq2_xxs", mx.float32, PRO_UP)
     yield _case(down, "experts_down", "q2_k", mx.float32, PRO_DOWN)
     yield Case("router 256x7168", mx.bfloat16, lambda: route(mx.bfloat16, 256, 7168, 1, False))
-    yield Case("hyper_pre 4096", mx.bfloat16, lambda: pre(mx.bfloat16, 4096, 1))
     for format, scale in (("iq2_xxs", 1e15), ("q4_k", 1e-12), ("mxfp4", 3e4)):
         yield _case(up, "experts_up", format, mx.bfloat16, TINY, scale)
     for format, scale in (("q2_k", 1e25), ("q4_k", 1e-25), ("mxfp4", 1e30)):
         yield _case(down, "experts_down", format, mx.bfloat16, TINY, scale)
-    yield Case("hyper_pre 96, streams of 1e15", mx.bfloat16, lambda: pre(mx.bfloat16, 96, 2, 1e15))

@@ -103,7 +103,7 @@ def suits(streams: mx.array) -> bool:
     """Whether streams (B, n, D) are of sizes that are collapsed in a threadgroup each."""
     count, each, width = streams.shape
     sized = each == STREAMS and width % 8 == 0 and width <= hyper_text.MOST_WIDTH
-    return sized and count <= dispatch.FEW
+    return sized and count <= dispatch.MOST_GROUPS
 
 
 def plain(

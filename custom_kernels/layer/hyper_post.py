@@ -5,21 +5,31 @@ from functools import lru_cache
 import mlx.core as mx
 
 from ds4mlx.custom_kernels import dispatch
-from ds4mlx.custom_kernels.dialect import Kernel
+from ds4mlx.custom_kernels.dialect import LOAD8, Kernel
+from ds4mlx.custom_kernels.layer import hyper_text
 
 STREAMS = 4
-THREADS = 256
+THREADS = 256  # each has eight channels
 
 BODY = """
-    uint d = threadgroup_position_in_grid.x * THREADS + thread_index_in_threadgroup;
+    uint d = 8 * (threadgroup_position_in_grid.x * THREADS + thread_index_in_threadgroup);
     uint token = threadgroup_position_in_grid.y;
     if (d >= WIDTH) return;
-    float y = float(out[token * WIDTH + d]), x[4];
-    for (uint j = 0; j < 4; j++) x[j] = float(streams[(token * 4 + j) * WIDTH + d]);
+    float y[8], x[4][8];
+    load8(out + token * WIDTH + d, y);
+    #pragma unroll
+    for (uint j = 0; j < 4; j++) load8(streams + (token * 4 + j) * WIDTH + d, x[j]);
+    #pragma unroll
     for (uint k = 0; k < 4; k++) {
-        float v = post[token * 4 + k] * y;
-        for (uint j = 0; j < 4; j++) v = fma(comb[token * 16 + 4 * j + k], x[j], v);
-        merged[(token * 4 + k) * WIDTH + d] = static_cast<T>(v);
+        float v[8];
+        for (uint e = 0; e < 8; e++) v[e] = post[token * 4 + k] * y[e];
+        for (uint j = 0; j < 4; j++) {
+            float w = comb[token * 16 + 4 * j + k];
+            for (uint e = 0; e < 8; e++) v[e] = fma(w, x[j][e], v[e]);
+        }
+        device T* to = merged + (token * 4 + k) * WIDTH + d;
+        store4(to, v);
+        store4(to + 4, v + 4);
     }
 """
 
@@ -27,7 +37,8 @@ BODY = """
 @lru_cache
 def kernel() -> Kernel:
     """The kernel; the streams' type is a template argument."""
-    return Kernel("hyper_post", ["streams", "out", "post", "comb"], ["merged"], BODY)
+    header = LOAD8 + hyper_text.STORES
+    return Kernel("hyper_post", ["streams", "out", "post", "comb"], ["merged"], BODY, header)
 
 
 def after_sublayer(streams: mx.array, out: mx.array, post: mx.array, comb: mx.array) -> mx.array:
@@ -44,7 +55,8 @@ def after_sublayer(streams: mx.array, out: mx.array, post: mx.array, comb: mx.ar
 
 def takes(streams: mx.array) -> bool:
     """Whether the kernel makes new streams of (N, n, D)."""
-    return streams.shape[1] == STREAMS and dispatch.active(streams, "hyper_post")
+    suits = streams.shape[1] == STREAMS and streams.shape[2] % 8 == 0
+    return suits and dispatch.active(streams, "hyper_post")
 
 
 def plain(streams: mx.array, out: mx.array, post: mx.array, comb: mx.array) -> mx.array:
@@ -55,12 +67,12 @@ def plain(streams: mx.array, out: mx.array, post: mx.array, comb: mx.array) -> m
 
 
 def by_kernel(streams: mx.array, out: mx.array, post: mx.array, comb: mx.array) -> mx.array:
-    """`after_sublayer` in one launch, of four streams, and of as many tokens as it can number."""
+    """`after_sublayer` in one launch, of as many tokens as it can number; see `takes`."""
     count, _, width = streams.shape
     return kernel()(
         [streams, out, post, comb],
         [(streams.shape, streams.dtype)],
-        groups=(-(-width // THREADS), count, 1),
+        groups=(-(-width // (8 * THREADS)), count, 1),
         threads=THREADS,
         template=[("T", streams.dtype), ("WIDTH", width), ("THREADS", THREADS)],
     )[0]

@@ -49,5 +49,4 @@ def large_cases() -> Iterator[Case]:
                 f"decode {kind} 4096x8192", dtype, partial(values, kind, dtype, (4096, 8192))
             )
         yield Case("router 256x4096", dtype, partial(cases.route, dtype, 256, 4096, 8, False))
-        yield Case("hyper_pre 4096, 8 tokens", dtype, partial(cases.pre, dtype, 4096, 8))
         yield Case("hyper_post 4096, 8 tokens", dtype, partial(cases.post, dtype, 4096, 8))

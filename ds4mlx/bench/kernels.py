@@ -23,6 +23,7 @@ from ds4mlx.custom_kernels.random_weights import random_planes, random_words
 from ds4mlx.errors import DataError
 from ds4mlx.formats import FORMATS
 from ds4mlx.model.hyper import HyperConnection
+from ds4mlx.model.linear import RMSNorm
 from ds4mlx.model.moe import RoutedExperts, Router
 from ds4mlx.precision import keep_float32
 
@@ -246,12 +247,13 @@ def small() -> Iterator[Row]:
     site.fn = mx.random.normal((MIXES, site.fn.shape[1])) * 0.01
     streams = mx.random.normal((1, 4, FLASH.hidden_size)).astype(mx.bfloat16)
     x, ids = streams[:, 0], mx.zeros((1,), mx.int32)
+    norm = RMSNorm(FLASH.hidden_size, FLASH.rms_norm_eps)
     mx.eval(router.parameters(), site.parameters(), streams)
-    _, post, comb = site.before(streams)
+    _, post, comb = site.before(streams, norm)
     mx.eval(post, comb)
     calls = {
         "router": (lambda i, v: router(v, ids)[1], x),
-        "hyper-connection, before": (lambda i, v: site.before(v)[0], streams),
+        "hyper-connection, before": (lambda i, v: site.before(v, norm)[0], streams),
         "hyper-connection, after": (lambda i, v: site.merge(v, x, post, comb), streams),
     }
     for name, (call, start) in calls.items():

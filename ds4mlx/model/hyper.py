@@ -7,8 +7,10 @@ Everything is float32 inside; streams keep the activation type.
 import mlx.core as mx
 
 from ds4mlx.config import ModelConfig
+from ds4mlx.custom_kernels.layer.hyper_before import before_sublayer
 from ds4mlx.custom_kernels.layer.hyper_post import after_sublayer
-from ds4mlx.custom_kernels.layer.hyper_pre import before_sublayer, collapse, project
+from ds4mlx.custom_kernels.layer.hyper_pre import collapse, project
+from ds4mlx.model.linear import RMSNorm
 from ds4mlx.model.module import Module
 from ds4mlx.model.taps import Inside
 
@@ -25,17 +27,17 @@ class HyperConnection(Module):
         self._config = config
 
     def before(
-        self, streams: mx.array, seen: Inside | None = None
+        self, streams: mx.array, norm: RMSNorm, seen: Inside | None = None
     ) -> tuple[mx.array, mx.array, mx.array]:
-        """The sublayer's input (N, D) out of streams (N, n, D); post and comb for `merge`.
+        """The sublayer's input (N, D), normed, out of streams (N, n, D); post and comb for `merge`.
 
         seen: is given the weights `pre` of the streams (N, n), to go on from.
         """
         return before_sublayer(
-            *(streams, self.fn, self.base, self.scale),
+            *(streams, self.fn, self.base, self.scale, norm.weight),
             iterations=self._config.hc_sinkhorn_iters,
             eps=self._config.hc_eps,
-            norm_eps=self._config.rms_norm_eps,
+            norm_eps=norm.eps,
             seen=seen,
         )
 
