@@ -124,14 +124,20 @@ def unpacked(got: mx.array, want: mx.array, old: mx.array, form: Form) -> Pairs:
     a, b = form.unpack(got), form.unpack(want)
     if form.layout.kind == "plain":
         return [(stays, mx.ones_like(stays)), (a, b)]
-    # A code is off by one where float32's last digits, or those of T, put a value beyond a tie.
-    step = mx.abs(a - b) <= (0.126 if form.layout.kind == "kv" else 0.6) * mx.maximum(
-        mx.abs(a), mx.abs(b)
-    )
-    tiny = mx.abs(a - b) <= mx.abs(b).max() / 10
+    return [(stays, mx.ones_like(stays)), stepped(a, b, form, a.shape[1] // 30)]
+
+
+def stepped(a: mx.array, b: mx.array, form: Form, most: int) -> tuple[mx.array, mx.array]:
+    """Values of rows that a form rounds, but for at most so many steps of a code, or two.
+
+    A code is off by one where float32's last digits, or those of T, put a value beyond a tie.
+    """
+    near, small = (0.126, 0.1) if form.layout.kind == "kv" else (0.6, 0.2)
+    step = mx.abs(a - b) <= near * mx.maximum(mx.abs(a), mx.abs(b))
+    tiny = mx.abs(a - b) <= small * mx.abs(b).max()
     off = (a != b) & (step | tiny)
-    off = off & (off.sum() <= max(2, off.shape[1] // 30))
-    return [(stays, mx.ones_like(stays)), (mx.where(off, b, a), b)]
+    off = off & (off.sum() <= max(2, most))
+    return mx.where(off, b, a), b
 
 
 TOKENS = {

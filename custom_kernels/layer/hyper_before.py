@@ -44,7 +44,7 @@ BODY = """
             *(threadgroup float4*)(ws + (at / 32 + 8 * i) * LD + at % 32 * 4) = w[i];
         threadgroup_barrier(mem_flags::mem_threadgroup);
         if (k + AT_ONCE < end) FETCH(k + AT_ONCE);
-        #pragma unroll
+        #pragma unroll 2
         for (uint s = 0; s < 4; s++) {
             uint c = 16 * sg + 4 * s;
             float4 f[6];

@@ -10,11 +10,11 @@ class RowLayout(NamedTuple):
 
     kind "plain": the channels themselves, of type `dtype`. "kv": words that hold `coded` E4M3 codes, a
     byte each, then an E8M0 exponent for every 64 of them, padding up to byte `head`, and the other
-    channels in the activation type. "index": words that hold E2M1 codes, two a byte with the earlier
+    channels in the activation type. "rounded": the values that an "index" row stands for. "index": words that hold E2M1 codes, two a byte with the earlier
     channel below, then an E8M0 exponent for every 32 channels.
     """
 
-    kind: Literal["plain", "kv", "index"]
+    kind: Literal["plain", "rounded", "kv", "index"]
     width: int
     elements: int
     dtype: mx.Dtype

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import mlx.core as mx
 
 from ds4mlx.config import ModelConfig
-from ds4mlx.custom_kernels.layer import chunk_attention
+from ds4mlx.custom_kernels.layer import chunk_attention, turned_rows
 from ds4mlx.custom_kernels.layer.plain import Angles, rms_norm, rotate
 from ds4mlx.custom_kernels.layer.sink import Source, sink_attention
 from ds4mlx.model.batch import Batch, Span
@@ -22,7 +22,7 @@ from ds4mlx.model.module import Module
 from ds4mlx.model.taps import inside, site_of, tap
 from ds4mlx.state.layer import LayerState
 from ds4mlx.state.rounding import Rounding
-from ds4mlx.state.row_forms import RowForm
+from ds4mlx.state.row_forms import PlainRows, RowForm
 
 # Elements of scores, or of gathered rows, that exist at a time: bounds the scratch of a prefill.
 SCRATCH = 1 << 24
@@ -83,21 +83,27 @@ class Attention(Module):
     def queries(self, qr: mx.array, angles: Angles) -> mx.array:
         """Queries from the query latent qr (N, rank): unit RMS per head, rotated (N, H, c)."""
         q = self.wq_b(qr).reshape(len(qr), -1, self._config.head_dim)
-        return rotate(rms_norm(q, None, self._config.rms_norm_eps), angles)
+        layout, eps = PlainRows(q.shape[-1], q.dtype).layout, self._config.rms_norm_eps
+        if turned_rows.takes(q, angles, layout, normed="unit"):
+            return turned_rows.by_kernel(q, angles, layout, normed="unit", eps=eps)
+        return rotate(rms_norm(q, None, eps), angles)
 
-    def window_rows(self, x: mx.array, angles: Angles) -> mx.array:
-        """Raw KV rows of tokens x: normed, rotated, not yet rounded; (N, c)."""
-        return rotate(self.kv_norm(self.wkv(x)), angles)
+    def window_rows(self, x: mx.array, angles: Angles, form: RowForm) -> mx.array:
+        """Raw KV rows of tokens x: normed, rotated, laid out; (N, .)."""
+        kv, norm = self.wkv(x), self.kv_norm
+        hidden = inside(self._site, "window_rows")
+        if hidden is None and turned_rows.takes(kv, angles, form.layout, normed="weighted"):
+            own = {"norm": norm.weight, "eps": norm.eps}
+            return turned_rows.by_kernel(kv, angles, form.layout, normed="weighted", **own)
+        return form.pack(tap(self._site, "window_rows", rotate(norm(kv), angles)))
 
     def contexts(
         self, x: mx.array, qr: mx.array, batch: Batch, states: Sequence[LayerState]
     ) -> list[Context]:
         """Extend each span's state by its tokens, and say what their queries may attend to."""
-        rows = self.window_rows(x, batch.angles[self.ratio])
-        rows, made = tap(self._site, "window_rows", rows), []
+        rows, made = self.window_rows(x, batch.angles[self.ratio], states[0].form), []
         for span, state in zip(batch.spans, states, strict=True):
-            packed = state.form.pack(rows[span.tokens])
-            window = state.window.extend(packed, state.before, span.step)
+            window = state.window.extend(rows[span.tokens], state.before, span.step)
             made.append(Context(span, state.form, window, window[:0]))
         return made
 
@@ -185,7 +191,7 @@ class HeavyAttention(Attention):
         for context, span, state in zip(windows, batch.spans, states, strict=True):
             part = state.compressors[0]
             rows = self.compressor(projected[span.tokens], span, part, x.dtype)
-            rows = part.rows.extend(part.form.pack(rows), span.step)
+            rows = part.rows.extend(rows, span.step)
             made.append(replace(context, rows=tap(self._site, "rows", rows, span)))
         return made
 

@@ -4,23 +4,30 @@ Ratio 128 (HCA) pools its group. Ratio 4 (CSA, and the indexer) also pools the g
 token makes two lanes, the first used by the next group's row, the second by its own.
 """
 
+from typing import Any
+
 import mlx.core as mx
 
 from ds4mlx.config import ModelConfig
-from ds4mlx.custom_kernels.layer.plain import rotate
+from ds4mlx.custom_kernels.layer import turned_rows
+from ds4mlx.custom_kernels.layer.plain import Angles, rotate
 from ds4mlx.model.batch import Span
 from ds4mlx.model.linear import Linear, RMSNorm
 from ds4mlx.model.module import Module
 from ds4mlx.state.layer import CompressorState
+from ds4mlx.state.row_forms import RowForm
 
 
 class Compressor(Module):
-    """Pools tokens into normed, rotated rows of `width` channels; streaming, any chunking."""
+    """Pools tokens into normed, rotated rows of `width` channels; streaming, any chunking.
 
-    def __init__(self, config: ModelConfig, width: int, ratio: int):
+    spread: whether rows are Hadamard-transformed too.
+    """
+
+    def __init__(self, config: ModelConfig, width: int, ratio: int, spread: bool = False):
         super().__init__()
         lanes = 2 if ratio == 4 else 1
-        self.ratio, self.width, self.overlaps = ratio, width, lanes == 2
+        self.ratio, self.width, self.overlaps, self.spread = ratio, width, lanes == 2, spread
         self.wkv = Linear(lanes * width, config.hidden_size)
         self.wgate = Linear(lanes * width, config.hidden_size)
         self.ape = mx.zeros((ratio, lanes * width))
@@ -31,16 +38,25 @@ class Compressor(Module):
     ) -> mx.array:
         """Take a span's projections (L, 2, channels); return the rows that its tokens complete.
 
-        Rows are (g, width) of type `dtype`, g >= 0, not yet rounded.
+        Rows are (g, .), g >= 0, made of values of type `dtype` and laid out as the state's form says.
         """
         step = span.step
         back = step.offset - state.needed(step.offset)
         recent = state.recent.extend(projected, back, step)
         first, last = step.offset // self.ratio, step.end // self.ratio
         if first == last:
-            return mx.zeros((0, self.width), dtype)
-        rows = self.pool(self.groups(recent, first, last)).astype(dtype)
-        return rotate(self.norm(rows), span.rows[self.ratio])
+            return state.form.pack(mx.zeros((0, self.width), dtype))
+        pooled = self.pool(self.groups(recent, first, last)).astype(dtype)
+        return self.finished(pooled, span.rows[self.ratio], state.form)
+
+    def finished(self, pooled: mx.array, angles: Angles, form: RowForm) -> mx.array:
+        """Pooled rows (g, width), normed, rotated and laid out, (g, .)."""
+        own: dict[str, Any] = {"normed": "weighted", "spread": self.spread}
+        if turned_rows.takes(pooled, angles, form.layout, **own):
+            own |= {"norm": self.norm.weight, "eps": self.norm.eps}
+            return turned_rows.by_kernel(pooled, angles, form.layout, **own)
+        rows = rotate(self.norm(pooled), angles)
+        return form.pack(mx.hadamard_transform(rows) if self.spread else rows)
 
     def project(self, x: mx.array, positions: mx.array) -> mx.array:
         """Values and scores of tokens x (N, D), float32 (N, 2, channels).

@@ -3,7 +3,7 @@
 import mlx.core as mx
 
 from ds4mlx.config import ModelConfig
-from ds4mlx.custom_kernels.layer import chunk_scores, index_select
+from ds4mlx.custom_kernels.layer import chunk_scores, index_select, turned_rows
 from ds4mlx.custom_kernels.layer.plain import Angles, rotate
 from ds4mlx.model.batch import Span
 from ds4mlx.model.compressor import Compressor
@@ -11,8 +11,8 @@ from ds4mlx.model.linear import Linear
 from ds4mlx.model.module import Module
 from ds4mlx.model.ties import settle
 from ds4mlx.state.layer import CompressorState
-from ds4mlx.state.rounding import Rounding, round_index, spread_index
-from ds4mlx.state.row_forms import RowForm
+from ds4mlx.state.rounding import Rounding, round_index
+from ds4mlx.state.row_forms import PlainRows, RowForm
 
 
 class Indexer(Module):
@@ -27,7 +27,7 @@ class Indexer(Module):
         )
         self.wq_b = Linear(self.heads * self.width, config.q_lora_rank)
         self.weights_proj = Linear(self.heads, config.hidden_size)
-        self.compressor = Compressor(config, self.width, 4)
+        self.compressor = Compressor(config, self.width, 4, spread=rounding != "none")
         self.rounding: Rounding = rounding
         self.heap_ties = False  # see `Model.settle_ties`
         self.settles_on_gpu = False  # where the host's choice would keep it waiting
@@ -36,12 +36,15 @@ class Indexer(Module):
         self, projected: mx.array, span: Span, state: CompressorState, dtype: mx.Dtype
     ) -> mx.array:
         """Take a span's projections by `compressor`; all index rows so far, as laid out, (R, .)."""
-        rows = spread_index(self.compressor(projected, span, state, dtype), self.rounding)
-        return state.rows.extend(state.form.pack(rows), span.step)
+        return state.rows.extend(self.compressor(projected, span, state, dtype), span.step)
 
     def queries(self, qr: mx.array, angles: Angles) -> mx.array:
         """Index queries from the normed query latent qr (N, rank): (N, heads, width)."""
         q = self.wq_b(qr).reshape(-1, self.heads, self.width)
+        layout, rounds = PlainRows(self.width, q.dtype).layout, self.rounding != "none"
+        layout = layout._replace(kind="rounded") if rounds else layout
+        if turned_rows.takes(q, angles, layout, spread=rounds):
+            return turned_rows.by_kernel(q, angles, layout, spread=rounds)
         return round_index(rotate(q, angles), self.rounding)
 
     def head_weights(self, x: mx.array) -> mx.array:

@@ -10,7 +10,7 @@ operations take the kernel's place while somebody wants it.
     layers.N.hc_attn.{pre,post,comb}           weights of a hyper-connection; pre is hidden in a kernel
     layers.N.attn.in, .out        (N, D)       what attention is given, normed, and gives
     layers.N.attn.query_latent    (N, rank)    normed
-    layers.N.attn.window_rows     (N, c)       raw rows, not yet rounded
+    layers.N.attn.window_rows     (N, c)       raw rows, not yet rounded; hidden in a kernel
     layers.N.attn.rows            (R, .)       of one span: compressed rows so far, as laid out
     layers.N.attn.visible         (L, R)       of some queries of one span: the rows they may attend to
     layers.N.attn.indexer.rows    (R, .)       of one span: index rows so far, as laid out
