@@ -44,7 +44,8 @@ def main() -> None:
     peak = mx.get_peak_memory()
     plain_seconds, plain = timed(lambda: [rounded(each, diagonal) for each in planes])
     errors = [
-        weighted_error(each, got, moment) for got_by in (fed, plain)
+        weighted_error(each, got, moment)
+        for got_by in (fed, plain)
         for each, got in zip(planes, got_by, strict=True)
     ]
     half = len(planes)

@@ -53,7 +53,7 @@ def searched(
         found.append(_nearest(rest[..., :8], scale, w))
         errors.append((rest[..., :8] - found[-1][2]) @ root[own, own])
         rest = rest[..., 8:] - errors[-1] @ inverse[own, own.stop :]
-    points, minus, values = zip(*found, strict=True)
+    points, minus, values = map(list, zip(*found, strict=True))
     error = mx.concatenate(errors, -1)
     best = mx.argmin(mx.square(error).sum(-1), axis=-1)
     choices = level, mx.stack(points, -1), mx.concatenate(minus, -1), mx.concatenate(values, -1)
@@ -115,7 +115,7 @@ def _group_moved(
         at = slice(8 * j, 8 * j + 8)
         x = mx.broadcast_to(goal[..., at], (*near.shape, 8))
         found.append(_nearest(x, scale, mx.diag(h)[at]))
-    points, minus, values = zip(*found, strict=True)
+    points, minus, values = map(list, zip(*found, strict=True))
     new = mx.concatenate(values, -1)
     delta = new - old.values[:, None]
     cost = (delta * (delta @ h - 2 * g[:, None])).sum(-1)
@@ -143,7 +143,7 @@ def _eights_moved(
         pairs = zip(snap[1:], (minus, values), strict=True)
         kept = [mx.where(better, new, was) for new, was in pairs]
         found.append((mx.where(better[:, 0], snap[0], point), *kept))
-    points, minus, values = zip(*found, strict=True)
+    points, minus, values = map(list, zip(*found, strict=True))
     parts = mx.stack(points, -1), mx.concatenate(minus, -1), mx.concatenate(values, -1)
     return old.level, *parts
 

@@ -44,7 +44,9 @@ class IQ2Rounding:
 
     def planes(self) -> dict[str, mx.array]:
         """Planes (R, elements)."""
-        level, points, minus, _ = (mx.stack(each, 1) for each in zip(*self.codes, strict=True))
+        level, points, minus, _ = (
+            mx.stack(list(each), 1) for each in zip(*self.codes, strict=True)
+        )
         d = mx.stack(self.d, 1).reshape(-1, 1)
         blocks = stored(minus.reshape(-1, 8), d, level.reshape(-1, PER_BLOCK), points.reshape(-1))
         return {plane: each.reshape(len(level), -1) for plane, each in blocks.items()}

@@ -62,7 +62,7 @@ class KRounding:
     def stored(self) -> Levels:
         """The blocks of all rows."""
         q = mx.concatenate(self.codes, -1).reshape(-1, BLOCK)
-        d, dmin = (mx.concatenate(each, -1).reshape(-1) for each in zip(*self.d, strict=True))
+        d, dmin = (mx.concatenate(list(each), -1).reshape(-1) for each in zip(*self.d, strict=True))
         return self.levels._replace(d=d, dmin=dmin, q=by_element(q, self.shape))
 
 
