@@ -25,6 +25,7 @@ from ds4mlx.evaluation.held_out import filler_of, held_out_texts
 from ds4mlx.evaluation.tool_calls import case as tool_case
 from ds4mlx.evaluation.weights import decode_weights, replace_values
 from ds4mlx.evaluation.words import NOUNS
+from ds4mlx.model.fused.choice import launches
 from ds4mlx.model.taps import Listener, listening
 
 # A chi-squared value that a right distribution over 8 tokens exceeds once in 100,000 times.
@@ -117,6 +118,24 @@ def test_a_trained_draft_block_is_mostly_right(writer):
     assert seen[0][-1].drafted_tokens == 0
     for last in (seen[1][-1], seen[2][-1]):
         assert last.accepted_tokens > 0.4 * last.drafted_tokens > 3
+
+
+def test_steps_by_launches_and_rounds_take_turns(small_dir, small_tokenizer):
+    """Rows of the former lie in tails, those of the latter in buffers; the streams are handed on."""
+    model = load(small_dir, dtype=mx.float32, rounding="none")[0]
+    runs, ids = [], IDS[:120]
+    with launches():
+        for drafts, bypass in ((0, None), (2, Flipping(-3, 2, -1, 3))):
+            one = Sequence(ids, model.make_cache(), small_tokenizer, max_tokens=14)
+            runs.append(list(answer(model, one, drafts=drafts, bypass=bypass)))
+    assert tokens_of(runs[0]) == tokens_of(runs[1]) and runs[1][-1].drafted_tokens > 4
+    states = [model.make_cache() for _ in range(2)]
+    for state in states:
+        prefill(model, ids, state)
+    with launches():
+        _, streams = model.last([[7]], states[:1])
+    want = model.streams([[7]], states[1:])[0]
+    np.testing.assert_allclose(np.array(streams), np.array(want), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -384,3 +403,24 @@ def test_long_greedy_texts_are_the_same(writer, capsys):
         own += [len(runs[1]), runs[1][-1].drafted_tokens, runs[1][-1].accepted_tokens]
         with capsys.disabled():
             print(kind, drafts, len(runs[1]), own.tolist(), flush=True)
+
+
+@pytest.mark.slow
+def test_in_bfloat16_texts_part_only_at_a_draw(embedded_dir):
+    """Where the best two logits are closer than steps of one token and of several differ."""
+    model, tokenizer = load(embedded_dir, dtype=mx.bfloat16)
+    for number, (_, ids) in enumerate(islice(prompts(tokenizer), 10)):
+        runs = []
+        for drafts in (0, 1 + number % 3):
+            one = Sequence(ids, model.make_cache(), tokenizer, max_tokens=100)
+            runs.append(list(answer(model, one, drafts=drafts, bypass=always())))
+        plain, drafted = map(tokens_of, runs)
+        pairs = enumerate(zip(plain, drafted, strict=False))
+        parted = next((n for n, (one, other) in pairs if one != other), None)
+        if parted is None:
+            assert plain == drafted
+            continue
+        ones = np.array(mx.concatenate([response.logits for response in runs[0][: parted + 1]]))
+        many = np.array(model(mx.array([[*ids, *plain[:parted]]]))[0, len(ids) - 1 :])
+        second, first = np.sort(ones[-1])[-2:]
+        assert first - second <= 2 * np.abs(ones - many).max()
