@@ -35,8 +35,7 @@ RESULTS, BEFORE = HERE / "results" / "two_bits.json", HERE / "results" / "two_bi
 LENGTH, SEQUENCES, BLOCK = 1024, 4, 64
 IMPORTANCE, MOMENTS = "q2 with importances", "q2 with moments"
 PER_EXPERT = "q2 with moments, down per expert"
-# The last two show what feedback does for Q4_K, which `q4` stores all experts in.
-VARIANTS = (IMPORTANCE, MOMENTS, PER_EXPERT, "q4 with importances", "q4 with moments")
+VARIANTS = (IMPORTANCE, MOMENTS, PER_EXPERT)
 
 
 class Bench:
@@ -137,7 +136,9 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("two-bits-work"), help="scratch folder")
     parser.add_argument("--before", type=Path, help="measure this conversion, as the one before")
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--only", nargs="*", default=VARIANTS, help="variants to measure")
+    parser.add_argument(
+        "--only", nargs="*", default=VARIANTS, help="variants to measure, those of q4 too"
+    )
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     bench = Bench(arguments.source, arguments.work)

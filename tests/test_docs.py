@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import json
 import re
 import shlex
 import subprocess
@@ -25,8 +26,8 @@ PAGES = [
 WRITTEN = [page for page in PAGES if page not in GENERATED]
 
 
-def load_generator():
-    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs/generate.py")
+def load_generator(name="generate"):
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"docs/{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -41,6 +42,12 @@ def test_generated_pages_are_those_of_the_code(monkeypatch):
         monkeypatch.setenv(name, "")
     for path, text in load_generator().outputs().items():
         assert path.read_text() == text, f"{path.name}: run `python docs/generate.py`"
+
+
+def test_the_figure_of_error_feedback_is_that_of_the_results():
+    script = load_generator("feedback_figure")
+    drawn = script.picture(json.loads(script.RESULTS.read_text()))
+    assert (ROOT / "docs/feedback.svg").read_text() == drawn
 
 
 def command_lines():
