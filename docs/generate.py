@@ -15,7 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 NOTE = "<!-- Written by docs/generate.py: change the code's own text, then run it again. -->"
-PUBLIC = ("ds4mlx", "ds4mlx.chat", "ds4mlx.convert")
+PUBLIC = ("ds4mlx", "ds4mlx.chat", "ds4mlx.convert", "ds4mlx.research")
 ROOMS = {"ds4mlx": "the package", "convert": "", "custom_kernels": ""}
 BESIDE = {
     "tests/": "the suite; faults/ seeds mistakes, metalsim/ runs Metal text on a CPU",

@@ -54,7 +54,7 @@ _ROOMS = {
     "load": "engine.load",
     "stream_generate": "engine.generation",
 }
-_PACKAGES = ("chat", "convert", "custom_kernels")
+_PACKAGES = ("chat", "convert", "custom_kernels", "research")
 
 use_openblas()
 

@@ -175,12 +175,15 @@ class RefModel:
         t = np.arange(n)
         return (t[None] <= t[:, None]) & (t[None] > t[:, None] - self.cfg["sliding_window"])
 
-    def attend(self, q, kv, mask, sink):
+    def attend(self, q, kv, mask, sink, index):
         logits = np.einsum("thd,kd->thk", q, kv) * self.cfg["head_dim"] ** -0.5
         logits = np.where(mask[:, None], logits, -np.inf)
         top = logits.max(-1, keepdims=True)
         p = np.exp(logits - top)
         p /= p.sum(-1, keepdims=True) + np.exp(sink[None, :, None] - top)
+        self.note(
+            f"attention.{index}", p
+        )  # the window's rows of all positions, then compressed ones
         return np.einsum("thk,kd->thd", p, kv)
 
     def attention(self, x, prefix, index):
@@ -188,6 +191,7 @@ class RefModel:
         heads, hd, ratio = c["num_attention_heads"], c["head_dim"], c["compress_ratios"][index]
         a, pos, freq = prefix + ".attn", np.arange(n), self.frequencies(ratio)
         qr = self.rms(self.linear(x, a + ".wq_a"), a + ".q_norm")
+        self.note(f"query_latent.{index}", qr)
         q = self.rotate(self.rms(self.linear(qr, a + ".wq_b").reshape(n, heads, hd)), pos, freq)
         kv = self.round_kv(
             self.rotate(self.rms(self.linear(x, a + ".wkv"), a + ".kv_norm"), pos, freq)
@@ -205,7 +209,7 @@ class RefModel:
                 seen = self.select(scores, seen)
                 self.note(f"selected.{index}", seen)
             kv, mask = np.concatenate([kv, rows]), np.concatenate([mask, seen], 1)
-        o = self.attend(q, kv, mask, self.w[a + ".attn_sink"])
+        o = self.attend(q, kv, mask, self.w[a + ".attn_sink"], index)
         o = self.rotate(o, pos, freq, -1)  # values carry their position too: take it back
         groups = c["o_groups"]
         wo_a = self.w[a + ".wo_a.weight"].reshape(groups, c["o_lora_rank"], -1)
@@ -215,7 +219,9 @@ class RefModel:
     # -------------------------------------------------------------------- MoE
     def route(self, x, ids, prefix, index):
         c = self.cfg
-        score = np.sqrt(np.logaddexp(self.linear(x, prefix + ".gate"), 0))
+        logits = self.linear(x, prefix + ".gate")
+        self.note(f"router_logits.{index}", logits)
+        score = np.sqrt(np.logaddexp(logits, 0))
         if index < c["num_hash_layers"]:
             chosen = self.w[prefix + ".gate.tid2eid"][ids]
         else:
@@ -237,10 +243,14 @@ class RefModel:
         self.note(f"experts.{index}", chosen)
         self.note(f"expert_weights.{index}", weight)
         y = self.expert(x, prefix + ".shared_experts")
+        self.note(f"shared_out.{index}", y.copy())
+        each = np.zeros((*chosen.shape, y.shape[-1]), y.dtype)
         for e in range(self.cfg["n_routed_experts"]):
             t, slot = np.nonzero(chosen == e)
             if len(t):
-                y[t] += self.expert(x[t], f"{prefix}.experts.{e}", weight[t, slot, None])
+                each[t, slot] = self.expert(x[t], f"{prefix}.experts.{e}", weight[t, slot, None])
+                y[t] += each[t, slot]
+        self.note(f"expert_out.{index}", each)
         return y
 
     # ------------------------------------------------------------ connections
@@ -268,7 +278,12 @@ class RefModel:
             ("ffn", lambda x: self.moe(x, ids, prefix + ".ffn", index)),
         ):
             pre, post, comb = self.mixing(streams, f"{prefix}.hc_{site}")
-            out = run(self.rms(np.einsum("ti,tid->td", pre, streams), f"{prefix}.{site}_norm"))
+            collapsed = np.einsum("ti,tid->td", pre, streams)
+            for name, value in (("pre", pre), ("post", post), ("comb", comb)):
+                self.note(f"{site}_{name}.{index}", value)
+            self.note(f"{site}_streams.{index}", streams)
+            self.note(f"{site}_collapsed.{index}", collapsed)
+            out = run(self.rms(collapsed, f"{prefix}.{site}_norm"))
             self.note(f"{site}_out.{index}", out)
             streams = self.merge(streams, out, post, comb)
         self.note(f"streams.{index}", streams)
@@ -283,7 +298,10 @@ class RefModel:
             )
             + self.cfg["hc_eps"]
         )
-        return self.linear(self.rms(np.einsum("ti,tid->td", pre, streams), norm), "head")
+        collapsed = np.einsum("ti,tid->td", pre, streams)
+        self.note(f"{prefix}head_pre", pre)
+        self.note(f"{prefix}head_collapsed", collapsed)
+        return self.linear(self.rms(collapsed, norm), "head")
 
     # ----------------------------------------------------------------- whole
     def forward(self, ids):

@@ -45,7 +45,10 @@ def plain(
     post = 2 * mx.sigmoid(to_post * scale[1] + base_post)
     logits = to_comb * scale[2] + base_comb
     comb = sinkhorn(logits.reshape(*logits.shape[:-1], n, n), sizes["iterations"], eps)
-    return rms_norm(collapse(streams, pre), norm, sizes["norm_eps"]), post, comb
+    collapsed = collapse(streams, pre)
+    if seen is not None:
+        collapsed = seen("collapsed", collapsed)
+    return rms_norm(collapsed, norm, sizes["norm_eps"]), post, comb
 
 
 def project(streams: mx.array, fn: mx.array, eps: float) -> mx.array:

@@ -136,7 +136,9 @@ def route(
     weight (E, D). With `bias` (E,) the experts of highest score + bias, in any order; with `table`
     int32 (vocab, k) and `ids` int (N,) those listed for the token. Weights are scores over their sum,
     times scale; a score is sqrt(softplus(weight . x)). A NaN among what is compared makes all weights
-    of the token NaN. `seen` asks for the plain operations, and is given the scores (N, E) to go on from.
+    of the token NaN. `seen` asks for the plain operations, and is given the logits, the scores and the
+    choice (N, E) to go on from: what the best k are chosen by, which is score + bias; with a table it is
+    k..1 for the experts listed, in their order, and less than 1 for others, the more the higher they score.
     """
     if seen is None and takes(x, weight, topk):
         return by_kernel(x, weight, scale, topk, bias=bias, table=table, ids=ids)
@@ -161,10 +163,16 @@ def plain(
     seen: Callable[[str, mx.array], mx.array] | None = None,
 ) -> tuple[mx.array, mx.array]:
     """`route` by MLX's own operations."""
-    each = scores(x, weight)
-    if seen is not None:
-        each = seen("router.scores", each)
-    return weighed(each, scale, topk, bias, table, ids)
+    if seen is None:
+        return weighed(scores(x, weight), scale, topk, bias, table, ids)
+    logits = seen("router.logits", logits_of(x, weight))
+    each = seen("router.scores", scores_of(logits))
+    choice = seen("router.choice", made := choice_of(each, bias, table, ids))
+    if bias is not None:
+        experts = best(choice, topk)
+    else:
+        experts = listed(table, ids) if choice is made else best_first(choice, topk)
+    return experts, weights_of(each, experts, scale, None if bias is None else choice)
 
 
 def weighed(
@@ -177,23 +185,52 @@ def weighed(
     ordered: bool = False,
 ) -> tuple[mx.array, mx.array]:
     """What `route` gives, of the scores (N, E); `ordered`: with the best expert first."""
-    if table is not None:
-        assert ids is not None
-        experts = table[ids]
+    if bias is None:
+        experts = listed(table, ids)
     else:
-        assert bias is not None
         experts = in_order(scores, bias, topk) if ordered else choose(scores, bias, topk)
+    return experts, weights_of(scores, experts, scale, None if bias is None else scores + bias)
+
+
+def weights_of(
+    scores: mx.array, experts: mx.array, scale: float, compared: mx.array | None
+) -> mx.array:
+    """Weights (N, k) of the experts; `compared` (N, E): what they were chosen by, if by anything."""
     weights = mx.take_along_axis(scores, experts, axis=-1)
     weights = weights / weights.sum(-1, keepdims=True) * scale
+    if compared is None:
+        return weights
+    unordered = mx.isnan(compared).any(-1, keepdims=True)
+    return mx.where(unordered, mx.nan, weights)
+
+
+def listed(table: mx.array | None, ids: mx.array | None) -> mx.array:
+    """The experts (N, k) that a table has for the ids (N,)."""
+    assert table is not None and ids is not None
+    return table[ids]
+
+
+def choice_of(
+    scores: mx.array, bias: mx.array | None, table: mx.array | None, ids: mx.array | None
+) -> mx.array:
+    """What the best experts are chosen by, float32 (N, E): see `route`."""
     if bias is not None:
-        unordered = mx.isnan(scores + bias).any(-1, keepdims=True)
-        weights = mx.where(unordered, mx.nan, weights)
-    return experts, weights
+        return scores + bias
+    experts = listed(table, ids)
+    named = experts[..., None] == mx.arange(scores.shape[-1])
+    ranks = mx.arange(experts.shape[-1], 0, -1)[:, None]
+    rank = mx.where(named, ranks, 0).max(1).astype(mx.float32)
+    return mx.where(rank > 0, rank, 0.5 * scores / (1 + scores))
 
 
 def scores(x: mx.array, weight: mx.array) -> mx.array:
     """sqrt(softplus(logit)) of every expert, float32 (N, E)."""
-    return scores_of(x.astype(mx.float32) @ weight.astype(mx.float32).T)
+    return scores_of(logits_of(x, weight))
+
+
+def logits_of(x: mx.array, weight: mx.array) -> mx.array:
+    """weight . x of every expert, float32 (N, E)."""
+    return x.astype(mx.float32) @ weight.astype(mx.float32).T
 
 
 def scores_of(logits: mx.array) -> mx.array:
@@ -203,12 +240,22 @@ def scores_of(logits: mx.array) -> mx.array:
 
 def choose(scores: mx.array, bias: mx.array, topk: int) -> mx.array:
     """The k experts with the highest score + bias; the bias moves the choice only."""
-    return mx.argpartition(-(scores + bias), topk - 1, axis=-1)[..., :topk]
+    return best(scores + bias, topk)
+
+
+def best(choice: mx.array, topk: int) -> mx.array:
+    """The k experts with the highest values (N, E), in any order; no gradient goes through them."""
+    return mx.stop_gradient(mx.argpartition(-choice, topk - 1, axis=-1)[..., :topk])
 
 
 def in_order(scores: mx.array, bias: mx.array, topk: int) -> mx.array:
     """The same with the best expert first."""
-    return mx.argsort(-(scores + bias), axis=-1)[..., :topk]
+    return best_first(scores + bias, topk)
+
+
+def best_first(choice: mx.array, topk: int) -> mx.array:
+    """The k experts with the highest values (N, E), the best first; no gradient goes through them."""
+    return mx.stop_gradient(mx.argsort(-choice, axis=-1)[..., :topk])
 
 
 def by_kernel(

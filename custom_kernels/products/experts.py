@@ -78,12 +78,13 @@ def routed_experts(
     """Weighted sum over the chosen experts, float32 (N, D).
 
     x (N, D), experts int (N, k), weights float32 (N, k); `limit` clamps gate and up. `seen` asks for
-    the plain operations, and is given what down is multiplied by, (N, k, H), to go on from.
+    the plain operations, and is given what down is multiplied by, (N, k, H), as `experts.hidden`, and
+    the products (N, k, D), as `experts.each`, to go on from.
     """
     if seen is not None:
         pairs = paired(experts, x, None)
         hidden = plain_up(gate, up, x, pairs, weights, limit)
-        return plain_down(down, _seen(seen, hidden, pairs), pairs)
+        return plain_down(down, _seen(seen, hidden, pairs), pairs, seen)
     rising, falling = operands(UP, x, experts, gate, up), operands(DOWN, x, experts, down)
     one = next((each for each in (*rising, *falling)), None)
 
@@ -206,7 +207,12 @@ def _down(down: Stack, falling: list[Operand], hidden: mx.array, pairs: Pairs) -
     return experts_down.experts_down(stored, planes, hidden, experts, eight(stored))
 
 
-def plain_down(down: Stack, hidden: mx.array, pairs: Pairs) -> mx.array:
+def plain_down(
+    down: Stack,
+    hidden: mx.array,
+    pairs: Pairs,
+    seen: Callable[[str, mx.array], mx.array] | None = None,
+) -> mx.array:
     """`_down` by a call of the stack."""
     experts, order = pairs.experts, pairs.order
     if order is None:
@@ -214,6 +220,8 @@ def plain_down(down: Stack, hidden: mx.array, pairs: Pairs) -> mx.array:
     else:
         out = down(hidden[:, None], experts.flatten()[order], True).squeeze(-2)
         out = out[mx.argsort(order)].reshape(*experts.shape, -1)
+    if seen is not None:
+        out = seen("experts.each", out)
     return out.astype(mx.float32).sum(1)
 
 

@@ -26,7 +26,8 @@ def expert_by_expert(stored: Format, planes: Planes, x: mx.array, experts: mx.ar
     for places in np.split(order, starts[1:]):
         one = {plane: array[int(flat[places[0]])] for plane, array in planes.items()}
         if parts:  # in turn, so that one decoded expert is alive at a time
-            one["weight"] = mx.depends([one["weight"]], parts[-1:])[0]
+            codes = mx.depends([one["weight"]], parts[-1:])[0]
+            one["weight"] = mx.stop_gradient(codes)  # or the order would carry one
         parts.append(decoded_matmul(stored, one, rows[mx.array(places)]))
     out = mx.concatenate(parts)[mx.array(np.argsort(order))]
     return out.reshape(*chosen.shape, 1, -1)

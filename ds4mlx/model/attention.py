@@ -18,8 +18,9 @@ from ds4mlx.model.batch import Batch, Span
 from ds4mlx.model.compressor import Compressor
 from ds4mlx.model.indexer import Indexer
 from ds4mlx.model.linear import GroupedLinear, Linear, RMSNorm
+from ds4mlx.model.look import Look
 from ds4mlx.model.module import Module
-from ds4mlx.model.taps import inside, site_of, tap
+from ds4mlx.model.taps import ATTENDED, inside, site_of, tap
 from ds4mlx.state.layer import LayerState
 from ds4mlx.state.rounding import Rounding
 from ds4mlx.state.row_forms import PlainRows, RowForm
@@ -112,7 +113,7 @@ class Attention(Module):
         cos, sin = (each[context.span.tokens] for each in angles)
         arrays = q, self.attn_sink, context.window, context.rows
         options = {"ratio": self.ratio, "form": context.form}
-        hidden = inside(self._site, "visible", "indexer.scores", "indexer.chosen")
+        hidden = inside(self._site, *ATTENDED)
         if hidden is None and chunk_attention.takes(*arrays, (cos, sin), **options):
             start, before = context.span.step.offset, self._config.sliding_window - 1
             options |= {"start": start, "before": before}
@@ -142,13 +143,18 @@ class Attention(Module):
 
     def attend_block(self, q: mx.array, start: int, stop: int, context: Context) -> mx.array:
         """Attention of queries start..stop-1 of the span, q (stop - start, H, c)."""
-        sources = [self.visible_window(start, stop, context)]
+        look = Look(self._site, context.span, self._config.sliding_window, start, stop)
+        rows, mask = self.visible_window(start, stop, context)
+        sources = [(rows, look.window(mask))]
         if len(context.rows):
             positions = context.span.step.offset + mx.arange(start, stop)
             visible = visible_rows(positions, len(context.rows), self.ratio)
             visible = tap(self._site, "visible", visible, context.span)
-            sources.append(self.compressed(start, stop, visible, context))
-        return sink_attention(q, sources, self.attn_sink, self._config.head_dim**-0.5)
+            sources.append(self.compressed(start, stop, visible, context, look))
+        elif self.ratio:
+            look.nothing(len(self.attn_sink), self._config.index_topk if self.ratio == 4 else None)
+        scale = self._config.head_dim**-0.5
+        return sink_attention(q, sources, self.attn_sink, scale, look.weights)
 
     def visible_window(self, start: int, stop: int, context: Context) -> Source:
         """Raw rows (K, c), float32, near queries start..stop-1 and which of them each sees, (L, K)."""
@@ -163,8 +169,11 @@ class Attention(Module):
         mask = (keys <= queries) & (keys >= queries - before)
         return context.form.unpack(context.window[low:high]), mask
 
-    def compressed(self, start: int, stop: int, visible: mx.array, context: Context) -> Source:
+    def compressed(
+        self, start: int, stop: int, visible: mx.array, context: Context, look: Look
+    ) -> Source:
         """Compressed rows, float32, for queries start..stop-1, and which of them each sees."""
+        look.all_rows(visible)
         return context.form.unpack(context.rows), visible
 
     def output(self, out: mx.array) -> mx.array:
@@ -216,14 +225,16 @@ class SparseAttention(HeavyAttention):
             self.index_rows(projected[span.tokens], span, state, x.dtype)
             for span, state in zip(batch.spans, states, strict=True)
         ]
-        if all(len(each) <= indexer.topk for each in rows):
+        wanted = inside(self._site, "indexer.scores") is not None
+        selecting = [len(each) > indexer.topk or (wanted and len(each) > 0) for each in rows]
+        if not any(selecting):
             return wide
         queries = indexer.queries(qr, batch.angles[self.ratio])
         weights, made = indexer.head_weights(x), []
-        for context, span, state, each in zip(wide, batch.spans, states, rows, strict=True):
+        sides = zip(wide, batch.spans, states, rows, selecting, strict=True)
+        for context, span, state, each, selects in sides:
             own = queries[span.tokens], weights[span.tokens]
             selection = Selection(state.compressors[1].form, each, *own)
-            selects = len(each) > indexer.topk
             made.append(replace(context, selection=selection) if selects else context)
         return made
 
@@ -261,17 +272,21 @@ class SparseAttention(HeavyAttention):
                 made.append(self.indexer.select(self.indexer.scores(*own, SCRATCH), visible))
         return mx.concatenate(made).astype(mx.int32)
 
-    def compressed(self, start: int, stop: int, visible: mx.array, context: Context) -> Source:
+    def compressed(
+        self, start: int, stop: int, visible: mx.array, context: Context, look: Look
+    ) -> Source:
         """All rows; or the indexer's choice: (L, topk, c), float32, and which are visible."""
-        selection = context.selection
-        if selection is None:
-            return super().compressed(start, stop, visible, context)
-        queries, weights = selection.queries[start:stop], selection.weights[start:stop]
-        scores = self.indexer.scores(queries, weights, selection.rows, selection.form, SCRATCH)
-        scores = tap(self._site, "indexer.scores", scores, context.span)
+        selection, scores = context.selection, None
+        if selection is not None:
+            queries, weights = selection.queries[start:stop], selection.weights[start:stop]
+            scores = self.indexer.scores(queries, weights, selection.rows, selection.form, SCRATCH)
+            scores = look.scores(scores, visible)
+        if scores is None or len(context.rows) <= self.indexer.topk:
+            visible = look.kept(visible, self.indexer.topk)
+            return super().compressed(start, stop, visible, context, look)
         chosen = self.indexer.select(scores, visible)
-        chosen = tap(self._site, "indexer.chosen", chosen, context.span)
-        mask = mx.take_along_axis(mx.broadcast_to(visible, scores.shape), chosen, axis=-1)
+        visible = mx.broadcast_to(visible, scores.shape)
+        chosen, mask = look.chosen(chosen, mx.take_along_axis(visible, chosen, axis=-1), visible)
         rows = context.form.unpack(context.rows[chosen.flatten()])
         return rows.reshape(*chosen.shape, -1), mask
 

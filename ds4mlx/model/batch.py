@@ -39,25 +39,26 @@ class Span:
 class Batch:
     """Token ids int (N,), one sequence after the other, and the spans.
 
-    tables: the rotary table of the layers of each ratio.
+    tables: the rotary table of the layers of each ratio, one object for each model. kept: whether the
+    sequences have states that outlive the call.
     """
 
     ids: mx.array
     spans: list[Span]
     tables: dict[int, Rotary]
+    kept: bool = False
 
     @classmethod
-    def of(cls, ids: mx.array, steps: Sequence[Step], tables: dict[int, Rotary]) -> "Batch":
-        """The batch of sequences that take these steps; ids (N,), one sequence after the other.
-
-        tables: the rotary table of the layers of each ratio.
-        """
+    def of(
+        cls, ids: mx.array, steps: Sequence[Step], tables: dict[int, Rotary], kept: bool = False
+    ) -> "Batch":
+        """The batch of sequences that take these steps; ids (N,), one sequence after the other."""
         spans, first = [], 0
         for step in steps:
             last = first + step.end - step.offset
             spans.append(Span(slice(first, last), step, tables))
             first = last
-        return cls(ids, spans, tables)
+        return cls(ids, spans, tables, kept)
 
     @cached_property
     def positions(self) -> mx.array:

@@ -34,19 +34,21 @@ class Block(Module):
 
         states: this block's, one for each span; what becomes of them goes into the spans' steps.
         """
-        x, post, comb = self.before("hc_attn.", self.hc_attn, self.attn_norm, streams)
+        streams, x, post, comb = self.before("hc_attn.", self.hc_attn, self.attn_norm, streams)
         x = tap(self._site, "attn.in", x)
         out = tap(self._site, "attn.out", self.attn(x, batch, states))
         streams = self.hc_attn.merge(streams, out, post, comb)
         streams = tap(self._site, "attn.streams", streams)
-        x, post, comb = self.before("hc_ffn.", self.hc_ffn, self.ffn_norm, streams)
+        streams, x, post, comb = self.before("hc_ffn.", self.hc_ffn, self.ffn_norm, streams)
         x = tap(self._site, "ffn.in", x)
         out = tap(self._site, "ffn.out", self.ffn(x, batch.ids))
         return tap(self._site, "streams", self.hc_ffn.merge(streams, out, post, comb))
 
     def before(
         self, name: str, site: HyperConnection, norm: RMSNorm, streams: mx.array
-    ) -> tuple[mx.array, mx.array, mx.array]:
-        """A sublayer's input, normed, and the weights post and comb for what it gives."""
-        x, post, comb = site.before(streams, norm, inside(self._site + name, "pre"))
-        return x, tap(self._site, name + "post", post), tap(self._site, name + "comb", comb)
+    ) -> tuple[mx.array, mx.array, mx.array, mx.array]:
+        """The streams, a sublayer's input, normed, and post and comb for what it gives."""
+        name = self._site + name
+        streams = tap(name, "streams", streams)
+        x, post, comb = site.before(streams, norm, inside(name, "pre", "collapsed"))
+        return streams, x, tap(name, "post", post), tap(name, "comb", comb)

@@ -12,7 +12,7 @@ from ds4mlx.custom_kernels.layer.hyper_post import after_sublayer
 from ds4mlx.custom_kernels.layer.hyper_pre import collapse, project
 from ds4mlx.model.linear import RMSNorm
 from ds4mlx.model.module import Module
-from ds4mlx.model.taps import Inside
+from ds4mlx.model.taps import Inside, tap
 
 
 class HyperConnection(Module):
@@ -31,7 +31,8 @@ class HyperConnection(Module):
     ) -> tuple[mx.array, mx.array, mx.array]:
         """The sublayer's input (N, D), normed, out of streams (N, n, D); post and comb for `merge`.
 
-        seen: is given the weights `pre` of the streams (N, n), to go on from.
+        seen: is given the weights `pre` of the streams (N, n), and what is `collapsed` by them (N, D),
+        to go on from.
         """
         return before_sublayer(
             *(streams, self.fn, self.base, self.scale, norm.weight),
@@ -57,7 +58,10 @@ class HyperHead(Module):
         self.scale = mx.zeros((1,))
         self._config = config
 
-    def __call__(self, streams: mx.array) -> mx.array:
-        """streams (..., n, D) -> (..., D)."""
+    def __call__(self, streams: mx.array, site: str = "") -> mx.array:
+        """streams (..., n, D) -> (..., D); `site`: how the names of the head's quantities begin."""
+        site += "head."
+        streams = tap(site, "streams", streams)
         mix = project(streams, self.fn, self._config.rms_norm_eps)
-        return collapse(streams, mx.sigmoid(mix * self.scale + self.base) + self._config.hc_eps)
+        pre = mx.sigmoid(mix * self.scale + self.base) + self._config.hc_eps
+        return tap(site, "collapsed", collapse(streams, tap(site, "pre", pre)))

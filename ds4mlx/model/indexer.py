@@ -96,5 +96,6 @@ class Indexer(Module):
         """
         masked = mx.where(visible, scores, -mx.inf)
         chosen = mx.argpartition(-masked, self.topk - 1, axis=-1)[..., : self.topk]
+        chosen = mx.stop_gradient(chosen)
         settles = self.settles_on_gpu or mx.default_device() == mx.cpu
         return settle(masked, chosen) if self.heap_ties and settles else chosen

@@ -4,14 +4,17 @@ The module tree carries the official tensor names, so a weight is found by its n
 checkpoint and a computation by its name in the paper.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar, overload
 
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
+import ds4mlx
 from ds4mlx.config import ModelConfig
+from ds4mlx.custom_kernels import dispatch
 from ds4mlx.errors import DataError
 from ds4mlx.model.attention import SparseAttention
 from ds4mlx.model.batch import Batch
@@ -25,16 +28,19 @@ from ds4mlx.model.linear import Embedding, Linear, RMSNorm
 from ds4mlx.model.module import Module
 from ds4mlx.model.pace import Pace
 from ds4mlx.model.rope import rotary_tables
-from ds4mlx.model.taps import begin, tap
+from ds4mlx.model.taps import begin, end, tap
 from ds4mlx.precision import keep_float32
 from ds4mlx.state.decode_state import DecodeState
 from ds4mlx.state.drafts import Drafts
 from ds4mlx.state.kind import StateKind, digest
+from ds4mlx.state.layer import LayerState
 from ds4mlx.state.rounding import Rounding
 from ds4mlx.state.row_forms import StateForm
 from ds4mlx.state.step import Step, commit
 
 Out = TypeVar("Out")
+# The layers' states of one sequence, which outlive a call or do not.
+Layers = DecodeState | list[LayerState]
 
 
 class Model(Module):
@@ -97,7 +103,7 @@ class Model(Module):
         if call.steps:
             begin(call.batch)
             return call.moved(*step_outputs(self, call.batch, call.states))
-        streams = self._run(call.batch, call.states)[call.inputs.last]
+        streams = self._run(call.batch, call.layers)[call.inputs.last]
         return call.moved(self.logits(streams), streams)
 
     def step(self, tokens: mx.array | Sequence[int], states: Sequence[DecodeState]) -> mx.array:
@@ -119,7 +125,7 @@ class Model(Module):
         Evaluating them evaluates the states, so that no graph outlives a token.
         """
         call = _Call(self, tokens, cache)
-        return call.done(self._run(call.batch, call.states))
+        return call.done(self._run(call.batch, call.layers))
 
     def read(
         self,
@@ -139,7 +145,7 @@ class Model(Module):
             begin(call.batch)
             logits, streams = step_outputs(self, call.batch, call.states)
         else:
-            streams = self._run(call.batch, call.states, Pace(call.batch))
+            streams = self._run(call.batch, call.layers, Pace(call.batch))
             ends = streams[call.inputs.last]
             logits = self.logits(ends) if last else ends
         out, streams = call.moved(logits, streams)
@@ -151,14 +157,25 @@ class Model(Module):
     def _logits(self, call: "_Call") -> mx.array:
         """Logits (N, vocab): by launches in a step, or by modules."""
         if not call.steps:
-            return self.logits(self._run(call.batch, call.states))
+            return self.logits(self._run(call.batch, call.layers))
         begin(call.batch)
         return step_outputs(self, call.batch, call.states)[0]
 
-    def _run(
-        self, batch: Batch, states: Sequence[DecodeState], pace: Pace | None = None
-    ) -> mx.array:
-        """Streams (N, n, D) after the last layer; the changes of the states go into the batch."""
+    def _run(self, batch: Batch, states: Sequence[Layers], pace: Pace | None = None) -> mx.array:
+        """Streams (N, n, D) after the last layer; the changes of the states go into the batch.
+
+        In training without states no kernel is used, since none has a gradient.
+        """
+        with self._operations(batch):
+            return self._through(batch, states, pace)
+
+    def _operations(self, batch: Batch) -> AbstractContextManager[None]:
+        """The operations that a call may use."""
+        alone = self.training and not batch.kept
+        return dispatch.plain_operations() if alone else nullcontext()
+
+    def _through(self, batch: Batch, states: Sequence[Layers], pace: Pace | None) -> mx.array:
+        """The streams after the layers, one after the other."""
         begin(batch)
         streams = mx.repeat(self.embedded(batch.ids)[:, None], self.args.hc_mult, axis=1)
         for number, layer in enumerate(self.layers):
@@ -167,9 +184,9 @@ class Model(Module):
                 pace.after_layer(streams)
         return streams
 
-    def embedded(self, ids: mx.array) -> mx.array:
-        """ids (...,) -> (..., D)."""
-        return tap("", "embed", self.embed(ids).astype(self.dtype))
+    def embedded(self, ids: mx.array, site: str = "") -> mx.array:
+        """ids (...,) -> (..., D); `site`: how the name of this quantity begins."""
+        return tap(site, "embed", self.embed(ids).astype(self.dtype))
 
     def logits(self, streams: mx.array) -> mx.array:
         """Head: collapse (..., n, D), norm, float32 product with the vocabulary."""
@@ -197,16 +214,23 @@ class Model(Module):
         """
         inputs = read_tokens(tokens, self.args.vocab_size, True)
         self._check_draft(streams, inputs, state, depth)
-        whole = None if isinstance(state, Drafts) else state
-        drafts = state if isinstance(state, Drafts) else (whole or self.make_cache()).drafts
-        records = whole.records if whole else {}
+        if isinstance(state, Drafts):
+            drafts, records = state, {}
+        else:
+            drafts = state.drafts if state else Drafts(self.args, self._passing_form)
+            records = state.records if state else {}
         step = drafts.step(depth, inputs.lengths[0], records)
-        batch, block = Batch.of(inputs.ids, [step], self._rotary), self.mtp[depth]
-        flat = block.joined(streams.flatten(0, 1), self.embedded(inputs.ids))
-        flat = block(flat, batch, [drafts[depth]])
-        logits = self.unembedded(block.norm(block.hc_head(flat)))
+        block, site = self.mtp[depth], f"mtp.{depth}."
+        batch = Batch.of(inputs.ids, [step], self._rotary, kept=state is not None)
+        begin(batch)
+        flat = block.joined(streams.flatten(0, 1), self.embedded(inputs.ids, site))
+        with self._operations(batch):
+            flat = block(flat, batch, [drafts[depth]])
+        hidden = tap(site, "head.in", block.norm(block.hc_head(flat, site)))
+        logits = tap(site, "logits", self.unembedded(hidden))
         out = mx.depends([logits, flat], drafts.finish(depth, step, records))
         commit([step])
+        end()
         return out[0][None], out[1][None]
 
     def _check_draft(
@@ -238,9 +262,52 @@ class Model(Module):
         """How this model's decode states lay out their rows."""
         return StateForm.of(self.args, self.dtype, self.rounding)
 
+    @property
+    def _passing_form(self) -> StateForm:
+        """How rows lie in calls without states: as values, which have gradients, or where kernels are
+        used as in states."""
+        as_values = self.training or not dispatch.in_use()
+        return self.state_form.of_values(self.dtype) if as_values else self.state_form
+
+    def _passing(self) -> list[LayerState]:
+        """The layers' states of a sequence that stands alone."""
+        form = self._passing_form
+        return [LayerState(self.args, number, form) for number in range(len(self.layers))]
+
     def make_cache(self) -> DecodeState:
         """An empty decode state."""
         return DecodeState(self.args, self.dtype, self.rounding)
+
+    def trace(
+        self, *patterns: str, positions: Iterable[int] | None = None
+    ) -> AbstractContextManager[Mapping[str, Any]]:
+        """Record quantities of this model's calls inside a `with` block; see `sites` for their names.
+
+        In a pattern `*` stands for one dotted part and `**` for any number; the name of a group, such as
+        `layers.3.ffn.router`, stands for all under it. `t[name]` is (B, L, ...), the calls of the block
+        joined along L, or a list of (L, ...) where sequences differ in length; compressed rows are those
+        after the last call, (B, R, width), or of several states a list of (R, width). positions: which
+        tokens to record, by their absolute positions; all unless given. DataError: a pattern that matches
+        nothing, or a name that the trace does not have.
+        """
+        return _research().trace.trace(self, patterns, positions)
+
+    def intervene(
+        self, changes: Mapping[str, Any], positions: Iterable[int] | None = None
+    ) -> AbstractContextManager[None]:
+        """Change quantities of this model's calls inside a `with` block.
+
+        changes: by pattern, as for `trace`, a function of the value (B, L, ...) and a `Where` that gives
+        the new value, or an array that takes its place; `ds4mlx.research` has functions for what is
+        often wanted. positions: at which tokens, by their absolute positions; all unless given. Blocks may
+        be nested: an inner one goes on from what an outer one made. DataError: a pattern that matches
+        nothing that can be changed, or a new value that does not fit.
+        """
+        return _research().intervene.intervene(self, changes, positions)
+
+    def sites(self) -> Mapping[str, Any]:
+        """What `trace` and `intervene` can name: name -> `Site` of shape, dtype and place in the paper."""
+        return _research().sites.sites(self)
 
     def settle_ties(self) -> None:
         """Have equal index scores settled on the CPU as llama.cpp does, to compare logits: see `ties`."""
@@ -253,6 +320,11 @@ class Model(Module):
         return weights
 
 
+def _research() -> Any:
+    """The room above that records and changes quantities, imported when it is first asked for."""
+    return ds4mlx.research
+
+
 class _Call:
     """One call of a model: its checked inputs, its states, the batch, and its end."""
 
@@ -260,13 +332,14 @@ class _Call:
         self.kept = cache is not None
         self.inputs: Inputs = read_tokens(tokens, model.args.vocab_size, self.kept)
         lengths = self.inputs.lengths
+        self.states: list[DecodeState] = []
         if self.kept:
             self.states = read_states(cache, len(lengths), model.state_form, len(model.layers))
             steps = [s.step(n) for s, n in zip(self.states, lengths, strict=True)]
         else:
-            self.states = [model.make_cache() for _ in lengths]
             steps = [Step(0, length) for length in lengths]
-        self.batch = Batch.of(self.inputs.ids, steps, model._rotary)
+        self.layers: list[Layers] = [*self.states] or [model._passing() for _ in lengths]
+        self.batch = Batch.of(self.inputs.ids, steps, model._rotary, kept=self.kept)
 
     @property
     def steps(self) -> bool:
@@ -284,10 +357,12 @@ class _Call:
     def _ended(self, outs: list[mx.array], shaped: Callable[[list[mx.array]], Out]) -> Out:
         """`outs`, shaped, after whose evaluation the states are evaluated; commits them last."""
         if not self.kept:
+            end()
             return shaped(outs)
         steps = [span.step for span in self.batch.spans]
         for state, step in zip(self.states, steps, strict=True):
             outs = mx.depends(outs, state.finish(step))
         out = shaped(outs)
         commit(steps)
+        end()
         return out

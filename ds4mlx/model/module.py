@@ -5,6 +5,7 @@ What was traced of a model holds good as long as nothing was set, replaced or de
 
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 
 _changes = 0
@@ -16,7 +17,14 @@ def changes() -> int:
 
 
 class Module(nn.Module):
-    """A module of the model."""
+    """A module of the model. Trainable are parameters of a float type, and no codes or tables of ids."""
+
+    @staticmethod
+    def trainable_parameter_filter(module: nn.Module, key: str, value: Any) -> bool:
+        """Whether a parameter can be trained: it has a gradient, and is not frozen."""
+        trainable = nn.Module.trainable_parameter_filter(module, key, value)
+        coded = isinstance(value, mx.array) and not mx.issubdtype(value.dtype, mx.floating)
+        return trainable and not coded
 
     def __setattr__(self, name: str, value: Any) -> None:
         _count(name)

@@ -28,7 +28,7 @@ class Router(Module):
     def __call__(self, x: mx.array, ids: mx.array) -> tuple[mx.array, mx.array]:
         """x (N, D), ids int (N,) -> experts int (N, k) and their weights float32 (N, k)."""
         by = {"table": self.tid2eid, "ids": ids} if self.hashed else {"bias": self.bias}
-        seen = inside(self._site, "router.scores")
+        seen = inside(self._site, "router.logits", "router.scores", "router.choice")
         experts, weights = route(x, self.weight, self.scale, self.topk, **by, seen=seen)
         experts = tap(self._site, "router.experts", experts)
         return experts, tap(self._site, "router.weights", weights)
@@ -85,7 +85,7 @@ class MoE(Module):
     def __call__(self, x: mx.array, ids: mx.array) -> mx.array:
         """x (N, D), normed, ids int (N,) -> (N, D) in x's type."""
         experts, weights = self.gate(x, ids)
-        seen = inside(self._site, "experts.hidden")
+        seen = inside(self._site, "experts.hidden", "experts.each")
         routed = tap(self._site, "experts.out", self.experts(x, experts, weights, seen))
         shared = tap(self._site, "shared_experts.out", self.shared_experts(x))
         return (routed + shared.astype(mx.float32)).astype(x.dtype)

@@ -4,7 +4,8 @@ They stand in the forward pass that the weights were trained with, so they are o
 (`rounding="official"`); `rounding="none"` leaves every value as computed.
 """
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import mlx.core as mx
 
@@ -12,6 +13,13 @@ Rounding = Literal["official", "none"]
 
 FP8_GROUP, FP8_MAX, FP8_FLOOR = 64, 448.0, 1e-4
 FP4_GROUP, FP4_MAX, FP4_FLOOR = 32, 6.0, 6.0 * 2.0**-126
+
+
+def straight_through(rounded: Callable[[mx.array], mx.array]) -> Callable[[mx.array], mx.array]:
+    """A rounding of x to its own shape and type whose gradient is that of leaving x as it is."""
+    function: Any = mx.custom_function(rounded)
+    function.vjp(lambda x, cotangent, _: cotangent)
+    return function
 
 
 def power_of_two_at_least(x: mx.array) -> mx.array:
@@ -100,7 +108,7 @@ def spread_index(rows: mx.array, rounding: Rounding) -> mx.array:
 def round_index(rows: mx.array, rounding: Rounding) -> mx.array:
     """Hadamard-rotate and FP4-round the indexer's queries or rows (..., index_head_dim)."""
     rows = spread_index(rows, rounding)
-    return rows if rounding == "none" or rows.size == 0 else round_fp4(rows)
+    return rows if rounding == "none" or rows.size == 0 else straight_through(round_fp4)(rows)
 
 
 def _scale(groups: mx.array, largest_code: float, floor: float) -> mx.array:

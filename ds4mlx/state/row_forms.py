@@ -22,6 +22,7 @@ from ds4mlx.state.rounding import (
     decode_fp8,
     encode_fp4,
     encode_fp8,
+    straight_through,
 )
 
 
@@ -68,6 +69,20 @@ class PlainRows:
     def unpack(self, held: mx.array) -> mx.array:
         """The rows in float32."""
         return held.astype(mx.float32)
+
+
+@dataclass(frozen=True)
+class RoundedRows(PlainRows):
+    """Rows rounded as another form rounds them, and held as values, for gradients to go through."""
+
+    as_by: "PackedKVRows | PackedIndexRows"
+
+    def pack(self, rows: mx.array) -> mx.array:
+        """The rounded rows; the gradient is that of the rows themselves."""
+        return straight_through(self._rounded)(rows) if rows.size else rows
+
+    def _rounded(self, rows: mx.array) -> mx.array:
+        return self.as_by.unpack(self.as_by.pack(rows)).astype(rows.dtype)
 
 
 @dataclass(frozen=True)
@@ -174,6 +189,16 @@ class StateForm:
         """The form for activations of type `dtype`."""
         width, rope = config.head_dim, config.qk_rope_head_dim
         return cls(*forms(width, config.index_head_dim, rope, dtype, rounding != "none"))
+
+    def of_values(self, dtype: mx.Dtype) -> "StateForm":
+        """The same rows as values of the activation type, which gradients go through."""
+        kv, index = (
+            RoundedRows(form.width, dtype, form)
+            if isinstance(form, PackedKVRows | PackedIndexRows)
+            else form
+            for form in (self.kv, self.index)
+        )
+        return StateForm(kv, index)
 
 
 def forms(

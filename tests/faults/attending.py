@@ -92,7 +92,7 @@ def norm_weights_applied_as_one_plus_w(patch, model):
 @fault
 def softmax_scale_from_the_plain_channels(patch, model):
     attend, plain = attention.sink_attention, model.args.head_dim - model.args.qk_rope_head_dim
-    patch.setattr(attention, "sink_attention", lambda q, s, k, c: attend(q, s, k, plain**-0.5))
+    patch.setattr(attention, "sink_attention", lambda q, s, k, *_: attend(q, s, k, plain**-0.5))
 
 
 @fault

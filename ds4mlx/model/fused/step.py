@@ -17,7 +17,7 @@ from ds4mlx.model.batch import Batch
 from ds4mlx.model.block import Block
 from ds4mlx.model.fused.attention import dense
 from ds4mlx.model.fused.block import Carried, step_block
-from ds4mlx.model.fused.choice import by_modules, dense_known
+from ds4mlx.model.fused.choice import by_modules, dense_known, known
 from ds4mlx.model.fused.sequences import Place, Sequences, held_of, tails_of
 from ds4mlx.model.hyper import HyperHead
 from ds4mlx.model.linear import Embedding, Linear, RMSNorm
@@ -105,7 +105,7 @@ def _compiled(model: Stepped) -> TracedStep:
     kept = model._traced
     same = kept is not None and kept.changes == changes()
     if kept is None or not same or not all(map(is_, kept.layers, model.layers)):
-        apart = bool(by_modules(model.layers))
+        apart = not all(map(known, model.layers))
         traced = mx.compile(partial(_traced, model))
         kept = model._traced = TracedStep(changes(), list(model.layers), apart, traced)
     return kept
