@@ -52,11 +52,11 @@ def prompts(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def whole(small_dir, small_model, prompts):
+def whole(small_dir, stored_model, prompts):
     """{file: bytes} of an undisturbed run with everything that there is."""
     folder = prompts.parent / "whole"
     folder.mkdir()
-    collected(small_dir, prompts, folder / "out", small_model, **asked(folder))
+    collected(small_dir, prompts, folder / "out", stored_model, **asked(folder))
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
@@ -81,9 +81,9 @@ def test_sums_of_products():
     np.testing.assert_allclose(whole.take()[0], x[:, 0].T @ x[:, 0], atol=1e-3)
 
 
-def test_they_agree_with_the_importances(whole, prompts, small_model):
+def test_they_agree_with_the_importances(whole, prompts, stored_model):
     """Their diagonals are the importances' sums, which other tests compare with the reference."""
-    found, config = tensors(prompts.parent / "whole" / "second"), small_model.args
+    found, config = tensors(prompts.parent / "whole" / "second"), stored_model.args
     stacks = Importance.read(prompts.parent / "whole" / "out").stacks
     for layer in range(config.num_hidden_layers):
         counts, w1 = found[f"layers.{layer}.counts"][:, None], found[f"layers.{layer}.w1"]
@@ -99,20 +99,20 @@ def test_they_agree_with_the_importances(whole, prompts, small_model):
 
 
 @pytest.mark.parametrize("tenth", [3, 6, 9])
-def test_ctrl_c_then_the_same_bytes(whole, small_dir, small_model, prompts, tmp_path, tenth):
+def test_ctrl_c_then_the_same_bytes(whole, small_dir, stored_model, prompts, tmp_path, tenth):
     counted = InterruptAt(0)
     folder = tmp_path / "counted"
     folder.mkdir()
-    collected(small_dir, prompts, folder / "out", small_model, counted, **asked(folder))
+    collected(small_dir, prompts, folder / "out", stored_model, counted, **asked(folder))
     with pytest.raises(KeyboardInterrupt):
         at = InterruptAt(counted.count * tenth // 10)
-        collected(small_dir, prompts, tmp_path / "out", small_model, at, **asked(tmp_path))
-    collected(small_dir, prompts, tmp_path / "out", small_model, **asked(tmp_path))
+        collected(small_dir, prompts, tmp_path / "out", stored_model, at, **asked(tmp_path))
+    collected(small_dir, prompts, tmp_path / "out", stored_model, **asked(tmp_path))
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()} == whole
 
 
 @pytest.mark.parametrize("last", [5, -9, -5])
-def test_killed_then_the_same_bytes(whole, small_dir, small_model, prompts, tmp_path, last):
+def test_killed_then_the_same_bytes(whole, small_dir, stored_model, prompts, tmp_path, last):
     """Between sums, before the moments are in place, and between them and the importances."""
     paths = small_dir, prompts, tmp_path / "out"
     changes = 4 * (len(TEXT) // (collecting.LENGTH - 1) + 1) + 4 + 4 + 2
@@ -120,14 +120,14 @@ def test_killed_then_the_same_bytes(whole, small_dir, small_model, prompts, tmp_
     done = collecting.run_dying(*paths, number, signal.SIGKILL, [tmp_path / "second"])
     assert done.returncode == -signal.SIGKILL, done
     assert not (tmp_path / "out").exists()
-    collected(*paths, small_model, **asked(tmp_path))
+    collected(*paths, stored_model, **asked(tmp_path))
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == whole
 
 
-def test_what_is_there_is_kept(whole, small_dir, small_model, prompts, tmp_path):
+def test_what_is_there_is_kept(whole, small_dir, stored_model, prompts, tmp_path):
     for name, raw in whole.items():
         (tmp_path / name).write_bytes(raw)
-    again = small_dir, prompts, tmp_path / "out", small_model
+    again = small_dir, prompts, tmp_path / "out", stored_model
     assert collected(*again, **asked(tmp_path)) is None
     with pytest.raises(DataError, match="out: exists and is of another model, prompts or options"):
         collected(*again)
@@ -139,8 +139,8 @@ def test_what_is_there_is_kept(whole, small_dir, small_model, prompts, tmp_path)
     assert (tmp_path / "second").read_bytes() == whole["second"]
 
 
-def test_results_that_cannot_be(small_dir, small_model, prompts, tmp_path, monkeypatch):
-    again = small_dir, prompts, tmp_path / "out", small_model
+def test_results_that_cannot_be(small_dir, stored_model, prompts, tmp_path, monkeypatch):
+    again = small_dir, prompts, tmp_path / "out", stored_model
     with pytest.raises(DataError, match="need a file each"):
         collected(*again, moments=tmp_path / "out")
     with pytest.raises(DataError, match="gone: no such directory"):

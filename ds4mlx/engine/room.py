@@ -45,7 +45,7 @@ class Alive(NamedTuple):
 # which frees arrays at once, takes a third.
 PLAIN = Alive(12, 6, 16, 3)
 # What is alive where memory is given back 200 operations later than it could be.
-KERNELS = Alive(4, 4, 4, 2)
+KERNELS = Alive(6, 3, 4, 2)
 
 
 @dataclass(frozen=True)
