@@ -353,24 +353,31 @@ def test_what_is_refused(model, small_tokenizer):
 
 @pytest.mark.slow
 def test_sampled_text_has_the_models_distribution(model, small_tokenizer):
-    """Of two tokens in a row, whose probabilities the model itself gives."""
-    known, ids, count = [30, 70, 110, 150, 190], IDS[:20], 3000
-    sampler = Sampler(0.8, top_k=5)
-    first = np.exp(np.array(sampler.log_probs(model(mx.array([ids]))[0, -1:])))[0, known]
-    after = model(mx.array([[*ids, token] for token in known]))[:, -1]
-    want = (first[:, None] * np.exp(np.array(sampler.log_probs(after)))[:, known]).ravel()
-    whole = model.make_cache()
+    """Of three tokens in a row, two of them drafted, whose probabilities the model itself gives."""
+    ids, sampler, count = IDS[:20], Sampler(2.0, top_k=2), 2000
+
+    def continued(tokens):
+        chances = np.exp(np.array(sampler.log_probs(model(mx.array([tokens]))[:, -1])))[0]
+        return [([*tokens, int(token)], chances[token]) for token in np.flatnonzero(chances)]
+
+    want = {(): 1.0}
+    for _ in range(3):
+        want = {
+            tuple(text[20:]): p * chance
+            for before, p in want.items()
+            for text, chance in continued([*ids, *before])
+        }
+    whole, seen = model.make_cache(), dict.fromkeys(want, 0)
     prefill(model, ids[:-1], whole)
-    seen = np.zeros(25)
     for number in range(count):
         state = model.make_cache()
         state.share(whole)
-        one = Sequence(ids, state, small_tokenizer, sampler=sampler, max_tokens=3)
+        one = Sequence(ids, state, small_tokenizer, sampler=sampler, max_tokens=4)
         one.seed = number  # the sampler has none, so proposals are drawn by themselves
-        got = tokens(model, one, 2)
-        seen[5 * known.index(got[0]) + known.index(got[1])] += 1
-    kept = want > 0
-    assert chi_squared(seen[kept], count * want[kept]) < 65  # once in 100,000 times
+        seen[tuple(tokens(model, one, 2)[:3])] += 1
+    assert len(want) == 8 and min(want.values()) > 0.01
+    expected = count * np.array(list(want.values()))
+    assert chi_squared(np.array(list(seen.values())), expected) < CRITICAL_7
 
 
 def prompts(tokenizer):
