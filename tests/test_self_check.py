@@ -37,6 +37,7 @@ def first_use(monkeypatch, tmp_path):
     monkeypatch.setattr(self_check, "check", CHECK)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("DS4MLX_KERNELS", raising=False)
+    comparisons.comparisons("metal")  # which another test may have found already, or not
     new_process()
     yield tmp_path / "ds4mlx" / "kernels"
     new_process()

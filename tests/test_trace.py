@@ -243,3 +243,11 @@ def test_what_belongs_to_no_whole_call_of_this_model(small_model, plain_model):
     assert (np.array(t["logits"][0]) == out).all() and again.shape == (1, 5, 288)
     with pytest.raises(DataError, match=r"no 'embed', but layers\.0\.streams, logits"):
         t["embed"]
+
+
+def test_what_a_trace_has(exact_model):
+    """Names of other layers and of nothing are not in it, and ask for no error."""
+    with exact_model.trace("layers.0.attn.out") as seen:
+        assert "layers.0.attn.out" not in seen
+        exact_model(mx.array([[1, 2, 3]]))
+    assert "layers.0.attn.out" in seen and "layers.1.attn.out" not in seen and 3 not in seen

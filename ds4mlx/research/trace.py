@@ -50,6 +50,9 @@ class Trace(Mapping[str, mx.array | list[mx.array]]):
             return calls[-1]
         return [_joined(name, pieces) for pieces in zip(*calls, strict=True)]
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.names and name in self._recorder.calls
+
     def __iter__(self) -> Iterator[str]:
         return (name for name in self.names if name in self._recorder.calls)
 
