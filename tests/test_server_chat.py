@@ -116,9 +116,8 @@ def test_reasoning_is_taken_back(client):
 
 
 def test_a_thinking_budget(chatter):
-    answer = chatter.chat.completions.create(
-        model="x", messages=QUESTION, max_tokens=12, extra_body={"thinking_budget": 4}
-    )
+    asked = {"model": "x", "messages": QUESTION, "max_tokens": 12, "seed": 1}
+    answer = chatter.chat.completions.create(**asked, extra_body={"thinking_budget": 4})
     assert answer.usage.completion_tokens_details.reasoning_tokens <= 5
     assert answer.choices[0].message.content and answer.choices[0].finish_reason == "length"
 
