@@ -24,6 +24,7 @@ MOST_CHOSEN = 32
 MOST_ELEMENTS, MOST_GROUPS = 1 << 32, 65535
 
 _wanted: ContextVar[bool | None] = ContextVar("kernels", default=None)
+_training: ContextVar[bool] = ContextVar("training", default=False)
 _asked: ContextVar[set[self_check.Asked] | None] = ContextVar("asked", default=None)
 _eight: ContextVar[bool] = ContextVar("eight_bit_activations", default=False)
 
@@ -41,6 +42,16 @@ def kernels(used: bool = True) -> Iterator[None]:
 def plain_operations() -> contextlib.AbstractContextManager[None]:
     """Inside the block no kernel is used: for comparisons."""
     return kernels(False)
+
+
+@contextlib.contextmanager
+def training() -> Iterator[None]:
+    """Inside the block only kernels that decode weights are used: no other is ever differentiated."""
+    before = _training.set(True)
+    try:
+        yield
+    finally:
+        _training.reset(before)
 
 
 @contextlib.contextmanager
@@ -100,6 +111,8 @@ def active(x: mx.array, *kernels: str, dtype: mx.Dtype | None = None) -> bool:
     the type that the kernels round to, where x, such as the sums of a product, is of another.
     """
     if x.dtype not in (mx.bfloat16, mx.float32) or x.size == 0:
+        return False
+    if _training.get() and not all(kernel.startswith("decode_") for kernel in kernels):
         return False
     asked, dtype = _asked.get(), dtype or x.dtype
     if asked is not None:

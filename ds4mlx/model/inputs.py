@@ -2,7 +2,8 @@
 
 Everything is checked before anything moves. Only ids outside the vocabulary can pass: those of an
 `mx.array` that brings one token a sequence to a state, since such ids usually have just been drawn
-on the device, and reading them would keep the device waiting.
+on the device, and reading them would keep the device waiting; and those of a call that is traced by
+`mx.compile`, such as a step of training, which has no values yet.
 """
 
 from collections.abc import Sequence
@@ -103,9 +104,9 @@ def _checked(ids: mx.array | np.ndarray, vocabulary: int, unread: bool) -> mx.ar
     if isinstance(ids, mx.array):
         if not mx.issubdtype(ids.dtype, mx.integer):
             raise DataError(f"token ids must be integers, not {ids.dtype}")
-        if unread:
+        wide = None if unread else _values(ids)
+        if wide is None:
             return ids.astype(mx.int32)
-        wide = np.array(ids)
     else:
         if not np.issubdtype(ids.dtype, np.integer):
             raise DataError(f"token ids must be integers, not {ids.dtype}")
@@ -114,6 +115,14 @@ def _checked(ids: mx.array | np.ndarray, vocabulary: int, unread: bool) -> mx.ar
     if wrong.size:
         raise DataError(f"token id {wrong[0]} is outside the vocabulary of {vocabulary}")
     return mx.array(wide.astype(np.int32))
+
+
+def _values(ids: mx.array) -> np.ndarray | None:
+    """The ids on the host, or None where they have no values yet, while `mx.compile` traces."""
+    try:
+        return np.array(ids)
+    except ValueError:
+        return None
 
 
 def _shape(array: mx.array | np.ndarray) -> str:

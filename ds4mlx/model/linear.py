@@ -1,11 +1,17 @@
 """Matrices of the model: one, several side by side, or a stack of experts.
 
-Their planes are the module's parameters; `format` names the one that reads them.
+Their planes are the module's parameters; `format` names the one that reads them. A matrix that
+multiplies may have an adapter beside it, of two parameters more.
 """
 
+import math
+from typing import Any, Self
+
 import mlx.core as mx
+import mlx.nn as nn
 
 from ds4mlx.custom_kernels.layer.plain import rms_norm
+from ds4mlx.custom_kernels.products import trained
 from ds4mlx.custom_kernels.products.dense import product
 from ds4mlx.custom_kernels.products.experts import Operand
 from ds4mlx.formats import FORMATS
@@ -17,13 +23,13 @@ class Matrix(Module):
 
     def __init__(self, *shape: int):
         super().__init__()
-        self._shape = shape
+        self._shape, self.format = shape, "f32"
         self.store("f32")
 
     def store(self, format: str) -> None:
         """Hold the weight in a format, a key of FORMATS, from now on; its values are unset."""
-        for plane in [name for name, value in self.items() if isinstance(value, mx.array)]:
-            del self[plane]
+        for plane in FORMATS[self.format].layout:
+            self.pop(plane, None)
         self.format = format
         for plane, empty in FORMATS[self.format].empty(self._shape).items():
             self[plane] = empty
@@ -33,22 +39,82 @@ class Matrix(Module):
         """The arrays that hold the weight, by name."""
         return {plane: self[plane] for plane in FORMATS[self.format].layout}
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The logical shape."""
+        return self._shape
+
+    @staticmethod
+    def trainable_parameter_filter(module: nn.Module, key: str, value: Any) -> bool:
+        """Plain values can be trained; the scales of codes cannot, whatever their type."""
+        assert isinstance(module, Matrix)
+        layout = FORMATS[module.format].layout
+        coded = key in layout and len(layout) > 1
+        return not coded and Module.trainable_parameter_filter(module, key, value)
+
     def _extra_repr(self) -> str:
         return f"{', '.join(map(str, self._shape))}, {self.format}"
 
     def decode(self) -> mx.array:
-        """The weight's values, float32, in its logical shape."""
+        """The weight's values, float32, in its logical shape, without an adapter."""
         return FORMATS[self.format].decode(self.planes)
 
 
-class Linear(Matrix):
+class Projection(Matrix):
+    """A matrix that multiplies: W, or with an adapter (LoRA) W + scale * (lora_a . lora_b)^T.
+
+    The adapter's parameters are lora_a (in, rank) and lora_b (rank, out), where out are the stored
+    rows: of all groups of a `GroupedLinear`, of each expert of an `ExpertStack`, whose experts share
+    one adapter.
+    """
+
+    scale = 0.0  # of the adapter
+
+    def to_lora(self, r: int = 8, scale: float = 20.0, dropout: float = 0.0) -> Self:
+        """Have an adapter of rank `r` from now on, which adds nothing yet; frozen is what was before.
+
+        Named, and called, as mlx-lm's tools do with a layer that makes its own adapter.
+        dropout: the share of the adapter's inputs that is left out in training.
+        """
+        self.freeze()
+        *_, rows, columns = self._shape
+        spread = 1 / math.sqrt(columns)
+        self.lora_a = mx.random.uniform(-spread, spread, (columns, r))
+        self.lora_b = mx.zeros((r, rows))
+        self.scale, self.dropout = scale, nn.Dropout(dropout)
+        self.dropout.train(self.training)
+        return self
+
+    @property
+    def adapted(self) -> bool:
+        """Whether there is an adapter."""
+        return "lora_a" in self
+
+    def delta(self) -> mx.array:
+        """What the adapter adds to the weight, float32 (out, in), of a stack to each expert."""
+        product = self.lora_a.astype(mx.float32) @ self.lora_b.astype(mx.float32)
+        return self.scale * product.T
+
+    def adjusted(self, out: mx.array, x: mx.array) -> mx.array:
+        """The product `out` (..., out) of x (..., in), with what the adapter adds to it."""
+        if not self.adapted:
+            return out
+        return out + (self.scale * self.raised(self.dropout(x) @ self.lora_a)).astype(out.dtype)
+
+    def raised(self, low: mx.array) -> mx.array:
+        """What lora_b makes of (..., rank)."""
+        return low @ self.lora_b
+
+
+class Linear(Projection):
     """y = x . W^T in x's type; x: (..., in) -> (..., out)."""
 
     def __call__(self, x: mx.array) -> mx.array:
-        return product(self.format, self.planes, x)
+        multiply = trained.product if self.training else product
+        return self.adjusted(multiply(self.format, self.planes, x), x)
 
 
-class GroupedLinear(Matrix):
+class GroupedLinear(Projection):
     """`groups` matrices (out, in) kept as the rows of one; group g of the input meets the g-th."""
 
     def __init__(self, groups: int, out_dims: int, in_dims: int):
@@ -59,8 +125,14 @@ class GroupedLinear(Matrix):
         """x: (..., groups, in) -> (..., groups, out)."""
         planes = {p: a.reshape(self.groups, -1, a.shape[-1]) for p, a in self.planes.items()}
         rows = mx.swapaxes(x.reshape(-1, self.groups, x.shape[-1]), 0, 1)
-        out = product(self.format, planes, rows)
-        return mx.swapaxes(out, 0, 1).reshape(*x.shape[:-1], -1)
+        multiply = trained.product if self.training else product
+        out = multiply(self.format, planes, rows)
+        return self.adjusted(mx.swapaxes(out, 0, 1).reshape(*x.shape[:-1], -1), x)
+
+    def raised(self, low: mx.array) -> mx.array:
+        """(..., groups, rank) -> (..., groups, out): each group has its own columns of lora_b."""
+        own = self.lora_b.reshape(len(self.lora_b), self.groups, -1).swapaxes(0, 1)
+        return (low[..., None, :] @ own).squeeze(-2)
 
 
 class Embedding(Matrix):
@@ -72,17 +144,21 @@ class Embedding(Matrix):
         return rows["weight"] if len(rows) == 1 else FORMATS[self.format].decode(rows)
 
 
-class ExpertStack(Matrix):
+class ExpertStack(Projection):
     """One projection of every routed expert of a layer, (experts, out, in)."""
 
     def __call__(self, x: mx.array, experts: mx.array, ordered: bool = False) -> mx.array:
         """x: (..., 1, in), experts: int (...) -> (..., 1, out); `ordered`: experts ascend."""
-        return FORMATS[self.format].gather(self.planes, x, experts, ordered)
+        if self.training:
+            out = trained.gather(self.format, self.planes, x, experts, ordered)
+        else:
+            out = FORMATS[self.format].gather(self.planes, x, experts, ordered)
+        return self.adjusted(out, x)
 
     @property
     def operand(self) -> Operand | None:
-        """What a kernel may multiply by instead of calling this; none where a subclass is called."""
-        if type(self).__call__ is not ExpertStack.__call__:
+        """What a kernel may multiply by instead of calling this; none where more is to be done."""
+        if self.adapted or type(self).__call__ is not ExpertStack.__call__:
             return None
         return Operand(self.format, self.planes, self._shape)
 

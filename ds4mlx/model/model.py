@@ -164,7 +164,7 @@ class Model(Module):
     def _run(self, batch: Batch, states: Sequence[Layers], pace: Pace | None = None) -> mx.array:
         """Streams (N, n, D) after the last layer; the changes of the states go into the batch.
 
-        In training without states no kernel is used, since none has a gradient.
+        In training without states no kernel is used but to decode weights, since none has a gradient.
         """
         with self._operations(batch):
             return self._through(batch, states, pace)
@@ -172,7 +172,7 @@ class Model(Module):
     def _operations(self, batch: Batch) -> AbstractContextManager[None]:
         """The operations that a call may use."""
         alone = self.training and not batch.kept
-        return dispatch.plain_operations() if alone else nullcontext()
+        return dispatch.training() if alone else nullcontext()
 
     def _through(self, batch: Batch, states: Sequence[Layers], pace: Pace | None) -> mx.array:
         """The streams after the layers, one after the other."""

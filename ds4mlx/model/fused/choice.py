@@ -11,7 +11,7 @@ from ds4mlx.model.attention import Attention, HeavyAttention, SparseAttention
 from ds4mlx.model.batch import Batch
 from ds4mlx.model.block import Block
 from ds4mlx.model.fused.sequences import compressors_of
-from ds4mlx.model.linear import GroupedLinear, Linear, Matrix
+from ds4mlx.model.linear import GroupedLinear, Linear, Matrix, Projection
 from ds4mlx.model.moe import MoE
 from ds4mlx.model.taps import heard
 
@@ -75,4 +75,5 @@ def _experts_known(ffn: MoE) -> bool:
 
 def dense_known(matrix: Matrix) -> bool:
     """Whether a launch multiplies by a matrix as calling it would."""
-    return type(matrix) in (Linear, GroupedLinear) and matrix.format in DENSE
+    plain = type(matrix) in (Linear, GroupedLinear) and matrix.format in DENSE
+    return plain and not (isinstance(matrix, Projection) and matrix.adapted)

@@ -1,0 +1,116 @@
+"""Adapters: what they add, and what is trained of them."""
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+from test_synth import SMALL
+
+from ds4mlx import DataError, load
+from ds4mlx.bench.synth import synth_model
+from ds4mlx.convert import quantize
+from ds4mlx.custom_kernels.products import trained
+from ds4mlx.engine.adapters import ATTENTION, ROUTED, SHARED, add_lora, projections
+from ds4mlx.formats import FORMATS
+from ds4mlx.model.fused.choice import by_modules
+
+IDS = mx.array(np.random.default_rng(5).integers(0, 288, (2, 40)))
+
+
+@pytest.fixture
+def model(small_dir):
+    return load(small_dir, dtype=mx.float32, rounding="none")[0]
+
+
+def fill(model, seed=1):
+    """Give every adapter values that matter."""
+    for number, (_, matrix) in enumerate(sorted(projections(model).items())):
+        if matrix.adapted:
+            key = mx.random.key(100 * seed + number)
+            matrix.lora_b = 0.02 * mx.random.normal(matrix.lora_b.shape, key=key)
+
+
+def merged(model):
+    """Hold the values of each adapted matrix with its adapter's in them."""
+    for matrix in projections(model).values():
+        if matrix.adapted:
+            values = matrix.decode() + matrix.delta()
+            matrix.store("f32")
+            matrix.weight = values
+            del matrix["lora_a"], matrix["lora_b"]
+
+
+@pytest.mark.parametrize("routed", [False, True])
+def test_an_adapter_is_a_change_of_the_matrix(model, routed):
+    before = model(IDS)
+    add_lora(model, rank=4, routed=routed)
+    assert (model(IDS) == before).all()
+    fill(model)
+    adapted = model(IDS)
+    assert mx.abs(adapted - before).max() > 1e-2
+    merged(model)
+    assert mx.allclose(model(IDS), adapted, rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_trained(model):
+    add_lora(model, rank=4, layers=[1, 2], routed=True)
+    names = {name for name, _ in tree_flatten(model.trainable_parameters())}
+    wanted = [f"layers.{n}.{key}" for n in (1, 2) for key in ATTENTION + SHARED + ROUTED]
+    assert names == {f"{name}.{part}" for name in wanted for part in ("lora_a", "lora_b")}
+    with pytest.raises(DataError, match="layers.3.attn.wq_a: the model has no such matrix"):
+        add_lora(model, layers=[3])
+    with pytest.raises(DataError, match="layers.0.attn_norm: "):
+        add_lora(model, keys=["attn_norm"])
+
+
+def test_adapted_blocks_go_through_their_modules(model):
+    assert not by_modules(model.layers)
+    add_lora(model, layers=[1])
+    add_lora(model, layers=[2], keys=["ffn.experts.w2"])
+    assert by_modules(model.layers) == {1, 2}
+
+
+def loss(model, ids):
+    return nn.losses.cross_entropy(model(ids)[:, :-1], ids[:, 1:]).mean()
+
+
+def test_training_gives_what_reading_gives():
+    """Values and gradients, with experts at 2 bits."""
+    model = synth_model(SMALL, "q2", mx.float32)
+    add_lora(model, rank=4, routed=True)
+    fill(model)
+    found = []
+    for training in (False, True):
+        model.train(training)
+        value, gradients = nn.value_and_grad(model, loss)(model, IDS)
+        found.append((value, dict(tree_flatten(gradients))))
+    (value, gradients), (again, others) = found
+    assert mx.allclose(value, again, rtol=1e-5)
+    for name, gradient in gradients.items():
+        assert mx.allclose(gradient, others[name], rtol=1e-3, atol=1e-6), name
+        assert mx.any(gradient).item(), name
+
+
+@pytest.mark.parametrize("name", ["IQ2_XXS", "Q2_K", "Q4_K"])
+@pytest.mark.parametrize("scratch", [1 << 20, 2 * 8 * 256, 1], ids=["all", "two", "one"])
+def test_experts_in_training_a_few_at_a_time(monkeypatch, name, scratch):
+    """Values, and the gradient of what comes in, also where nothing can be read on the host."""
+    monkeypatch.setattr(trained, "SCRATCH", scratch)
+    draws = np.random.default_rng(3)
+    coded = quantize(draws.normal(size=(4 * 8, 256)).astype(np.float32), name)
+    planes = {p: mx.array(a).reshape(4, 8, -1) for p, a in coded.planes.items()}
+    values = FORMATS[coded.format].decode(planes)
+    experts = mx.array(np.sort(draws.integers(0, 4, 24)))
+    x = mx.array(draws.normal(size=(24, 1, 256)).astype(np.float32))
+    weights = mx.array(draws.normal(size=(24, 1, 8)).astype(np.float32))
+
+    def summed(x):
+        return (trained.gather(coded.format, planes, x, experts, True) * weights).sum()
+
+    want = (x @ values[experts].swapaxes(1, 2) * weights).sum()
+    assert mx.allclose(summed(x), want, rtol=1e-4)
+    want = weights @ values[experts]
+    with_host, traced = mx.grad(summed)(x), mx.compile(mx.grad(summed))(x)
+    assert mx.allclose(with_host, want, rtol=1e-4, atol=1e-4)
+    assert mx.allclose(traced, want, rtol=1e-4, atol=1e-4)
