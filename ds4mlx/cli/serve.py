@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from ds4mlx.cli import arguments as arg
+from ds4mlx.cli import steered as steering
 from ds4mlx.errors import DataError
 
 PORT = 8765
@@ -56,6 +57,11 @@ def serve(
         arg.Dtype | None,
         typer.Option(help="What to compute in; by default bfloat16, on a CPU float32."),
     ] = None,
+    steer: steering.File = None,
+    steer_scale: steering.Scale = None,
+    steer_layers: steering.Layers = None,
+    steer_operation: steering.Operation = None,
+    steer_site: steering.Site = None,
     aligned: Annotated[
         bool,
         typer.Option(
@@ -88,12 +94,14 @@ def serve(
             f"{host} can be reached from other machines, so --api-key is needed, or --insecure",
             param_hint="--host",
         )
+    steered = steering.steered(model, steer, steer_scale, steer_layers, steer_operation, steer_site)
     _log_to_stderr()
     limits = Limits()
     with process.open_socket(host, port) as opened:
         ctx = arg.context(model, ctx, dtype)
         loaded = arg.open_model(model, dtype, context=ctx)
-        with arg.open_store(kv_dir, kv, kv_budget, kv_text, loaded, model) as store:
+        opened_store = arg.open_store(kv_dir, kv, kv_budget, kv_text, loaded, model)
+        with steered(loaded[0]), opened_store as store:
             app = create_app(
                 *loaded,
                 name=arg.model_name(model),

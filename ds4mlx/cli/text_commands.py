@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ds4mlx.cli import arguments as arg
+from ds4mlx.cli import steered as steering
 from ds4mlx.cli.terminal import progress
 
 if TYPE_CHECKING:
@@ -53,6 +54,11 @@ def generate(
     ] = None,
     json_schema: arg.JsonSchema = None,
     draft: arg.Draft = 0,
+    steer: steering.File = None,
+    steer_scale: steering.Scale = None,
+    steer_layers: steering.Layers = None,
+    steer_operation: steering.Operation = None,
+    steer_site: steering.Site = None,
     logprobs: Annotated[
         Path | None,
         typer.Option(help="Write a file of JSON lines: each token with its log-probabilities."),
@@ -78,6 +84,7 @@ def generate(
     arg.size(kv_budget)
     asked = arg.prompt_text(text, prompt, prompt_file, raw)
     rule = arg.rule(json_schema)
+    steered = steering.steered(model, steer, steer_scale, steer_layers, steer_operation, steer_site)
 
     from ds4mlx.chat import encode_segments
     from ds4mlx.cli.answer import show
@@ -103,6 +110,7 @@ def generate(
         loaded, tokenizer = arg.open_model(model, context=length)
         opened = arg.open_store(kv_dir, kv, kv_budget, kv_text, (loaded, tokenizer), model)
         store = stack.enter_context(opened)
+        stack.enter_context(steered(loaded))
         responses = stream_generate(
             loaded,
             tokenizer,
@@ -135,6 +143,11 @@ def chat(
     top_k: arg.TopK = 0,
     min_p: arg.MinP = 0.0,
     seed: arg.Seed = None,
+    steer: steering.File = None,
+    steer_scale: steering.Scale = None,
+    steer_layers: steering.Layers = None,
+    steer_operation: steering.Operation = None,
+    steer_site: steering.Site = None,
     kv_dir: arg.KvDir = None,
     kv: arg.Kv = False,
     kv_budget: arg.KvBudget = "16G",
@@ -147,12 +160,14 @@ def chat(
     """
     sampler = arg.sampler(temp, top_p, top_k, min_p, seed)
     arg.size(kv_budget)
+    steered = steering.steered(model, steer, steer_scale, steer_layers, steer_operation, steer_site)
 
     from ds4mlx.cli.chat import Chat, interact
     from ds4mlx.engine.conversation import Conversation
 
     loaded = arg.open_model(model)
-    with arg.open_store(kv_dir, kv, kv_budget, kv_text, loaded, model) as store:
+    opened = arg.open_store(kv_dir, kv, kv_budget, kv_text, loaded, model)
+    with steered(loaded[0]), opened as store:
         conversation = Conversation(*loaded, sampler, think, system, store, think_budget)
         try:
             interact(Chat(conversation, max_tokens, arg.shown(reasoning)), arg.model_name(model))

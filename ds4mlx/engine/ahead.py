@@ -12,7 +12,7 @@ from typing import Any
 
 from ds4mlx.engine.undone import Place
 from ds4mlx.model.model import Model
-from ds4mlx.model.taps import listened
+from ds4mlx.model.taps import listeners, steady
 from ds4mlx.state.decode_state import DecodeState
 
 
@@ -62,17 +62,19 @@ def stepped_back(state: DecodeState, tokens: int) -> list[Ahead]:
 
 
 class Seen:
-    """A model as it is seen at one time: its modules and weights, and that nobody listens to it."""
+    """A model as it is seen at one time: its modules and weights, and who changes them steadily."""
 
     def __init__(self, model: Model):
         items = list(_items(model))
         self._holders, self._keys, self._values = zip(*items, strict=True)
+        self._listeners = listeners()
 
     def same(self) -> bool:
         """Whether it is seen so now."""
         now = map(getitem, self._holders, self._keys)
         try:
-            return not listened() and all(map(is_, now, self._values))
+            heard = steady() and listeners() == self._listeners
+            return heard and all(map(is_, now, self._values))
         except (KeyError, IndexError):  # a part has been taken away
             return False
 

@@ -26,7 +26,7 @@ from ds4mlx.engine.step import go_back, not_finite, rows_of
 from ds4mlx.engine.undone import Place, undone_on_failure
 from ds4mlx.errors import DataError
 from ds4mlx.model.model import MOST_STEPPED, Model
-from ds4mlx.model.taps import listened
+from ds4mlx.model.taps import steady
 from ds4mlx.state.decode_state import DecodeState
 
 
@@ -210,7 +210,7 @@ class Decoding:
     def _run_ahead(self) -> None:
         """Submit the step that feeds the tokens which are about to be read, where any may follow."""
         going = [m for m in self._members if m.goes_on]
-        if not going or listened():
+        if not going or not steady():
             return
         places = [Place.of(member.sequence.state) for member in going]
         try:

@@ -4,6 +4,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable
+from contextvars import copy_context
 from functools import partial
 
 import mlx.core as mx
@@ -33,7 +34,8 @@ class Scheduler:
     multiples of 512 tokens whatever else runs, and no prefix is reused, so that an answer does not
     depend on other requests. reuse: whether prefixes are reused. memory: bytes for states; what the
     model leaves of the machine's unless told.
-    replay: text by the id of a call in it, as remembered. Any thread may read it.
+    replay: text by the id of a call in it, as remembered. Any thread may read it. Changes of the model
+    that are in force where it is made, such as `model.steer`, hold for all its requests.
     Raises DataError for options out of range.
     """
 
@@ -64,7 +66,8 @@ class Scheduler:
         reuse = reuse and not aligned
         self.worker = Worker(prefixes, self._places, self._memory, aligned, reuse)
         self.replay = Replay(store.calls.path if store is not None else None)
-        self._thread = threading.Thread(target=self.worker.run, name="scheduler", daemon=True)
+        run = partial(copy_context().run, self.worker.run)
+        self._thread = threading.Thread(target=run, name="scheduler", daemon=True)
 
     def start(self) -> None:
         """Start the thread. Requests may be submitted before."""

@@ -30,7 +30,7 @@ from ds4mlx.engine.step import go_back, not_finite, rows_of
 from ds4mlx.engine.undone import undone_on_failure
 from ds4mlx.errors import DataError
 from ds4mlx.model.model import Model
-from ds4mlx.model.taps import listened
+from ds4mlx.model.taps import steady
 
 # Most tokens proposed in a round.
 MOST_DRAFTS = 3
@@ -111,7 +111,7 @@ class Speculation:
             self._checked.clear()
         if not self._checked:
             undrawn = not self.sequence.pending  # from the logits given to `add`
-            if undrawn or listened() or not self._drafting:
+            if undrawn or not steady() or not self._drafting:
                 return self._without_drafts()
             self._plain.remove(self.sequence)
             self._round()
@@ -131,7 +131,7 @@ class Speculation:
 
     def _goes_on(self) -> bool:
         """Have the state take the token given out last, if the check of it still holds; whether."""
-        if listened() or not self._seen.same():
+        if not self._seen.same():
             return False
         ahead = self._checked[0].ahead
         return ahead is not None and ahead.take()

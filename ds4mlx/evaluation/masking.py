@@ -7,12 +7,15 @@ import mlx.core as mx
 from ds4mlx.model.batch import Span
 from ds4mlx.model.model import Model
 from ds4mlx.model.taps import Listener, listening
+from ds4mlx.state.changes import NAMELESS
 
 RATIOS = {"CSA": 4, "HCA": 128}
 
 
 class _Hidden(Listener):
     """No query sees a compressed row in the layers of one kind."""
+
+    changes = NAMELESS
 
     def __init__(self, model: Model, kind: str):
         ratio, layers = RATIOS[kind], enumerate(model.layers)

@@ -305,6 +305,17 @@ class Model(Module):
         """
         return _research().intervene.intervene(self, changes, positions)
 
+    def steer(
+        self, steering: Any, scale: float | None = None, layers: Iterable[int] | None = None
+    ) -> AbstractContextManager[None]:
+        """Steer this model's calls inside a `with` block by a `ds4mlx.research.Steering`.
+
+        scale: how much, where it is not to be the steering's own; 0 leaves the model as it is. layers: which
+        of the steering's layers, from 0. Steered states are stored apart from others. DataError: a
+        steering of another width, a layer that it or the model does not have, a scale that is not finite.
+        """
+        return _research().steering.steer(self, steering, scale, layers)
+
     def sites(self) -> Mapping[str, Any]:
         """What `trace` and `intervene` can name: name -> `Site` of shape, dtype and place in the paper."""
         return _research().sites.sites(self)

@@ -59,6 +59,7 @@ import mlx.core as mx
 
 from ds4mlx.config import ModelConfig
 from ds4mlx.model.batch import Batch, Span
+from ds4mlx.state.changes import changing
 
 # What the core attention tells of each query, and kernels hide.
 ATTENDED = (
@@ -87,7 +88,15 @@ Inside = Callable[[str, mx.array], mx.array]
 
 class Listener:
     """Hears the quantities it wants, and may replace them. A call that it ends by raising leaves
-    all states as they were."""
+    all states as they were.
+
+    steady: whether it does the same to every call and keeps nothing of it, so that calls may be made
+    before anybody has asked for them. changes: the name of what it does to the model, NAMELESS where
+    that may be anything; None where it replaces nothing.
+    """
+
+    steady = False
+    changes: str | None = None
 
     def begins(self, batch: Batch) -> None:
         """A call of the model begins, for these tokens."""
@@ -114,8 +123,10 @@ _listeners: ContextVar[tuple[Listener, ...]] = ContextVar("listeners", default=(
 def listening(listener: Listener) -> Iterator[None]:
     """Inside the block the listener hears what this thread's models make, after those before it."""
     before = _listeners.set((*_listeners.get(), listener))
+    name = listener.changes
     try:
-        yield
+        with contextlib.nullcontext() if name is None else changing(name):
+            yield
     finally:
         _listeners.reset(before)
 
@@ -155,6 +166,16 @@ def inside(site: str, *names: str) -> Inside | None:
 def listened() -> bool:
     """Whether anybody listens."""
     return bool(_listeners.get())
+
+
+def listeners() -> tuple[Listener, ...]:
+    """Who listens."""
+    return _listeners.get()
+
+
+def steady() -> bool:
+    """Whether all who listen do the same to every call, so that calls may be made ahead."""
+    return all(listener.steady for listener in _listeners.get())
 
 
 def heard(site: str) -> bool:

@@ -1,5 +1,7 @@
 """Looking into a running model and reaching into it, by the names of its quantities."""
 
+from ds4mlx.research.dictionary import Dictionary
+from ds4mlx.research.directions import find_steering, separation
 from ds4mlx.research.edits import (
     ablate,
     ablate_experts,
@@ -16,21 +18,31 @@ from ds4mlx.research.edits import (
 from ds4mlx.research.intervene import Edit as Edit
 from ds4mlx.research.places import Where
 from ds4mlx.research.sites import Site
+from ds4mlx.research.stated import Unstated
+from ds4mlx.research.steering import Steering
+from ds4mlx.research.steering_files import load_steering, save_steering
 from ds4mlx.research.trace import Trace
 
 __all__ = [
+    "Dictionary",
     "Site",
+    "Steering",
     "Trace",
+    "Unstated",
     "Where",
     "ablate",
     "ablate_experts",
     "add",
     "at",
+    "find_steering",
     "forbid_experts",
     "force_experts",
     "force_rows",
     "hide_rows",
+    "load_steering",
     "patch",
     "project_out",
+    "save_steering",
     "scale",
+    "separation",
 ]

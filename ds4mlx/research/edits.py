@@ -1,6 +1,6 @@
 """Changes that are often wanted, to be given to `model.intervene`."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import mlx.core as mx
 import numpy as np
@@ -18,7 +18,13 @@ def scale(factor: float | mx.array) -> Edit:
 
 def add(vector: mx.array) -> Edit:
     """Add a vector (D,), or whatever fits the value, in float32."""
-    return lambda value, where: value.astype(mx.float32) + vector
+    change = addition(vector)
+    return lambda value, where: change(value)
+
+
+def addition(vector: mx.array) -> Callable[[mx.array], mx.array]:
+    """What adds a vector, in float32."""
+    return lambda value: value.astype(mx.float32) + vector
 
 
 def ablate() -> Edit:
@@ -28,13 +34,19 @@ def ablate() -> Edit:
 
 def project_out(direction: mx.array, strength: float = 1.0) -> Edit:
     """Take the part along a direction (D,), of any length but 0, out of the value (..., D)."""
+    change = projection(direction, strength)
+    return lambda value, where: change(value)
+
+
+def projection(direction: mx.array, strength: float) -> Callable[[mx.array], mx.array]:
+    """What takes so much of the part along a direction (D,) out of a value (..., D), in float32."""
     unit = mx.array(direction).astype(mx.float32)
     length = float(mx.linalg.norm(unit))
     if not 0 < length < float("inf"):
         raise DataError(f"a direction of length {length} has no part of a value along it")
     unit = unit / length
 
-    def change(value: mx.array, where: Where) -> mx.array:
+    def change(value: mx.array) -> mx.array:
         wide = value.astype(mx.float32)
         return wide - strength * (wide * unit).sum(-1, keepdims=True) * unit
 

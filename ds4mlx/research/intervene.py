@@ -13,6 +13,7 @@ from ds4mlx.model.model import Model
 from ds4mlx.model.taps import listening
 from ds4mlx.research.places import Calls, Layouts, Part, Where, chosen_positions
 from ds4mlx.research.sites import matching, sites
+from ds4mlx.state.changes import NAMELESS
 
 # A change: of a value (B, L, ...), to what fits its shape and is rounded to its type.
 Edit = Callable[[mx.array, Where], Any]
@@ -59,6 +60,8 @@ def about(name: str) -> str | None:
 
 class _Changes(Calls):
     """Puts in the place of quantities what functions make of them."""
+
+    changes = NAMELESS
 
     def __init__(self, model: Model, edits: dict[str, list[Edit]], positions: Iterable[int] | None):
         self._about = {name: said for name in edits if (said := about(name))}

@@ -14,6 +14,7 @@ from ds4mlx.config import ModelConfig
 from ds4mlx.errors import DataError
 from ds4mlx.state.boundaries import Boundaries
 from ds4mlx.state.buffers import SLACK
+from ds4mlx.state.changes import changes
 from ds4mlx.state.drafts import Drafts
 from ds4mlx.state.layer import LayerState
 from ds4mlx.state.record import layer_record, load_record, record_bytes, step_record
@@ -63,6 +64,7 @@ class DecodeState:
     dtype and rounding are the model's. As the state passes multiples of 2,048 tokens, and the
     positions given to `add_boundary`, it makes boundary records, bytes (n,) by position.
     `drafts` holds the draft blocks' states: rewinding, records and `nbytes` include them.
+    `made_under` has the `changes` of the model under which any of its tokens were read.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class DecodeState:
         self.drafts = Drafts(config, self.form)
         self.records: dict[int, mx.array] = {}  # without what they say of the drafts
         self.stored: Stored | None = None
+        self.made_under: frozenset[str] = frozenset()
 
     def __iter__(self) -> Iterator[LayerState]:
         return iter(self.layers)
@@ -126,6 +129,7 @@ class DecodeState:
         Returns the arrays that are to be evaluated with what the step gives.
         """
         records = self.records
+        step.change(self, made_under=self.made_under | {changes()})
         if step.boundaries:
             made = {b: step_record(self.layers, step, b) for b in step.boundaries}
             records = self._thinned(records | made)
@@ -182,6 +186,8 @@ class DecodeState:
         self.records = {p: r for p, r in self.records.items() if p <= tokens}
         if self.stored is not None:
             self.stored = self.stored.cut(tokens)
+        if not tokens:
+            self.made_under = frozenset()
 
     def reach(self, tokens: int) -> int:
         """The longest length up to `tokens` <= offset to which it can go back."""
@@ -195,6 +201,7 @@ class DecodeState:
         for layer, another in zip(ours, theirs, strict=True):
             layer.share(another)
         self.records, self.stored = other.records, other.stored
+        self.made_under = other.made_under
         self.drafts.records = other.drafts.records
         self.boundaries = replace(other.boundaries)
 

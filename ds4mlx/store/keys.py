@@ -69,11 +69,11 @@ def record_key(model: str, segment: str, tokens: int, checksum: bytes) -> str:
     return hashlib.sha1(f"record {model} {segment} {tokens}\n".encode() + checksum).hexdigest()
 
 
-def fingerprint(kind: StateKind) -> str:
+def fingerprint(kind: StateKind, changed: str = "") -> str:
     """What a state must agree in with the model that takes it up.
 
-    Its kind, and the switches of arithmetic, such as experts' activations rounded to 8 bits, that
-    are on when the store is opened.
+    Its kind, the changes of the model under which it was made, and the switches of arithmetic, such
+    as experts' activations rounded to 8 bits, that are on when it is first saved or looked for.
     """
     switches = {
         **kind.parts(),
@@ -81,4 +81,6 @@ def fingerprint(kind: StateKind) -> str:
         "eight bits": dispatch.eight_bits(),
         "tf32": os.environ.get("MLX_ENABLE_TF32", ""),
     }
+    if changed:
+        switches["changed"] = changed
     return hashlib.sha1(json.dumps(switches, sort_keys=True).encode()).hexdigest()

@@ -11,6 +11,7 @@ import numpy as np
 from ds4mlx.chat.segments import Prompt, markup
 from ds4mlx.errors import DataError
 from ds4mlx.state.boundaries import Spacing
+from ds4mlx.state.changes import changes
 from ds4mlx.state.decode_state import DecodeState
 from ds4mlx.state.kind import StateKind
 from ds4mlx.store import keys, restoring, spelling, texts
@@ -20,7 +21,7 @@ from ds4mlx.store.directory import make_store
 from ds4mlx.store.eviction import RECORDS_BYTES
 from ds4mlx.store.items import Record, segment_path
 from ds4mlx.store.locks import Pin
-from ds4mlx.store.state_bytes import check_storable
+from ds4mlx.store.state_bytes import check_storable, made_under
 from ds4mlx.store.taking import Job, Taker
 from ds4mlx.store.writing import Limits, Writer
 from ds4mlx.text.tokenizer import Tokenizer
@@ -51,6 +52,8 @@ class KVStore:
         chain take more than `records_bytes`.
     Raises DataError for a directory that cannot be a store, and unless it is told a kind.
 
+    States that were made while the model was being steered are found again under the same steering
+    only, and those of other interventions are refused.
     Not for several threads at a time; `save_soon` writes in a thread of its own.
     """
 
@@ -76,8 +79,8 @@ class KVStore:
             raise DataError(f"{self.directory}: {error.strerror}") from None
         self.calls = Calls(self.directory / "calls.jsonl")
         self._catalogue = Catalogue(self.directory)
-        self._fingerprint = keys.fingerprint(self.kind)
-        self._taker = Taker(self._catalogue, self._fingerprint, label or self.kind.config.release)
+        self._label = label or self.kind.config.release
+        self._takers: dict[str, Taker] = {}  # by the changes under which states were made
         pieces = None if tokenizer is None else texts.token_texts(tokenizer)
         limits = Limits(budget_bytes, min_free_bytes, records_bytes, spacing or Spacing())
         self._writer = Writer(Catalogue(self.directory), limits, pieces, keep_text)
@@ -118,8 +121,9 @@ class KVStore:
         ids = keys.token_array(tokens)
         check_storable(self.kind, cache, len(ids))
         keys.token_array(ids, self.kind.config.vocab_size)
-        job = self._taker.take(ids, cache, reason)
-        return self._thread.submit(self._write, job, weakref.ref(cache))
+        taker = self._taker(made_under(cache))
+        job = taker.take(ids, cache, reason)
+        return self._thread.submit(self._write, job, taker, weakref.ref(cache))
 
     def flush(self) -> None:
         """Wait for everything that is being written."""
@@ -137,7 +141,19 @@ class KVStore:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _write(self, job: Job, saved: "weakref.ref[DecodeState]") -> str:
+    def _taker(self, changed: str) -> Taker:
+        """What takes states that were made under some changes."""
+        if changed not in self._takers:
+            model = keys.fingerprint(self.kind, changed)
+            self._takers[changed] = Taker(self._catalogue, model, self._label)
+        return self._takers[changed]
+
+    @property
+    def _fingerprint(self) -> str:
+        """Of states that were made under the changes in force."""
+        return self._taker(changes()).model
+
+    def _write(self, job: Job, taker: Taker, saved: "weakref.ref[DecodeState]") -> str:
         try:
             pin = self._writer.write(job)
             cache = saved()
@@ -149,7 +165,7 @@ class KVStore:
         except OSError as error:
             raise DataError(f"{self.directory}: {error.strerror or error}") from error
         finally:
-            self._taker.settled += [piece.item.key for piece in job.segments]
+            taker.settled += [piece.item.key for piece in job.segments]
 
     # Restoring
 

@@ -9,6 +9,7 @@ from threading import Event
 import mlx.core as mx
 import numpy as np
 
+from ds4mlx.state.changes import changes
 from ds4mlx.state.decode_state import DecodeState, Stored
 from ds4mlx.state.kind import StateKind
 from ds4mlx.store import block_file, keys
@@ -74,6 +75,7 @@ def read_state(
     """The state that a record and its chain hold.
 
     None if a file has gone, or is damaged: it is then set apart. Nothing unchecked is ever used.
+    The record is one that was made under the changes in force.
     """
     chain = catalogue.chain(record.segment, record.tokens)
     if chain is None:
@@ -103,6 +105,7 @@ def read_state(
         return None
     complete(state, boundary, record.tokens)
     state.stored = Stored(catalogue.directory, record.segment, record.tokens)
+    state.made_under = frozenset([changes()])
     return state
 
 

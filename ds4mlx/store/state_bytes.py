@@ -10,6 +10,7 @@ import numpy as np
 
 from ds4mlx.errors import DataError
 from ds4mlx.state.buffers import Rows
+from ds4mlx.state.changes import NAMELESS
 from ds4mlx.state.decode_state import DecodeState
 from ds4mlx.state.kind import StateKind
 from ds4mlx.state.row_forms import RowForm
@@ -52,6 +53,17 @@ def check_storable(kind: StateKind, state: DecodeState, tokens: int) -> None:
         raise DataError("the state is not one of the store's model: it holds its rows otherwise")
     if not 1 <= tokens <= state.offset:
         raise DataError(f"cannot save {tokens} tokens of a state that holds {state.offset}")
+
+
+def made_under(state: DecodeState) -> str:
+    """The changes of its model under which a state was made. DataError: different ones, or nameless.
+
+    What was made under an intervention, or partly under steering, is no state of any prompt.
+    """
+    (changed, *others) = state.made_under or {""}
+    if others or changed == NAMELESS:
+        raise DataError("the state was made while the model was being changed, and cannot be saved")
+    return changed
 
 
 def empty_rows(kind: StateKind, tokens: int) -> DecodeState:
