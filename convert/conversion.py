@@ -79,7 +79,7 @@ def convert(
     if dry_run:
         return plan
     target = Path(dst).expanduser()
-    if _ready(target, plan, overwrite):
+    if ready(target, plan.source.path, plan.fingerprint(), overwrite):
         _say(f"{target}: already complete", progress)
         return plan
     try:
@@ -101,9 +101,9 @@ def _mark(plan: Plan) -> str:
     return plan.fingerprint() + (f" {downloads.repository.commit}" if downloads else "")
 
 
-def _ready(target: Path, plan: Plan, overwrite: bool) -> bool:
-    """Prepare the directory; whether it holds the plan's result already."""
-    if target.exists() and target.resolve() == plan.source.path.resolve():
+def ready(target: Path, source: Path, plan: str, overwrite: bool) -> bool:
+    """Prepare the directory; whether it holds the result already of what has the fingerprint `plan`."""
+    if target.exists() and target.resolve() == source.resolve():
         raise DataError(f"{target}: is the source itself")
     target.mkdir(parents=True, exist_ok=True)
     finished, begun = (target / MANIFEST).exists(), (target / JOURNAL).exists()
@@ -112,7 +112,7 @@ def _ready(target: Path, plan: Plan, overwrite: bool) -> bool:
     if overwrite:
         _clear(target)
         return False
-    if finished and read_manifest(target)["plan"] != plan.fingerprint():
+    if finished and read_manifest(target)["plan"] != plan:
         raise DataError(
             f"{target}: holds a model of another source, recipe or release; use --overwrite"
         )
@@ -136,7 +136,7 @@ def _clear(target: Path) -> None:
 def _write(
     plan: Plan, target: Path, journal: Journal, chunk: int, seconds: float, progress: bool
 ) -> None:
-    done = [f for f in plan.files if f.name in journal.done and _whole(target / f.name, f.nbytes)]
+    done = [f for f in plan.files if f.name in journal.done and whole(target / f.name, f.nbytes)]
     schedule = _scheduled(plan, target, [file for file in plan.files if file not in done])
     visible = progress and sys.stderr.isatty()
     _say(plan.peak(), progress)
@@ -158,7 +158,8 @@ def _write(
     write_whole(target / MANIFEST, canonical(manifest(plan, journal, files)))
 
 
-def _whole(path: Path, nbytes: int) -> bool:
+def whole(path: Path, nbytes: int) -> bool:
+    """Whether a file is there with all its bytes."""
     return path.exists() and path.stat().st_size == nbytes
 
 
@@ -172,10 +173,10 @@ def _scheduled(plan: Plan, target: Path, left: list[OutFile]) -> Schedule[OutFil
     begun = sum(p.stat().st_size for p in target.glob("*" + PARTIAL))
     if downloads is None or not plan.keep_download or _one_disk(target, downloads.repository.path):
         begun += sum(downloads.sizes()[name] for name in there) if downloads else 0
-        _check_space(target, schedule.peak - begun)
+        check_space(target, schedule.peak - begun)
     else:
-        _check_space(target, schedule.written - begun)
-        _check_space(downloads.repository.path, schedule.downloaded)
+        check_space(target, schedule.written - begun)
+        check_space(downloads.repository.path, schedule.downloaded)
     return schedule
 
 
@@ -183,7 +184,8 @@ def _one_disk(a: Path, b: Path) -> bool:
     return a.stat().st_dev == b.stat().st_dev
 
 
-def _check_space(directory: Path, nbytes: int) -> None:
+def check_space(directory: Path, nbytes: int) -> None:
+    """Raises DataError unless the disk of a directory has so many bytes free."""
     needed, free = nbytes + SPARE, shutil.disk_usage(directory).free
     if needed > free:
         raise DataError(

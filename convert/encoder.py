@@ -1,6 +1,7 @@
 """From rows of a source tensor to rows of the planes that a format keeps, and back."""
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -24,6 +25,14 @@ class Rows:
 
     planes: dict[str, np.ndarray]
     loss: Loss = NOTHING_LOST
+
+
+class RowMaker(Protocol):
+    """What a weight file is written from."""
+
+    def rows(self, format: str, entry: Entry, expert: int, rows: slice) -> Rows:
+        """Rows of an entry (of one expert if it is a stack) in a format."""
+        ...
 
 
 class Encoder:

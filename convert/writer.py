@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ds4mlx.convert.encoder import Encoder, Rows, row_chunks
+from ds4mlx.convert.encoder import RowMaker, Rows, row_chunks
 from ds4mlx.convert.journal import Journal
 from ds4mlx.convert.plan import OutEntry, OutFile, plane_bytes
 from ds4mlx.convert.quantise import Loss
@@ -80,7 +80,7 @@ class FileWriter:
     def __init__(
         self,
         file: OutFile,
-        encoder: Encoder,
+        encoder: RowMaker,
         directory: Path,
         journal: Journal,
         chunk: int,

@@ -23,9 +23,7 @@ def product(stored: str, planes: Planes, x: mx.array) -> mx.array:
     return mx.checkpoint(lambda x: dense.product(stored, planes, x))(x)
 
 
-def gather(
-    stored: str, planes: Planes, x: mx.array, experts: mx.array, ordered: bool
-) -> mx.array:
+def gather(stored: str, planes: Planes, x: mx.array, experts: mx.array, ordered: bool) -> mx.array:
     """`Format.gather`: x (..., 1, in), experts int (...) -> (..., 1, out); `ordered`: they ascend.
 
     Of formats that are decoded, some experts after the other, all rows with each; a row keeps what its

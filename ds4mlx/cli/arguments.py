@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO
 
 import typer
 
@@ -106,6 +106,10 @@ Draft = Annotated[
         max=3,
         help="Have the model's draft block propose up to N tokens a step, while that is faster here.",
     ),
+]
+Adapter = Annotated[
+    Path | None,
+    typer.Option("--adapter", help="A directory with an adapter (LoRA) to use with the model."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
@@ -287,15 +291,17 @@ def open_model(
     dtype: Dtype | None = None,
     *,
     context: int | Length | None = None,
+    adapter: Path | None = None,
 ) -> tuple[network.Model, Tokenizer]:
     """Load a model for the command line: by default in bfloat16, or float32 where MLX has only the CPU.
 
-    context: see `load`.
+    context, adapter: see `load`.
     """
     from ds4mlx.engine.load import load
 
     told = partial(progress, "loading", "files")
-    opened = load(find_model(named), activations(dtype), context=context, on_file=told)
+    options: Any = {"context": context, "adapter": adapter, "on_file": told}
+    opened = load(find_model(named), activations(dtype), **options)
     announce(named)
     return opened
 

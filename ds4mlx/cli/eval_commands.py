@@ -24,6 +24,7 @@ class Part(StrEnum):
 
 def evaluate(
     model: arg.Model = None,
+    adapter: arg.Adapter = None,
     text: Annotated[
         Path | None,
         typer.Option(help="A text to measure the perplexity of; by default held-out Python."),
@@ -83,7 +84,7 @@ def evaluate(
     path = arg.find_model(model)
     directory = ModelDirectory.open(path)
     opened = partial(open_to_measure, dtype=dtype, rounding=rounding)
-    subject = suite.Subject(*opened(path), suite.Sizes(ctx, scale))
+    subject = suite.Subject(*opened(path, adapter=adapter), suite.Sizes(ctx, scale))
     arg.announce(model)
     report = suite.Report(str(path), directory.recipe, dtype, rounding)
     asked = any(option is not None for option in (text, reference, vectors, save_logits))
@@ -100,7 +101,9 @@ def evaluate(
     print(json.dumps(report.as_dict(), indent=1) if as_json else report)
 
 
-def open_to_measure(path: Path, dtype: str, rounding: Literal["official", "none"]):
+def open_to_measure(
+    path: Path, dtype: str, rounding: Literal["official", "none"], adapter: Path | None = None
+):
     """A model to measure; on a CPU its weights are decoded once, if it is small."""
     import mlx.core as mx
 
@@ -108,7 +111,7 @@ def open_to_measure(path: Path, dtype: str, rounding: Literal["official", "none"
     from ds4mlx.evaluation.weights import decode_weights
 
     on_file = partial(progress, "loading", "files")
-    model, tokenizer = load(path, getattr(mx, dtype), rounding, on_file=on_file)
+    model, tokenizer = load(path, getattr(mx, dtype), rounding, adapter=adapter, on_file=on_file)
     if mx.default_device() == mx.cpu:
         decode_weights(model)
     return model, tokenizer

@@ -23,7 +23,7 @@ from ds4mlx.cli.launch import launch
 from ds4mlx.cli.optional import WithOptionalValues
 from ds4mlx.cli.serve import serve
 from ds4mlx.cli.text_commands import chat, generate
-from ds4mlx.cli.weight_commands import convert, imatrix, inspect, verify
+from ds4mlx.cli.weight_commands import convert, imatrix, inspect, merge, verify
 from ds4mlx.engine.machine import mlx_fault
 from ds4mlx.errors import DataError
 
@@ -60,7 +60,7 @@ def options(
     """
 
 
-for command in (generate, chat, convert, verify, inspect, imatrix, bench, synth, doctor):
+for command in (generate, chat, convert, merge, verify, inspect, imatrix, bench, synth, doctor):
     app.command()(debugging.debuggable(command))
 app.command(cls=WithOptionalValues)(debugging.debuggable(serve))
 app.command()(debugging.debuggable(launch))

@@ -17,6 +17,7 @@ MOST_TOGETHER = 8
 
 def serve(
     model: arg.Model = None,
+    adapter: arg.Adapter = None,
     host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
     port: Annotated[
         int, typer.Option(min=0, max=65535, help="The port to listen on; 0 takes a free one.")
@@ -99,7 +100,7 @@ def serve(
     limits = Limits()
     with process.open_socket(host, port) as opened:
         ctx = arg.context(model, ctx, dtype)
-        loaded = arg.open_model(model, dtype, context=ctx)
+        loaded = arg.open_model(model, dtype, context=ctx, adapter=adapter)
         opened_store = arg.open_store(kv_dir, kv, kv_budget, kv_text, loaded, model)
         with steered(loaded[0]), opened_store as store:
             app = create_app(

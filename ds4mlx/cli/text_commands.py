@@ -34,6 +34,7 @@ def generate(
         str | None, typer.Option(help="A file with the prompt; - is standard input.")
     ] = None,
     model: arg.Model = None,
+    adapter: arg.Adapter = None,
     raw: Annotated[
         bool,
         typer.Option("--raw", help="Feed the prompt byte for byte, without the chat encoding."),
@@ -107,7 +108,7 @@ def generate(
 
     with contextlib.ExitStack() as stack:
         log = stack.enter_context(arg.output(logprobs))
-        loaded, tokenizer = arg.open_model(model, context=length)
+        loaded, tokenizer = arg.open_model(model, context=length, adapter=adapter)
         opened = arg.open_store(kv_dir, kv, kv_budget, kv_text, (loaded, tokenizer), model)
         store = stack.enter_context(opened)
         stack.enter_context(steered(loaded))
@@ -133,6 +134,7 @@ def generate(
 
 def chat(
     model: arg.Model = None,
+    adapter: arg.Adapter = None,
     system: arg.System = None,
     think: arg.Think = "high",
     think_budget: arg.ThinkBudget = None,
@@ -165,7 +167,7 @@ def chat(
     from ds4mlx.cli.chat import Chat, interact
     from ds4mlx.engine.conversation import Conversation
 
-    loaded = arg.open_model(model)
+    loaded = arg.open_model(model, adapter=adapter)
     opened = arg.open_store(kv_dir, kv, kv_budget, kv_text, loaded, model)
     with steered(loaded[0]), opened as store:
         conversation = Conversation(*loaded, sampler, think, system, store, think_budget)

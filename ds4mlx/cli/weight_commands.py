@@ -1,4 +1,4 @@
-"""The commands that make and check weights: convert, verify, inspect, imatrix."""
+"""The commands that make and check weights: convert, merge, verify, inspect, imatrix."""
 
 import json
 import sys
@@ -77,6 +77,28 @@ def convert(
         raise typer.Exit(130) from None
     if dry_run:
         print(plan)
+
+
+def merge(
+    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="Directory of the adapter.")],
+    dst: Annotated[Path, typer.Argument(metavar="DST", help="Model directory to write.")],
+    model: arg.Model = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
+) -> None:
+    """Write a model directory with an adapter (LoRA) merged in; goes on where it was interrupted.
+
+    Adapted matrices that are stored as codes become bfloat16; all other weights keep their bytes.
+
+    \b
+    ds4mlx merge adapter ~/models/v4-mine -m ~/models/v4-q2
+    """
+    from ds4mlx.convert import merge as run
+
+    try:
+        run(arg.find_model(model), adapter, dst, overwrite=overwrite)
+    except KeyboardInterrupt:
+        print(GOES_ON, file=sys.stderr)
+        raise typer.Exit(130) from None
 
 
 def verify(

@@ -9,15 +9,16 @@ import mlx.core as mx
 from ds4mlx.config import ModelConfig
 from ds4mlx.custom_kernels import dispatch
 from ds4mlx.custom_kernels.first_use import prepare
-from ds4mlx.engine import room
+from ds4mlx.engine import adapters, room
 from ds4mlx.engine.chat_tokenizer import ChatTokenizer
 from ds4mlx.engine.default_model import default_model
 from ds4mlx.errors import DataError
-from ds4mlx.model.linear import Matrix
+from ds4mlx.model.linear import Matrix, shapes
 from ds4mlx.model.model import Model
 from ds4mlx.state.blank import fill_blank
 from ds4mlx.state.rounding import Rounding
 from ds4mlx.text.tokenizer import Tokenizer
+from ds4mlx.weights.adapter import read_adapter
 from ds4mlx.weights.directory import GGUF_RECIPE, MANIFEST, ModelDirectory
 from ds4mlx.weights.hub import Repository, may_be_repository
 
@@ -30,6 +31,7 @@ def load(
     rounding: Rounding = "official",
     *,
     context: int | Length | None = None,
+    adapter: str | Path | None = None,
     on_file: Callable[[int, int], None] | None = None,
 ) -> tuple[Model, Tokenizer]:
     """Load a converted model and its tokenizer.
@@ -39,11 +41,13 @@ def load(
     dtype: activation type, bfloat16 or (for checks) float32; weights stay as stored.
     rounding: "official" gives KV rows and the indexer the model's own FP8/FP4 values, "none" does
     not round. context: how many tokens the memory has to take, or what says it once the tokenizer is
-    there; without it, those of one chunk of a prompt. on_file: told (files read, files in all) after
+    there; without it, those of one chunk of a prompt. adapter: a directory with adapters for the
+    model, see `load_adapter` in `ds4mlx.research`. on_file: told (files read, files in all) after
     each weight file.
     Raises DataError if the directory is incomplete or does not fit its configuration, and before any
-    weight is read if the memory cannot take the model and the context: see `engine/room.py`. The
-    first time on a machine, the kernels that the model uses are compared with plain operations.
+    weight is read if the adapters are not the model's, or if the memory cannot take the model and the
+    context: see `engine/room.py`. The first time on a machine, the kernels that the model uses are
+    compared with plain operations.
     """
     if rounding not in ("official", "none"):
         raise DataError(f"rounding must be 'official' or 'none', not {rounding!r}")
@@ -58,10 +62,13 @@ def load(
     for name, module in model.named_modules():
         if isinstance(module, Matrix):
             module.store(directory.formats[name])
+    adapted = None if adapter is None else read_adapter(adapter, shapes(model))
     if directory.recipe == GGUF_RECIPE:
         model.settle_ties()
     raise_wired_limit()
     model.load_weights(list(_read_all(directory, on_file).items()))
+    if adapted is not None:
+        adapters.attach(model, adapted)
     model.eval()
     model.identity = directory.manifest["checksum"]
     prepare(partial(_build, model))

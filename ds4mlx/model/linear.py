@@ -16,6 +16,7 @@ from ds4mlx.custom_kernels.products.dense import product
 from ds4mlx.custom_kernels.products.experts import Operand
 from ds4mlx.formats import FORMATS
 from ds4mlx.model.module import Module
+from ds4mlx.state.kind import digest
 
 
 class Matrix(Module):
@@ -68,7 +69,7 @@ class Projection(Matrix):
     one adapter.
     """
 
-    scale = 0.0  # of the adapter
+    scale = dropout = 0.0  # of the adapter
 
     def to_lora(self, r: int = 8, scale: float = 20.0, dropout: float = 0.0) -> Self:
         """Have an adapter of rank `r` from now on, which adds nothing yet; frozen is what was before.
@@ -81,25 +82,26 @@ class Projection(Matrix):
         spread = 1 / math.sqrt(columns)
         self.lora_a = mx.random.uniform(-spread, spread, (columns, r))
         self.lora_b = mx.zeros((r, rows))
-        self.scale, self.dropout = scale, nn.Dropout(dropout)
-        self.dropout.train(self.training)
+        self.scale, self.dropout = scale, dropout
         return self
+
+    def drop_lora(self) -> None:
+        """Have no adapter any more."""
+        del self["lora_a"], self["lora_b"]
 
     @property
     def adapted(self) -> bool:
         """Whether there is an adapter."""
         return "lora_a" in self
 
-    def delta(self) -> mx.array:
-        """What the adapter adds to the weight, float32 (out, in), of a stack to each expert."""
-        product = self.lora_a.astype(mx.float32) @ self.lora_b.astype(mx.float32)
-        return self.scale * product.T
-
     def adjusted(self, out: mx.array, x: mx.array) -> mx.array:
         """The product `out` (..., out) of x (..., in), with what the adapter adds to it."""
         if not self.adapted:
             return out
-        return out + (self.scale * self.raised(self.dropout(x) @ self.lora_a)).astype(out.dtype)
+        if self.training and self.dropout:
+            kept = 1 - self.dropout
+            x = x * mx.random.bernoulli(kept, x.shape) / kept
+        return out + (self.scale * self.raised(x @ self.lora_a)).astype(out.dtype)
 
     def raised(self, low: mx.array) -> mx.array:
         """What lora_b makes of (..., rank)."""
@@ -173,3 +175,22 @@ class RMSNorm(Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         return rms_norm(x, self.weight, self.eps)
+
+
+def projections(model: nn.Module) -> dict[str, Projection]:
+    """The matrices of a model that can have an adapter, by name."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, Projection)}
+
+
+def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Their shapes."""
+    return {name: matrix.shape for name, matrix in projections(model).items()}
+
+
+def digest_of_adapters(model: nn.Module) -> str | None:
+    """A name for the adapters of a model, None where there are none."""
+    found = {n: m for n, m in sorted(projections(model).items()) if m.adapted}
+    parts = {f"{n} {m.scale}": (m.lora_a, m.lora_b) for n, m in found.items()}
+    return (
+        digest((name, array) for name, pair in parts.items() for array in pair) if parts else None
+    )

@@ -24,7 +24,7 @@ from ds4mlx.model.fused.choice import MOST_STEPPED, takes
 from ds4mlx.model.fused.step import TracedStep, step_outputs
 from ds4mlx.model.hyper import HyperHead
 from ds4mlx.model.inputs import Cache, Inputs, Tokens, read_states, read_tokens
-from ds4mlx.model.linear import Embedding, Linear, RMSNorm
+from ds4mlx.model.linear import Embedding, Linear, RMSNorm, digest_of_adapters
 from ds4mlx.model.module import Module
 from ds4mlx.model.pace import Pace
 from ds4mlx.model.rope import rotary_tables
@@ -253,9 +253,13 @@ class Model(Module):
 
     @property
     def kind(self) -> StateKind:
-        """What its decode states are states of; weights without an identity are read for a name."""
+        """What its decode states are states of; weights without an identity are read for a name, and
+        so are adapters."""
         parameters: Any = tree_flatten(self.parameters())
-        return StateKind(self.args, self.dtype, self.rounding, self.identity or digest(parameters))
+        weights = self.identity or digest(parameters)
+        if adapters := digest_of_adapters(self):
+            weights += f" {adapters}"
+        return StateKind(self.args, self.dtype, self.rounding, weights)
 
     @property
     def state_form(self) -> StateForm:

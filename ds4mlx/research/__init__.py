@@ -1,5 +1,6 @@
 """Looking into a running model and reaching into it, by the names of its quantities."""
 
+from ds4mlx.engine.adapters import add_lora, load_adapter, remove_lora, save_adapter
 from ds4mlx.research.dictionary import Dictionary
 from ds4mlx.research.directions import find_steering, separation
 from ds4mlx.research.edits import (
@@ -33,15 +34,19 @@ __all__ = [
     "ablate",
     "ablate_experts",
     "add",
+    "add_lora",
     "at",
     "find_steering",
     "forbid_experts",
     "force_experts",
     "force_rows",
     "hide_rows",
+    "load_adapter",
     "load_steering",
     "patch",
     "project_out",
+    "remove_lora",
+    "save_adapter",
     "save_steering",
     "scale",
     "separation",
