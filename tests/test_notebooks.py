@@ -13,6 +13,7 @@ QUICK = {
     "01_convert_and_generate": "TOKENS = 4",
     "02_two_bits": "TOKENS, LAYERS = 24, 1",
     "03_kv_state": "LINES = 250",
+    "04_steering": "STEPS, TOKENS = 3, 2",
 }
 
 
