@@ -21,7 +21,7 @@ BESIDE = {
     "tests/": "the suite; faults/ seeds mistakes, metalsim/ runs Metal text on a CPU",
     "oracle/": "checkpoints to test with, and a NumPy model of the same definition",
     "benchmarks/": "scripts that measure, and the numbers they gave, with the device",
-    "notebooks/": "three to read in order, with their plots",
+    "notebooks/": "to read in order, with their plots",
     "train/": "makes the embedded model (PyTorch, one NVIDIA GPU)",
     "docs/": "one short page a task",
 }

@@ -88,6 +88,21 @@ def test_examples_run(page, embedded_dir, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+FIRST_STEPS = (
+    'trace("layers.3.streams")',
+    'trace("layers.3.ffn.router")',
+    "ablate_experts(0)",
+    "mx.grad(score)",
+)
+
+
+@pytest.mark.parametrize("step", FIRST_STEPS)
+def test_what_a_researcher_does_first_takes_six_lines(step):
+    """The streams of a layer, a router's choices, an expert less, a gradient; they run with their page."""
+    found = [block for block in blocks(ROOT / "docs/research.md", "python") if step in block]
+    assert found and len([line for line in found[0].splitlines() if line.strip()]) <= 6
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page):
     text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)

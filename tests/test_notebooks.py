@@ -13,8 +13,21 @@ QUICK = {
     "01_convert_and_generate": "TOKENS = 4",
     "02_two_bits": "TOKENS, LAYERS = 24, 1",
     "03_kv_state": "LINES = 250",
-    "04_steering": "STEPS, TOKENS = 3, 2",
+    "04_logit_lens": "TOKENS = 20",
+    "05_experts": "TOKENS = 40",
+    "06_indexer": "LETTERS, ASKED = 60, range(1)",
+    "07_patching": "LETTERS, LAST = 60, 1",
+    "08_steering": "STEPS, TOKENS = 3, 2",
 }
+
+
+# Those that every run of the suite executes; the nightly one executes all.
+FAST = ("01_convert_and_generate", "06_indexer")
+
+
+def marked(path):
+    marks = () if path.stem in FAST else pytest.mark.slow
+    return pytest.param(path, marks=marks, id=path.stem)
 
 
 def pictures(cell):
@@ -22,7 +35,7 @@ def pictures(cell):
     return [o.data["image/png"] for o in outputs if "image/png" in o.get("data", {})]
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [marked(path) for path in NOTEBOOKS])
 def test_runs_without_a_warning(path, embedded_dir, tmp_path, monkeypatch):
     monkeypatch.setenv("DS4MLX_MODEL", str(embedded_dir))
     notebook = nbformat.read(path, 4)
