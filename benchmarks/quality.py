@@ -13,27 +13,28 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
+from calibration import collected, opened
 from device import device
-from training_text import write_prompts
 
-from ds4mlx.cli.eval_commands import open_to_measure
 from ds4mlx.convert import convert, inspect
 from ds4mlx.engine.default_model import EMBEDDED
 from ds4mlx.evaluation import suite
 from ds4mlx.evaluation.agreement import save_logits
 from ds4mlx.evaluation.strawmen import BITS_PER_WEIGHT, experts_affine, others_affine
-from ds4mlx.imatrix.collect import collect
 from ds4mlx.model.model import Model
 from ds4mlx.weights.directory import ModelDirectory
 
 RESULTS = Path(__file__).parent / "results" / "quality_cpu.json"
 RECIPES = ("f32", "official", "q4", "q2-q4", "q2")
-STEERED = "q2 with importance"
+STEERED, MOMENTS = "q2 with importances", "q2 with moments"
+CALIBRATED = (STEERED, MOMENTS, f"{MOMENTS}, down per expert")
 # name -> (the conversion it starts from, what is done to it in memory)
 STRAWMEN: dict[str, tuple[str, Callable[[Model], set[str]]]] = {
     "everything at 2 bits": (STEERED, others_affine),
     "experts in affine 2 bits": ("official", experts_affine),
 }
+
+NAMES = (*RECIPES, *CALIBRATED, *STRAWMEN)
 
 
 def main() -> None:
@@ -49,7 +50,7 @@ def main() -> None:
     }
     result = kept(arguments.results, run)
     sizes = suite.Sizes(arguments.ctx, arguments.scale)
-    for name in (*RECIPES, STEERED, *STRAWMEN):
+    for name in NAMES:
         if name not in result["rows"]:
             result["rows"][name] = measure(name, source, sizes)
             arguments.results.write_text(json.dumps(result, indent=1) + "\n")
@@ -90,23 +91,19 @@ class ModelSource:
 
     def directory(self, name: str) -> Path:
         """A recipe's model directory."""
-        path = self.work / name.replace(" ", "-")
-        steered = name == STEERED
-        convert(
-            self.source,
-            path,
-            name.split()[0],
-            imatrix=self.importance() if steered else None,
-        )
+        path = self.work / name.replace(" ", "-").replace(",", "")
+        importance, moments = self.calibrated(name)
+        convert(self.source, path, name.split()[0], imatrix=importance, moments=moments)
         return path
 
-    def importance(self) -> Path:
-        """Importances collected on text like the training's."""
-        prompts, output = self.work / "prompts.jsonl", self.work / "importance.gguf"
-        official = self.directory("official")
-        write_prompts(prompts)
-        collect(official, prompts, output, lambda: opened(official)[0])
-        return output
+    def calibrated(self, name: str) -> tuple[Path | None, Path | None]:
+        """The importances and second moments that steer a conversion."""
+        if name not in CALIBRATED:
+            return None, None
+        found = collected(self.directory("official"), self.work)
+        if name == STEERED:
+            return found.importance, None
+        return found.importance, found.moments if name == MOMENTS else found.per_expert
 
     def logits(self, sizes: suite.Sizes) -> Path:
         """The f32 recipe's logits on held-out text."""
@@ -115,10 +112,6 @@ class ModelSource:
             subject = suite.Subject(*opened(self.directory("f32")), sizes)
             save_logits(subject.model, subject.sequences(None), path)
         return path
-
-
-def opened(path: Path):
-    return open_to_measure(path, "float32", "official")
 
 
 def measure(name: str, source: ModelSource, sizes: suite.Sizes) -> dict:
@@ -156,7 +149,7 @@ def markdown(result: dict) -> str:
     heads += ["recall just beyond the window", "recall among 1,000+ CSA rows"]
     heads += ["valid tool calls", "right tool calls"]
     lines = [f"| {' | '.join(heads)} |", f"| {' | '.join(['---'] * len(heads))} |"]
-    lines += [f"| {' | '.join(cells(name, row))} |" for name, row in result["rows"].items()]
+    lines += [f"| {' | '.join(cells(name, result['rows'][name]))} |" for name in NAMES]
     counts = next(iter(result["rows"].values()))
     tokens, answers = counts["agreement"][0]["kl"]["count"], counts["tool_calls"][0]["valid"]
     near, far = recall(counts)
@@ -176,7 +169,7 @@ def cells(name: str, row: dict) -> list[str]:
         f"`{name}`" if name in RECIPES else name,
         f"{row['bytes'] / 1e6:.2f}",
         f"{row['bits_per_weight']:.2f}",
-        f"{agreement['kl']['value']:.2g}",
+        f"{agreement['kl']['value']:.3g}",
         f"{agreement['top1']['value']:.1%}",
         f"{row['perplexity']['perplexity']:.3f}",
         *(f"{share['value']:.0%}" if share["count"] else "-" for share in (near, far)),

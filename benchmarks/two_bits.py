@@ -16,19 +16,15 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
+from calibration import Calibration, collected, opened
 from device import device
-from quality import opened
-from safetensors.numpy import load_file
-from training_text import write_prompts
 
 from ds4mlx.convert import convert
-from ds4mlx.convert.moments import write_moments
 from ds4mlx.engine.default_model import EMBEDDED
 from ds4mlx.evaluation.agreement import divergence
 from ds4mlx.evaluation.held_out import held_out_texts
 from ds4mlx.evaluation.scoring import logit_blocks
-from ds4mlx.imatrix.collect import collect
-from ds4mlx.weights.tensor_file import TensorFile
+from ds4mlx.model.model import Model
 
 HERE = Path(__file__).parent
 RESULTS, BEFORE = HERE / "results" / "two_bits.json", HERE / "results" / "two_bits_before.json"
@@ -51,29 +47,18 @@ class Bench:
         convert(self.source, path, recipe, **options)
         return path
 
-    def collected(self) -> tuple[Path, Path]:
-        """Importances and moments, also each expert's, of text like the training's."""
-        prompts, official = self.work / "prompts.jsonl", self.converted("official", "official")
-        if not prompts.exists():
-            write_prompts(prompts)
-        paths = self.work / "importance.gguf", self.work / "moments.safetensors"
-        collect(
-            official,
-            prompts,
-            paths[0],
-            lambda: opened(official)[0],
-            moments=paths[1],
-            per_expert=True,
-        )
-        return paths
+    @cached_property
+    def calibration(self) -> Calibration:
+        """Importances and moments of text like the training's."""
+        return collected(self.converted("official", "official"), self.work)
 
     def variant(self, name: str) -> Path:
         """The conversion of that name."""
-        importance, moments = self.collected()
-        if name == MOMENTS:
-            moments = without_down(moments)
-        steered = {"moments": moments} if "moments" in name else {}
-        return self.converted(name, name.split()[0], imatrix=importance, **steered)
+        found, moments = self.calibration, None
+        if "moments" in name:
+            moments = found.per_expert if "per expert" in name else found.moments
+        recipe = name.split()[0]
+        return self.converted(name, recipe, imatrix=found.importance, moments=moments)
 
     @cached_property
     def texts(self) -> dict[str, list[list[int]]]:
@@ -99,34 +84,35 @@ class Bench:
         """Float32 (tokens, vocabulary) by sequence, kept beside the directory."""
         kept = directory.with_suffix(".npz")
         if not kept.exists():
-            model = opened(directory)[0]
-            found = {
-                f"{name}{n}": np.concatenate([np.array(b) for _, b in logit_blocks(model, ids)])
-                for name, sequences in self.texts.items()
-                for n, ids in enumerate(sequences)
-            }
-            np.savez(kept, **found)
+            np.savez(kept, **self.logits_of(opened(directory)[0]))
         with np.load(kept) as stored:
             return dict(stored)
 
+    def logits_of(self, model: Model) -> dict[str, np.ndarray]:
+        """The same of a model in memory."""
+        return {
+            f"{name}{n}": np.concatenate([np.array(b) for _, b in logit_blocks(model, ids)])
+            for name, sequences in self.texts.items()
+            for n, ids in enumerate(sequences)
+        }
+
     def blocks(self, directory: Path) -> dict[str, list[float]]:
         """Mean KL to f32 of every block of 64 tokens, by text; what is left of a text is left out."""
-        found: dict[str, list[float]] = {}
-        for key, logits in self.logits(directory).items():
-            kl, _ = divergence(mx.array(self.reference[key]), mx.array(logits))
-            whole = kl[: len(kl) // BLOCK * BLOCK].reshape(-1, BLOCK).mean(-1)
-            found.setdefault(key[0], []).extend(float(f"{each:.6g}") for each in whole)
-        return found
+        return self.blocks_of(self.logits(directory))
+
+    def blocks_of(self, found: dict[str, np.ndarray]) -> dict[str, list[float]]:
+        """The same of logits by sequence."""
+        blocks: dict[str, list[float]] = {}
+        for key, logits in found.items():
+            blocks.setdefault(key[0], []).extend(kl_blocks(self.reference[key], logits))
+        return blocks
 
 
-def without_down(path: Path) -> Path:
-    """The moments that a collection of one matrix a layer would have written."""
-    arrays = {name: each for name, each in load_file(path).items() if not name.endswith(".w2")}
-    target = path.with_name("moments-a-layer.safetensors")
-    if not target.exists():
-        tokens = int(TensorFile(path).metadata["tokens"])
-        write_moments(target, dict(sorted(arrays.items())), tokens, "without down")
-    return target
+def kl_blocks(reference: np.ndarray, logits: np.ndarray) -> list[float]:
+    """Mean KL of every whole block of 64 tokens, from logits (tokens, vocabulary)."""
+    kl, _ = divergence(mx.array(reference), mx.array(logits))
+    whole = kl[: len(kl) // BLOCK * BLOCK].reshape(-1, BLOCK).mean(-1)
+    return [float(f"{each:.6g}") for each in whole]
 
 
 def main() -> None:

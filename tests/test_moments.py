@@ -19,11 +19,13 @@ from steering import InterruptAt
 
 from ds4mlx import DataError
 from ds4mlx.cli.main import run
+from ds4mlx.config import ModelConfig
 from ds4mlx.convert import convert, feedback, verify
 from ds4mlx.convert.importance import Importance
 from ds4mlx.convert.moments import ENOUGH
 from ds4mlx.engine import machine
 from ds4mlx.imatrix.recorder import MomentRecorder
+from ds4mlx.imatrix.second_moments import MomentsFile
 from ds4mlx.weights.directory import MANIFEST
 
 TEXT = "The quick brown fox jumps over the lazy dog, and then it rests. " * 2
@@ -96,6 +98,16 @@ def test_they_agree_with_the_importances(whole, prompts, stored_model):
         np.testing.assert_allclose(diagonal[met], (down * counts)[met], rtol=1e-4, atol=1e-7)
         assert np.abs(w1 - w1.T).max() < 1e-3 * np.abs(w1).max()
         assert np.linalg.eigvalsh(w1.astype(np.float64))[0] > -1e-3 * np.abs(w1).max()
+
+
+def test_each_experts_own_where_they_are_small(stored_model, tmp_path):
+    """Unless told otherwise: of a small model, and not of Flash, where they are 185 GB."""
+
+    def own(config, told=None):
+        return MomentsFile.wanted(tmp_path / "second", tmp_path / "out", config, told).per_expert
+
+    assert own(stored_model.args) and not own(ModelConfig())
+    assert own(ModelConfig(), True) and not own(stored_model.args, False)
 
 
 @pytest.mark.parametrize("tenth", [3, 6, 9])

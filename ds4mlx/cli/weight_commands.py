@@ -169,8 +169,9 @@ def imatrix(
         Path | None, typer.Option(help="Also write second moments here, for convert --moments.")
     ] = None,
     per_expert: Annotated[
-        bool, typer.Option("--per-expert", help="In them, also each expert's own for down.")
-    ] = False,
+        bool | None,
+        typer.Option(help="In them, also each expert's own for down; default: if at most 4 GiB."),
+    ] = None,
     ctx: Annotated[
         int | None,
         typer.Option(min=2, help="Longest sequence, in tokens; default: text 512, .jsonl 4096."),
@@ -189,7 +190,7 @@ def imatrix(
     """
     from ds4mlx.imatrix.collect import collect
 
-    if per_expert and moments is None:
+    if per_expert is not None and moments is None:
         raise typer.BadParameter("is a part of --moments", param_hint="--per-expert")
     try:
         path = arg.find_model(model)

@@ -66,7 +66,7 @@ def collect(
     load_model: Callable[[], Model],
     *,
     moments: Path | None = None,
-    per_expert: bool = False,
+    per_expert: bool | None = None,
     length: int | None = None,
     max_tokens: int | None = None,
     overwrite: bool = False,
@@ -77,9 +77,9 @@ def collect(
     """Write the imatrix `output` of the model in `directory`; None if it was there already.
 
     load_model: gives that model, once everything else has been checked. moments: where to write
-    second moments of the same run; per_expert: also each expert's own for down. prompts, length, max_tokens:
-    see `read_sequences`. overwrite: replace a file, or an unfinished run, of another model, prompts
-    or options. step: tokens that are fed at a time.
+    second moments of the same run; per_expert: also each expert's own for down, None for where those
+    take little room. prompts, length, max_tokens: see `read_sequences`. overwrite: replace a file, or
+    an unfinished run, of another model, prompts or options. step: tokens that are fed at a time.
     The output is written whole or not at all. Until then `OUTPUT.partial` holds what was saved, and
     the same call goes on from there. Raises DataError naming the file at fault.
     """

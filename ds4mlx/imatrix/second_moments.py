@@ -1,5 +1,6 @@
 """The file of second moments that a collection writes beside its importances, if one is wanted."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from ds4mlx.imatrix.running_sums import Place, RunningSums
 from ds4mlx.model.model import Model
 
 NEW = ".new"
+# Bytes of each expert's own moments that are summed unless told otherwise.
+AFFORDABLE = 4 << 30
 
 
 @dataclass(frozen=True)
@@ -27,11 +30,13 @@ class MomentsFile:
 
     @classmethod
     def wanted(
-        cls, path: Path | None, output: Path, config: ModelConfig, per_expert: bool
+        cls, path: Path | None, output: Path, config: ModelConfig, per_expert: bool | None
     ) -> "MomentsFile":
-        """Raises DataError if both results would be one file."""
+        """per_expert: None for where they are small. Raises DataError if both results are one file."""
         if path is not None and path.resolve() == output.resolve():
             raise DataError(f"{path}: importances and second moments need a file each")
+        if per_expert is None:
+            per_expert = nbytes(config, True) - nbytes(config, False) <= AFFORDABLE
         return cls(path, config, per_expert)
 
     @property
@@ -61,10 +66,9 @@ class MomentsFile:
 
     def check_fits(self) -> None:
         """DataError if the sums do not fit into the memory, once in all and once for a sequence."""
-        shapes = moments.tensor_shapes(self.config, self.per_expert)
         if self.path is not None:
-            needed = sum(4 * int(np.prod(shape)) for shape in shapes.values())
-            machine.check_fits(f"{self.path}: summing second moments", 2 * needed)
+            needed = 2 * nbytes(self.config, self.per_expert)
+            machine.check_fits(f"{self.path}: summing second moments", needed)
 
     def write(self, sums: RunningSums, model: Model, tokens: int, run: str) -> None:
         """Write the file, whole or not at all."""
@@ -82,3 +86,9 @@ class MomentsFile:
                 arrays[name] = found if what == "w2" else found[0]
         with replacing(self.path, self.path.with_name(self.path.name + NEW)) as new:
             moments.write_moments(new, arrays, tokens, run)
+
+
+def nbytes(config: ModelConfig, per_expert: bool) -> int:
+    """Of a file's tensors."""
+    shapes = moments.tensor_shapes(config, per_expert).values()
+    return sum(4 * math.prod(shape) for shape in shapes)
