@@ -26,7 +26,7 @@ File = Annotated[
     typer.Option(
         "--steer",
         metavar="FILE",
-        help="Change the model by the directions in a file: see research.md.",
+        help="Steer the model by the directions in a file: our own, ds4's or llama.cpp's.",
     ),
 ]
 Scale = Annotated[
