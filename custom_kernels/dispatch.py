@@ -123,6 +123,14 @@ def active(x: mx.array, *kernels: str, dtype: mx.Dtype | None = None) -> bool:
     return self_check.good(where, kernels, dtype)
 
 
+def made_up(count: int) -> int:
+    """The least power of two that is not below a number of tokens, for which a text is compiled.
+
+    A server's sequences come and go, and compiling for every number of them would keep all waiting.
+    """
+    return 1 << (count - 1).bit_length()
+
+
 def most_tokens(elements: int) -> int:
     """Tokens that one launch may take, if each has so many elements in the largest array."""
     return max(1, min(MOST_GROUPS, MOST_ELEMENTS // elements))

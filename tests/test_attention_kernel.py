@@ -25,6 +25,7 @@ from ds4mlx.custom_kernels.layer import attention
 from ds4mlx.custom_kernels.layer.buffers import Grown, Recent
 from ds4mlx.custom_kernels.layer.plain import rms_norm, rotate
 from ds4mlx.custom_kernels.layer.sink import sink_attention
+from ds4mlx.custom_kernels.products.columns import whole
 from ds4mlx.state.row_forms import StateForm, forms
 
 
@@ -58,8 +59,9 @@ def test_without_kernels_it_is_what_the_modules_do(rounding, dtype, ratio, posit
     rows = Grown(made[: done + 1], made[done:]) if ratio else None
     angles = mx.random.normal((4, 2, rope // 2), key=mx.random.key(5))
     place = mx.array([position, settled, *[done if ratio == r else 0 for r in (4, 128)], *[0] * 4])
-    got = attention.attention(
-        *(q[0], sink, window, rows, None, place.astype(mx.int32), angles),
+    read = attention.Read(window, rows, None, place.astype(mx.int32))
+    (got,) = attention.attention(
+        *(whole(q.reshape(1, -1)), sink, [read], angles[None]),
         ratio=ratio,
         before=before,
         form=form,
@@ -88,23 +90,24 @@ def test_nan_reaches_the_heads_it_belongs_to(where, heads, coded):
     arrays, options = cases.operands(4, cases.TINY, token, form, mx.bfloat16)
     nothing = form.pack(mx.full((128,), mx.nan, dtype=mx.bfloat16))
     if where == "q":
-        arrays[0][2, 70] = mx.nan
+        arrays[0].array[1, 4 + 2 * 128 + 70] = mx.nan
     elif where == "sink":
         arrays[1][2] = mx.nan
     elif where == "window":
-        arrays[2].tail[3] = nothing
+        arrays[2][1].window.tail[3] = nothing
     else:
-        arrays[3].full[11] = nothing
+        arrays[2][1].rows.full[11] = nothing
     with on_metal():
-        got = mx.isnan(attention.by_kernel(*arrays, **options)).all(axis=1)
-    assert got.tolist() == mx.isnan(attention.plain(*arrays, **options)).all(axis=1).tolist()
-    assert got.sum().item() == heads
+        got = mx.isnan(attention.by_kernel(*arrays, **options)).all(axis=2)
+    assert got.tolist() == mx.isnan(attention.plain(*arrays, **options)).all(axis=2).tolist()
+    assert got[1].sum().item() == heads
+    assert where != "q" or not got[0].any()
 
 
 def test_what_the_kernels_take():
     def taken(width=128, rope=64, ratio=0, rows=None, dtype=mx.bfloat16, kind=None, of=None):
         form, _ = forms(width, 128, rope, kind or dtype, kind is None)
-        q, angles = mx.zeros((2, of or width)), mx.zeros((4, 2, rope // 2))
+        q, angles = whole(mx.zeros((1, 2 * (of or width)))), mx.zeros((1, 4, 2, rope // 2))
         options = {"ratio": ratio, "layout": form.layout, "dtype": dtype}
         with on_metal(), dispatch.kernels():
             return attention.takes(q, rows, angles, **options)
@@ -145,6 +148,8 @@ FAULTS = [
         "kept[group] = keeps;",
     ),
     ("attention_merge", of(0, Token(0)), "exp(bias - top)", "0.0f"),
+    ("attention_merge", of(4, FAR), "parts = shares1;", ";"),
+    ("attention_share", of(4, FAR), "products + number * ALL", "products"),
     ("attention_merge", of(4, FAR), "simd_shuffle(sum, s) != 0", "s > 1"),
     ("attention_merge", of(4, FAR), "-1.0f);\n", "1.0f);\n"),
     ("attention_merge", of(4, FAR), f"out4);\n    {BARRIER}", "out4);"),
@@ -165,5 +170,5 @@ def test_texts_keep_apples_rules():
     with handed_to_metal() as handed:
         of(4, CHOSEN)()
         of(0, NEAR, False, mx.float32, Sizes(3, 256, 36))()
-    assert len(handed) == 4
+    assert len(handed) == 6
     assert check(*(launch for _, launch in handed)) == []

@@ -62,13 +62,13 @@ def test_nan_stays_where_it_belongs(kind, dtype):
     """In the results of one row of activations, or of one row of the matrix; in idle lanes nowhere."""
     planes, x = random_planes(kind, (7, 96), 1), np.array(normal((3, 96), F32, 2))
     x[1, 95] = np.nan
-    (got,) = dense_matvec.by_kernel([(kind, planes)], mx.array(x).astype(dtype))
+    got = dense_matvec.by_kernel([(kind, planes)], mx.array(x).astype(dtype))
     assert np.isnan(np.array(got)).tolist() == [[row == 1] * 7 for row in range(3)]
     plane = {"mxfp8": "scales", "q8_0": "d"}.get(kind, "weight")
     spoilt = np.array(planes[plane].astype(F32))
     spoilt[4, -1] = 255 if kind == "mxfp8" else np.nan
     planes = {**planes, plane: mx.array(spoilt).astype(planes[plane].dtype)}
-    (got,) = dense_matvec.by_kernel([(kind, planes)], normal((3, 96), dtype, 2))
+    got = dense_matvec.by_kernel([(kind, planes)], normal((3, 96), dtype, 2))
     assert np.isnan(np.array(got)).tolist() == [[row == 4 for row in range(7)]] * 3
 
 
@@ -76,7 +76,7 @@ def test_nan_stays_where_it_belongs(kind, dtype):
 def test_nan_stays_where_it_belongs_in_tiles(kind, tiled):
     planes, x = random_planes(kind, (19, 128), 1), np.array(normal((3, 128), F32, 2))
     x[1, 95] = np.nan
-    (got,) = dense_matvec.by_kernel([(kind, planes)], mx.array(x).astype(BF16))
+    got = dense_matvec.by_kernel([(kind, planes)], mx.array(x).astype(BF16))
     assert np.isnan(np.array(got)).tolist() == [[row == 1] * 19 for row in range(3)]
 
 
@@ -122,9 +122,8 @@ def test_both_ways_through_one_function():
     kernel = dense_matvec.dense_matvec(matrices, x, BF16)
     with dispatch.plain_operations():
         plain = dense_matvec.dense_matvec(matrices, x, BF16)
-    for got, want in zip(kernel, plain, strict=True):
-        assert got.shape == want.shape == (3, 2, 3) and got.dtype == want.dtype == BF16
-        assert mx.allclose(got, want, rtol=1e-2, atol=1e-2)
+    assert kernel.shape == plain.shape == (3, 12) and kernel.dtype == plain.dtype == BF16
+    assert mx.allclose(kernel, plain, rtol=1e-2, atol=1e-2)
 
 
 def of(kind, tokens=3, columns=352, dtype=F32, **options):
@@ -139,9 +138,9 @@ FAULTS = [
     ("dense_matvec_q8_0", of("q8_0", dtype=BF16), "codes(w >> 8)", "codes(w >> 4)"),
     ("dense_matvec_bf16", of("bf16"), "word(p, 2 * i + 1)", "word(p, 2 * i)"),
     ("dense_matvec_bf16", of("bf16"), "at -= parts * groups", "at -= parts - 1"),
-    ("dense_matvec_f16", of("f16"), "at + t * stride", "at"),
+    ("dense_matvec_f16", of("f16"), "min(uint(t), tokens - 1) * stride", "0"),
     ("dense_matvec_f16", of("f16"), "simd_shuffle_xor(other, 1u << s)", "other"),
-    ("dense_matvec_f32", many, "row0 + r < rows)", "true)"),
+    ("dense_matvec_f32", many, "t < tokens && row0 + r < rows)", "true)"),
     ("dense_matvec_f32", of("f32"), "c0 + 32 * u <= last ? scale[u][r] * sum[r][t]", "true ? 1.0f"),
 ]
 

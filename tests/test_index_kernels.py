@@ -14,6 +14,7 @@ from ds4mlx.custom_kernels.cases.base import TOLERANCE, normal
 from ds4mlx.custom_kernels.layer import index_scores, index_select
 from ds4mlx.custom_kernels.layer.buffers import Grown
 from ds4mlx.custom_kernels.layer.row_layout import RowLayout
+from ds4mlx.custom_kernels.products.columns import whole
 from ds4mlx.model.indexer import Indexer
 from ds4mlx.state.rounding import spread_index
 from ds4mlx.state.row_forms import StateForm
@@ -49,7 +50,8 @@ def test_scores_without_kernels_are_the_modules(dtype, rounding):
     full = mx.concatenate([packed[:21], packed[:11]])
     rows = Grown(full, mx.concatenate([packed[21:], packed[:1]]))
     got = index_scores.index_scores(
-        *(q.astype(mx.float32).flatten(), weights[0], rows, cases.place_of(150, 21), angles),
+        *(whole(q.astype(mx.float32).reshape(1, -1)), whole(weights), rows),
+        *(cases.place_of(150, 21), angles[None]),
         heads=heads,
         form=form,
         spread=rounding == "official",
@@ -76,14 +78,15 @@ def test_nan_reaches_the_scores_it_belongs_to(kind, where):
     if kind == "index":
         layout = RowLayout("index", 32, 5, mx.uint32)
     full, tail = cases.rows_of(layout, (16, 8))
-    q, weights = normal((64,), mx.float32, 1), normal((2,), mx.float32, 2)
+    q, weights = normal((1, 64), mx.float32, 1), normal((1, 2), mx.float32, 2)
     if where == "query":
-        q[40] = mx.nan
+        q[0, 40] = mx.nan
     elif where == "weight":
-        weights[1] = mx.inf * 0
+        weights[0, 1] = mx.inf * 0
     else:
         full[3] = mx.array(0x7F7F7F7F, mx.uint32) if kind == "index" else mx.nan
-    operands = q, weights, Grown(full, tail), cases.place_of(87, 16), cases.angles_of(8, 87)
+    operands = whole(q), whole(weights), Grown(full, tail), cases.place_of(87, 16)
+    operands += (cases.angles_of(8, 87)[None],)
     with on_metal():
         scores = index_scores.by_kernel(*operands, heads=2, layout=layout, dtype=mx.float32)
     spoilt = np.isnan(np.array(scores))

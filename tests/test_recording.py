@@ -10,6 +10,7 @@ from ds4mlx.custom_kernels.layer import index_scores, index_select
 from ds4mlx.custom_kernels.layer.buffers import Grown
 from ds4mlx.custom_kernels.layer.row_layout import RowLayout
 from ds4mlx.custom_kernels.products import experts_up
+from ds4mlx.custom_kernels.products.columns import whole
 from ds4mlx.custom_kernels.random_weights import random_planes
 from ds4mlx.custom_kernels.recorder import Spec, zeros
 from ds4mlx.custom_kernels.recording import recording
@@ -147,7 +148,8 @@ def test_of_the_rows_only_the_visible_ones_are_read():
     place = mx.array([101, 0, 16, 0, 0, 0, 0, 0], mx.int32)
     sides = {"heads": 4, "layout": form, "dtype": mx.bfloat16}
     with recording() as launches:
-        scores = index_scores.by_kernel(made(512), made(4), rows, place, made(4, 2, 32), **sides)
+        products = whole(made(1, 512)), whole(made(1, 4))
+        scores = index_scores.by_kernel(*products, rows, place, made(1, 4, 2, 32), **sides)
         index_select.by_kernel(scores, place, 8, 4)
     scored, selected = launches
     rest = sum(spec.nbytes for spec in scored.inputs) - rows.full.nbytes

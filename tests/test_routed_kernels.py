@@ -13,6 +13,7 @@ from ds4mlx.custom_kernels.cases import routed as cases
 from ds4mlx.custom_kernels.cases.base import TOLERANCE, normal
 from ds4mlx.custom_kernels.layer import router
 from ds4mlx.custom_kernels.products import routed_down, routed_up
+from ds4mlx.custom_kernels.products.columns import side_by_side, whole
 from ds4mlx.custom_kernels.random_weights import random_planes
 from ds4mlx.model.moe import MoE
 
@@ -42,7 +43,9 @@ def test_a_nan_among_the_scores_spoils_its_own_token(place):
     options = {"scale": 1.0, "topk": 2, "limit": 10.0, "bias": mx.array(bias)}
     x = normal((2, 256), F32, 5)
     with on_metal():
-        hidden, experts = routed_up.by_kernel("q4_k", *planes, x, mx.array(logits), **options)
+        hidden, experts = routed_up.by_kernel(
+            "q4_k", *planes, x, whole(mx.array(logits)), **options
+        )
     spoilt = np.isnan(np.array(hidden)).reshape(2, -1).all(axis=1)
     assert spoilt.tolist() == ([False, True] if place == "logits" else [True, True])
     assert ((np.array(experts) >= 0) & (np.array(experts) < 9)).all()
@@ -53,7 +56,7 @@ def test_equal_scores_choose_the_lowest_experts():
     options = {"scale": 1.0, "topk": 3, "limit": 10.0, "bias": mx.zeros((9,))}
     x, logits = normal((1, 256), F32, 5), mx.array([[0.0, 1, 1, 0, 1, 1, 0, 0, 0]])
     with on_metal():
-        _, experts = routed_up.by_kernel("q4_k", *planes, x, logits, **options)
+        _, experts = routed_up.by_kernel("q4_k", *planes, x, whole(logits), **options)
     assert experts.tolist() == [[1, 2, 4]]
     weights = router.weighed(router.scores_of(logits), 1.0, 3, mx.zeros((9,)), None, None)[1]
     assert mx.allclose(weights, mx.full((1, 3), 1 / 3))
@@ -101,13 +104,13 @@ def test_without_kernels_they_are_the_modules(dtype, block):
     logits = x.astype(F32) @ moe.gate.weight.astype(F32).T
     scale, limit = CONFIG.routed_scaling_factor, CONFIG.swiglu_limit
     hidden, experts = routed_up.routed_up(
-        *("iq2_xxs", stacks.w1.planes, stacks.w3.planes, x, logits),
+        *("iq2_xxs", stacks.w1.planes, stacks.w3.planes, x, whole(logits)),
         **by,
         scale=scale,
         topk=3,
         limit=limit,
     )
-    gates, ups = (w(x).astype(F32) for w in (shared.w1, shared.w3))
+    gates, ups = (whole(w(x).astype(F32)) for w in (shared.w1, shared.w3))
     own = routed_down.Shared("mxfp8", shared.w2.planes, gates, ups, limit)
     sums = routed_down.routed_down("q2_k", stacks.w2.planes, hidden, experts, own, dtype=dtype)
     got = (sums[0] + sums[1].astype(dtype).astype(F32)).astype(dtype)
@@ -121,7 +124,7 @@ def up_of(logits, bias=None, by=None, x=None):
     """Hidden values and experts of 3 tokens by the kernel and without it."""
     planes = [random_planes("mxfp4", (40, 5, 64), seed) for seed in (1, 2)]
     x = normal((3, 64), F32, 3) if x is None else x
-    sides = "mxfp4", *planes, x, logits
+    sides = "mxfp4", *planes, x, whole(logits)
     options = {"scale": 1.5, "topk": 6, "limit": 7.0, **(by or {"bias": bias})}
     with on_metal():
         got = [np.array(a) for a in routed_up.by_kernel(*sides, **options)]
@@ -165,14 +168,14 @@ def test_nan_of_one_token_or_of_an_expert_not_listed():
 def test_nan_reaches_its_own_sum_alone(which):
     planes = random_planes("q2_k", (4, 5, 256), 1)
     shared = random_planes("mxfp8", (5, 64), 2)
-    sides = {"hidden": normal((6, 256), F32, 3)}
-    sides |= {name: normal((3, 64), F32, seed) for name, seed in (("gates", 4), ("ups", 5))}
-    sides[which][2, 40] = mx.nan  # of token 1, or of token 2
+    hidden, products = normal((6, 256), F32, 3), normal((3, 128), F32, 4)
+    array, column = {"hidden": (hidden, 40), "gates": (products, 40), "ups": (products, 104)}[which]
+    array[2, column] = mx.nan  # of token 1, or of token 2
     experts = mx.array([[0, 1], [1, 2], [2, 3]], mx.int32)
     with on_metal():
         routed, dense = routed_down.by_kernel(
-            *("q2_k", planes, sides["hidden"], experts),
-            routed_down.Shared("mxfp8", shared, sides["gates"], sides["ups"], 7.0),
+            *("q2_k", planes, hidden, experts),
+            routed_down.Shared("mxfp8", shared, *side_by_side(products, [64, 64]), 7.0),
             dtype=F32,
         )
     spoilt = [np.isnan(np.array(a)).all(1).tolist() for a in (routed, dense)]
@@ -198,6 +201,8 @@ FAULTS = [
     ("routed_up_q4_k", hashed, "ids[job / TOPK]", "ids[0]"),
     ("routed_up_q4_k", hashed, "lane < TOPK ? score", "lane <= TOPK ? score"),
     ("routed_down_q2_k", down, "hidden_of<T>(g.y, u.y, limit)", "hidden_of<T>(g.y, u.x, limit)"),
+    ("routed_down_q2_k", down, "t * ALL + UPS_AT", "t * ALL + GATES_AT"),
+    ("routed_up_q4_k", hashed, "* ALL + LOGITS_AT", "* EXPERTS"),
     ("routed_down_q2_k", down, "shared[t * WIDTH + row0 + r]", "shared[row0 + r]"),
     ("routed_down_q2_k", down, "part %= PARTS;", ""),
     ("routed_down_q2_k", down, "token = part / PARTS", "token = 0"),
@@ -205,7 +210,7 @@ FAULTS = [
     ("routed_down_mxfp4", spans, "uint k = c - base /", "uint k = c - 0 *"),
     ("routed_down_mxfp4", spans, "if (base) threadgroup", "if (0) threadgroup"),
     ("routed_down_mxfp4", spans, "by[r] = by1[r];", ""),
-    ("routed_down_q2_k", down, "part -= PARTS * TOKENS;", "part -= PARTS;"),
+    ("routed_down_q2_k", down, "part -= PARTS * tokens;", "part -= PARTS;"),
 ]
 
 

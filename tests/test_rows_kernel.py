@@ -59,9 +59,10 @@ FAULTS = [
     (
         "rows_0",
         of(0, 300, back=9),
-        f"row[c] = as<T>(kv[c]);\n        {BARRIER}",
-        "row[c] = as<T>(kv[c]);",
+        f"row[c] = as<T>(own[KV_AT + c]);\n        {BARRIER}",
+        "row[c] = as<T>(own[KV_AT + c]);",
     ),
+    ("rows_0", of(0, 301, back=9), "products + job * ALL", "own"),
     ("rows_0", of(0, 300, back=9), "bytes[coded + groups + at] = 0", ""),
     ("rows_4", of(4, 1003, back=3), "old + (q - settled + keep)", "old + (q - settled + keep - 1)"),
     ("rows_4", of(4, 1003, back=3), "k >= 4 ? WIDTH + c : c", "k < 4 ? WIDTH + c : c"),
@@ -113,18 +114,24 @@ def signs(width, seed):
     return mx.array(np.random.default_rng(seed).choice([-1.0, 1.0], width).astype(np.float32))
 
 
+def put(product, values):
+    """In the place of the token's product."""
+    product.array[cases.NUMBER, product.begin : product.begin + product.width] = values
+
+
 def exact(ratio, position, coded, dtype, seed, spread=False, weights=hostile):
     """Operands whose rows are exactly their norms' weights: nothing but the packing rounds."""
     sizes, forms_of_rows = cases.TINY, forms(128, 128, 64, dtype, coded)
     arrays, options = cases.operands(
         ratio, sizes, cases.at(position, ratio, sizes, back=5), forms_of_rows, dtype
     )
-    arrays[0], arrays[7] = signs(128, seed), mx.stack([mx.ones((4, 32)), mx.zeros((4, 32))], 1)
+    put(arrays[0], signs(128, seed))
+    arrays[7] = mx.stack([mx.ones((3, 4, 32)), mx.zeros((3, 4, 32))], 2)
     arrays[2] = mx.array(weights(128, 64, seed + 1)).astype(dtype)
     for i, each in enumerate(arrays[5]):
+        put(each.values, mx.concatenate([signs(128, seed + i)] * (each.values.width // 128)))
+        put(each.scores, mx.array(1e30))  # so that the others have no weight at all
         arrays[5][i] = each._replace(
-            values=mx.concatenate([signs(128, seed + i)] * (len(each.values) // 128)),
-            scores=mx.full(each.scores.shape, 1e30),  # so that the others have no weight at all
             norm=mx.array(weights(128, 32, seed + 2 + i)).astype(dtype),
             spread=spread,
         )
@@ -160,12 +167,13 @@ def test_a_nan_stays_in_the_rows_it_is_in(ratio, value):
     token = cases.at(1023, ratio, cases.TINY, back=9, behind=1)
     kinds = forms(128, 128, 64, mx.bfloat16, True)
     arrays, options = cases.operands(ratio, cases.TINY, token, kinds, mx.bfloat16)
-    arrays[0][5] = arrays[1][5] = value
-    for each in arrays[5]:
-        each.values[len(each.values) - 5] = value
-    got = rows.by_kernel(*arrays, **options)
+    for each, channel in [(arrays[0], 5), (arrays[1], 5), *((e.values, -5) for e in arrays[5])]:
+        put(each._replace(begin=each.begin + channel % each.width, width=1), mx.array(value))
+    got = rows.by_kernel(*arrays, **options | {"latents": True})
     # An infinity leaves a NaN where it was, and zeros elsewhere.
-    assert bool(mx.isnan(got.latent).any()) and (value == math.inf or mx.isnan(got.latent).all())
+    latent = mx.isnan(got.latents)
+    assert bool(latent[1].any()) and (value == math.inf or latent[1].all())
+    assert not latent[0].any() and not latent[2].any()
     tails = [(got.window, arrays[4].tail, token.position - token.settled)]
     if ratio:
         tails.append((got.poolings[0][1], arrays[5][0].rows.tail, 1023 // ratio - token.rows))

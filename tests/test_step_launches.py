@@ -79,7 +79,8 @@ def test_nothing_large_is_written(q2, tokens):
     shares = [each for each in launches if each.name == "attention_share"]
     assert max(each.largest for each in (*launches, *others) if each not in shares) <= most
     heads = q2.args.num_attention_heads * q2.args.head_dim
-    assert {each.largest for each in shares} == {4 * SHARES * heads}
+    sums = 2 * q2.args.num_attention_heads
+    assert {each.largest for each in shares} == {4 * SHARES * (heads + sums)}
 
 
 def test_bytes_moved_are_those_of_the_weights(q2):
@@ -102,5 +103,6 @@ def test_launches_of_several_sequences(q2):
     one, four = (recorded(q2, [after(q2, 4096) for _ in range(n)])[0] for n in (1, 4))
     counts = [Counter(launch.name.partition("_x")[0] for launch in each) for each in (one, four)]
     assert len(four) < 3 * len(one)
-    assert counts[1]["attention_merge"] == 4 * counts[0]["attention_merge"]
+    assert counts[1]["attention_share"] == 4 * counts[0]["attention_share"]
+    assert counts[1]["attention_merge_4"] == counts[0]["attention_merge"] == len(q2.layers)
     assert counts[1]["hyper_in"] == counts[0]["hyper_in"] == 2 * len(q2.layers)

@@ -11,6 +11,7 @@ from ds4mlx.custom_kernels.cases.base import Case, Forms, Pairs, normal
 from ds4mlx.custom_kernels.layer import attention
 from ds4mlx.custom_kernels.layer.buffers import Grown, Recent
 from ds4mlx.custom_kernels.layer.row_layout import Form
+from ds4mlx.custom_kernels.products.columns import Columns
 
 EPS = 1e-6
 
@@ -47,7 +48,10 @@ class Token:
 def operands(
     ratio: int, sizes: Sizes, token: Token, form: Form, dtype: mx.Dtype, q_scale: float = 3.0
 ) -> tuple[list[Any], dict[str, Any]]:
-    """What `attention` is given: arrays, and options. Rows that it must not read are NaN."""
+    """What `attention` is given: arrays, and options. Rows that it must not read are NaN.
+
+    The token is the second of two that read the same, but for their queries and angles.
+    """
     position, settled = token.position, token.position - min(token.back, token.position)
     nothing = form.pack(mx.full((1, sizes.width), mx.nan, dtype=dtype))
 
@@ -69,13 +73,15 @@ def operands(
         order = mx.random.permutation(visible, key=mx.random.key(4))[: token.chosen]
         none = mx.full((token.chosen - len(order),), -1, dtype=mx.int32)
         chosen = mx.concatenate([order.astype(mx.int32), none])
-    turns = mx.random.uniform(-3, 3, (4, 1, sizes.rope // 2), key=mx.random.key(9))
-    angles = mx.concatenate([mx.cos(turns), mx.sin(turns)], axis=1)
-    place = mx.array([position, settled, done, done, 0, 0, 0, 0], dtype=mx.int32)
-    q = normal((sizes.heads, sizes.width), mx.float32, 5, q_scale)
+    turns = mx.random.uniform(-3, 3, (2, 4, 1, sizes.rope // 2), key=mx.random.key(9))
+    angles = mx.concatenate([mx.cos(turns), mx.sin(turns)], axis=2)
+    every = sizes.heads * sizes.width
+    q = Columns(normal((2, 8 + every), mx.float32, 5, q_scale), 4, every)
+    told = [mx.array([position, settled, done, done, i, 0, 0, 0], dtype=mx.int32) for i in (0, 1)]
+    reads = [attention.Read(window, rows, chosen, place) for place in told]
     sink = normal((sizes.heads,), mx.float32, 6, 2.0)
     options = {"ratio": ratio, "before": sizes.before, "form": form, "eps": EPS, "dtype": dtype}
-    return [q, sink, window, rows, chosen, place, angles], options
+    return [q, sink, reads, angles], options
 
 
 def compare(
@@ -147,7 +153,8 @@ def timed(forms: Forms) -> Iterator[tuple[str, Callable[[int, mx.array], mx.arra
 
         def call(i: int, q: mx.array, arrays=arrays, options=options) -> mx.array:
             """The heads' outputs, from a product q."""
-            return attention.by_kernel(q, *arrays[1:], **options)
+            own = arrays[0]._replace(array=q), arrays[1], arrays[2][:1], arrays[3][:1]
+            return attention.by_kernel(*own, **options)
 
         title = f"attention of ratio {ratio} over {count} rows"
-        yield title, call, arrays[0], count * form.layout.elements * 4
+        yield title, call, arrays[0].array, count * form.layout.elements * 4

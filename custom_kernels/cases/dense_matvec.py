@@ -7,6 +7,7 @@ import mlx.core as mx
 
 from ds4mlx.custom_kernels.cases.base import Case, Pairs, normal
 from ds4mlx.custom_kernels.products import dense_matvec
+from ds4mlx.custom_kernels.products.columns import side_by_side
 from ds4mlx.custom_kernels.random_weights import random_planes
 from ds4mlx.formats import FORMATS
 
@@ -32,7 +33,9 @@ def products(
     x = normal(shape, dtype, 9, scale)
     got = dense_matvec.by_kernel(matrices, x, out)
     want = dense_matvec.plain(matrices, x)
-    return list(zip(got, want, strict=True))
+    widths = [n for _, n in shapes]
+    sides = (side_by_side(array, widths) for array in (got, want))
+    return [(a.value, b.value) for a, b in zip(*sides, strict=True)]
 
 
 def _case(dtype: mx.Dtype, shapes: Shapes, columns: int, tokens: int, **options) -> Case:
@@ -116,6 +119,6 @@ def timed(tokens: Sequence[int] = (1, 2, 4, 8)) -> Iterator[Timed]:
             x = normal((count, groups, columns) if groups else (count, columns), BF16, 1)
 
             def call(i: int, x: mx.array, copies=copies) -> mx.array:
-                return dense_matvec.by_kernel(copies[i % len(copies)], x)[0]
+                return dense_matvec.by_kernel(copies[i % len(copies)], x)
 
             yield f"{title}, {count} rows", call, x, size

@@ -12,14 +12,15 @@ from ds4mlx.custom_kernels.layer import index_scores, index_select
 from ds4mlx.custom_kernels.layer.buffers import Grown
 from ds4mlx.custom_kernels.layer.plain import rotate
 from ds4mlx.custom_kernels.layer.row_layout import RowLayout
+from ds4mlx.custom_kernels.products.columns import Columns, whole
 from ds4mlx.custom_kernels.random_weights import random_words
 
 RATIO, F32 = 4, mx.float32
 
 
-def place_of(position: int, settled: int = 0) -> mx.array:
-    """The numbers of a token at a position, where so many index rows are settled."""
-    return mx.array([position, 0, settled, 0, 0, 0, 0, 0], dtype=mx.int32)
+def place_of(position: int, settled: int = 0, number: int = 0) -> mx.array:
+    """What is told of a token at a position, where so many index rows are settled; its number."""
+    return mx.array([position, 0, settled, 0, number, 0, 0, 0], dtype=mx.int32)
 
 
 def angles_of(rope: int, position: int) -> mx.array:
@@ -73,6 +74,12 @@ def spread(turned: mx.array, dtype: mx.Dtype) -> mx.array:
     return mx.array(rounded.reshape(heads, width).astype(np.float32))
 
 
+def second(array: mx.array, before: int, behind: int) -> Columns:
+    """An array (n,) as a product of the second of two tokens, with others beside it."""
+    row = mx.pad(array, (before, behind), constant_values=mx.nan)
+    return Columns(mx.stack([mx.full(row.shape, mx.nan), row]), before, len(array))
+
+
 def scores_reference(
     q: mx.array,
     weights: mx.array,
@@ -110,11 +117,12 @@ def scores(
     coded = RowLayout("index", width, width // 8 + -(-width // 128), mx.uint32)
     layout = coded if kind == "index" else RowLayout("plain", width, width, dtype)
     q, weights = normal((heads * width,), mx.float32, 1, scale), normal((heads,), mx.float32, 2)
-    operands: Any = q, weights, rows_of(layout, shape), place_of(position, settled)
-    operands += (angles_of(rope, position),)
-    options: Any = {"heads": heads, "layout": layout, "dtype": dtype}
-    got = index_scores.by_kernel(*operands, **options, most=most)
-    want = scores_reference(*operands, **options)
+    rows, place = rows_of(layout, shape), place_of(position, settled, 1)
+    turns, options = angles_of(rope, position), {"heads": heads, "layout": layout, "dtype": dtype}
+    angles = mx.stack([mx.full(turns.shape, mx.nan), turns])
+    products: Any = second(q, 8, 4), second(weights, 20, 0), rows, place, angles
+    got = index_scores.by_kernel(*products, **options, most=most)
+    want = scores_reference(q, weights, rows, place, turns, **options)
     others = (got[len(want) :] == -mx.inf).astype(mx.float32)
     return [(got[: len(want)], want), (others, mx.ones_like(others))]
 
@@ -199,16 +207,17 @@ def timed(depths: tuple[int, ...] = (2500, 16384, 262144)) -> Iterator[Timed]:
     """At Flash's sizes and so many rows: (title, call(i, x), x, bytes read); call depends on x."""
     heads, width, rope = FLASH
     layout = RowLayout("index", width, 17, mx.uint32)
-    weights, q = normal((heads,), F32, 2), normal((heads * width,), F32, 1)
+    weights, q = whole(normal((1, heads), F32, 2)), normal((1, heads * width), F32, 1)
     for count in depths:
         rows = rows_of(layout, (count - 100, 256))
-        place, angles = place_of(RATIO * count - 1, count - 100), angles_of(rope, RATIO * count - 1)
+        place = place_of(RATIO * count - 1, count - 100)
+        angles = angles_of(rope, RATIO * count - 1)[None]
         values = normal((count + 156,), F32, 3)
-        mx.eval(rows, place, angles, values, weights, q)
+        mx.eval(rows, place, angles, values, weights.array, q)
 
         def score(_, x, rows=rows, place=place, angles=angles):
             options: Any = {"heads": heads, "layout": layout, "dtype": mx.bfloat16}
-            return index_scores.by_kernel(x, weights, rows, place, angles, **options)
+            return index_scores.by_kernel(whole(x), weights, rows, place, angles, **options)
 
         def choose(_, x, place=place):
             return index_select.by_kernel(x, place, 512, RATIO)

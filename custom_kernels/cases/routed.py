@@ -10,6 +10,7 @@ import numpy as np
 from ds4mlx.custom_kernels.cases.base import Case, Pairs, normal
 from ds4mlx.custom_kernels.codes import staging
 from ds4mlx.custom_kernels.products import routed_down, routed_up
+from ds4mlx.custom_kernels.products.columns import Columns, whole
 from ds4mlx.custom_kernels.products.experts import DOWN, UP
 from ds4mlx.custom_kernels.random_weights import random_planes
 from ds4mlx.formats import FORMATS
@@ -31,7 +32,8 @@ def up(
 ) -> Pairs:
     """Hidden values, and the experts that they are of."""
     gate, rise = (random_planes(format, (experts, hidden, width), seed) for seed in (1, 2))
-    x, logits = normal((tokens, width), dtype, 3), normal((tokens, experts), F32, 4, 2.0)
+    x = normal((tokens, width), dtype, 3)
+    logits = Columns(normal((tokens, experts + 7), F32, 4, 2.0), 5, experts)
     options: dict[str, Any] = {"bias": normal((experts,), F32, 5)}
     if hashed:
         rng = np.random.default_rng(0)
@@ -60,13 +62,15 @@ def down(
     rng = np.random.default_rng(3)
     chosen = mx.array(rng.integers(0, experts - 1, (tokens, topk)).astype(np.int32))
     values = normal((tokens * topk, hidden), dtype, 4)
-    gates, ups = normal((tokens, inner), F32, 5), normal((tokens, inner), F32, 6)
-    sides = chosen, routed_down.Shared(shared, matrix, gates, ups, LIMIT)
+    products = normal((tokens, 2 * inner + 12), F32, 5)
+    both = Columns(products, 4, inner), Columns(products, inner + 8, inner)
+    sides = chosen, routed_down.Shared(shared, matrix, *both, LIMIT)
     got = routed_down.by_kernel(format, planes, values, *sides, dtype=dtype, eight=eight)
     values = staging.as_bytes(values) if eight else values.astype(F32)
     routed, _ = routed_down.plain(format, planes, values, *sides, dtype=F32)
-    gates, ups = (each.astype(dtype).astype(F32) for each in (gates, ups))
-    sides = chosen, routed_down.Shared(shared, matrix, gates, ups, LIMIT)
+    rounded = products.astype(dtype).astype(F32)
+    both = both[0]._replace(array=rounded), both[1]._replace(array=rounded)
+    sides = chosen, routed_down.Shared(shared, matrix, *both, LIMIT)
     _, common = routed_down.plain(format, planes, values, *sides, dtype=F32)
     return list(zip(got, (routed, common), strict=True))
 
@@ -127,7 +131,7 @@ def timed(tokens: int = 1, formats: Sequence[tuple[str, str]] = FORMATS_TIMED) -
         options: dict[str, Any] = {"bias": bias, "scale": 1.5, "topk": topk, "limit": 10.0}
 
         def lift(i, x, gate=gate, rise=rise, rising=rising, options=options):
-            return routed_up.by_kernel(rising, gate, rise, x, logits[i % 32], **options)[0]
+            return routed_up.by_kernel(rising, gate, rise, x, whole(logits[i % 32]), **options)[0]
 
         size = 2 * tokens * topk * FORMATS[rising].bits * hidden * width / 8
         yield f"routed_up {rising}, {tokens} tokens", lift, x, int(size)
@@ -138,7 +142,7 @@ def timed(tokens: int = 1, formats: Sequence[tuple[str, str]] = FORMATS_TIMED) -
         mx.eval(planes, shared, values, sums, chosen)
 
         def drop(i, x, planes=planes, falling=falling, shared=shared, sums=sums):
-            own = routed_down.Shared("mxfp8", shared[i % 12], sums, sums, 10.0)
+            own = routed_down.Shared("mxfp8", shared[i % 12], whole(sums), whole(sums), 10.0)
             return routed_down.by_kernel(falling, planes, x, chosen[i % 32], own, dtype=BF16)[0]
 
         size = tokens * topk * FORMATS[falling].bits + FORMATS["mxfp8"].bits

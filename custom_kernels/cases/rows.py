@@ -11,8 +11,10 @@ from ds4mlx.custom_kernels.cases.base import Case, Forms, Pairs, normal
 from ds4mlx.custom_kernels.layer import rows
 from ds4mlx.custom_kernels.layer.buffers import Grown, Recent
 from ds4mlx.custom_kernels.layer.row_layout import Form
+from ds4mlx.custom_kernels.products.columns import side_by_side
 
 EPS = 1e-6
+TOKENS_OF_A_STEP, NUMBER = 3, 1  # and which of them it is
 KEEP = {0: 255, 4: 135, 128: 255}  # settled projections; of the window as many as of ratio 128
 
 
@@ -54,7 +56,10 @@ def at(position: int, ratio: int, sizes: Sizes, back: int = 0, behind: int = 0) 
 def operands(
     ratio: int, sizes: Sizes, token: Token, forms: tuple[Form, Form], dtype: mx.Dtype
 ) -> tuple[list[Any], dict[str, Any]]:
-    """What `new_rows` is given: arrays, and options. Rows of no token are NaN."""
+    """What `new_rows` is given: arrays, and options. Rows of no token are NaN.
+
+    The token is the second of three, beside whose products stand others that nothing here reads.
+    """
     keys = iter(range(100, 200))
 
     def some(*shape: int, scale: float = 1.0, dtype: mx.Dtype = mx.float32) -> mx.array:
@@ -74,12 +79,17 @@ def operands(
     window = Recent(packed(kv_form, KEEP[0]), packed(kv_form, sizes.span))
     poolings = []
     lanes = 2 if ratio == 4 else 1
-    for form in {0: (), 4: (kv_form, index_form), 128: (kv_form,)}[ratio]:
+    own_forms = {0: (), 4: (kv_form, index_form), 128: (kv_form,)}[ratio]
+    widths = [sizes.rank, sizes.width]
+    widths += [lanes * form.layout.width for form in own_forms for _ in range(2)]
+    products = some(TOKENS_OF_A_STEP, sum(widths) + 4, scale=2.0)
+    latent, kv, *projections = side_by_side(products, widths)
+    for number, form in enumerate(own_forms):
         width = form.layout.width
         channels, tail = lanes * width, sizes.tails[ratio != 4]
         pooling = rows.Pooling(
-            some(channels),
-            some(channels, scale=3.0),
+            projections[2 * number],
+            projections[2 * number + 1],
             some(ratio, channels, dtype=mx.bfloat16),
             1 + some(width, scale=0.2, dtype=dtype),
             recent(KEEP[ratio], 2, channels),
@@ -89,12 +99,13 @@ def operands(
         )
         poolings.append(pooling)
     norms = [1 + some(n, scale=0.2, dtype=dtype) for n in (sizes.width, sizes.rank)]
-    turns = mx.random.uniform(-3, 3, (4, 1, sizes.rope // 2), key=mx.random.key(9))
-    angles = mx.concatenate([mx.cos(turns), mx.sin(turns)], axis=1)
-    place = [token.position, token.settled, token.rows, token.rows, 0, 0, 0, 0]
-    products = [some(sizes.width, scale=2.0), some(sizes.rank, scale=2.0)]
-    arrays = [*products, *norms, window, poolings, mx.array(place, dtype=mx.int32), angles]
-    return arrays, {"ratio": ratio, "form": kv_form, "eps": EPS, "dtype": dtype}
+    turns = (TOKENS_OF_A_STEP, 4, 1, sizes.rope // 2)
+    turns = mx.random.uniform(-3, 3, turns, key=mx.random.key(9))
+    angles = mx.concatenate([mx.cos(turns), mx.sin(turns)], axis=2)
+    place = [token.position, token.settled, token.rows, token.rows, NUMBER, 0, 0, 0]
+    arrays = [kv, latent, *norms, window, poolings, mx.array(place, dtype=mx.int32), angles]
+    options = {"ratio": ratio, "form": kv_form, "eps": EPS, "dtype": dtype}
+    return arrays, options | {"latents": token.position % 3 > 0}
 
 
 def compare(
@@ -104,7 +115,10 @@ def compare(
     kinds = forms(sizes.width, sizes.index, sizes.rope, dtype, coded)
     arrays, options = operands(ratio, sizes, token, kinds, dtype)
     got, want = (side(*arrays, **options) for side in (rows.by_kernel, rows.plain))
-    pairs: Pairs = [(got.latent, want.latent)]
+    pairs: Pairs = []
+    if options["latents"]:
+        assert got.latents is not None and want.latents is not None
+        pairs.append((got.latents, want.latents))
     pairs += unpacked(got.window, want.window, arrays[4].tail, kinds[0])
     poolings = zip(got.poolings, want.poolings, arrays[5], strict=True)
     for (recent, own), (expected, all_rows), given in poolings:
@@ -184,9 +198,22 @@ def timed(forms: Forms) -> Iterator[tuple[str, Callable[[int, mx.array], mx.arra
         mx.eval(arrays)
         tails = [arrays[4].tail, *(t.tail for each in arrays[5] for t in (each.recent, each.rows))]
 
-        def call(i: int, kv: mx.array, arrays=arrays, options=options) -> mx.array:
-            """The latent, from a product kv."""
-            return rows.by_kernel(kv, *arrays[1:], **options).latent
+        def call(i: int, products: mx.array, arrays=arrays, options=options) -> mx.array:
+            """The window's tail, from products."""
+            return rows.by_kernel(*over(products, arrays), **options).window
 
         title = f"rows of ratio {ratio} at position {position}"
-        yield title, call, arrays[0], 2 * sum(tail.nbytes for tail in tails)
+        yield title, call, arrays[0].array, 2 * sum(tail.nbytes for tail in tails)
+
+
+def over(products: mx.array, arrays: list[Any]) -> list[Any]:
+    """The same operands with other products."""
+    kv, latent, kv_norm, q_norm, window, poolings, *rest = arrays
+    kv, latent = (each._replace(array=products) for each in (kv, latent))
+    others = [
+        each._replace(
+            values=each.values._replace(array=products), scores=each.scores._replace(array=products)
+        )
+        for each in poolings
+    ]
+    return [kv, latent, kv_norm, q_norm, window, others, *rest]

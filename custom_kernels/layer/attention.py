@@ -1,12 +1,13 @@
-"""Core attention of one decoded token of one sequence, over rows of its state as they lie.
+"""Core attention of one decoded token of each of a few sequences, over rows of their states as they lie.
 
-Two launches: shares of the rows, then their merge with the sink. How the rows are cut depends on the
+A launch for each token's shares of its rows, then one that merges those of all with the sink. How the rows are cut depends on the
 token's position, which is data. Queries are normed and turned where they are loaded, and the result is
 turned back.
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import TypedDict, Unpack
+from typing import Any, NamedTuple, TypedDict, Unpack
 
 import mlx.core as mx
 
@@ -25,6 +26,7 @@ from ds4mlx.custom_kernels.layer.attention_text import (
 from ds4mlx.custom_kernels.layer.buffers import Grown, Recent
 from ds4mlx.custom_kernels.layer.plain import rms_norm, rotate
 from ds4mlx.custom_kernels.layer.row_layout import Form, RowLayout
+from ds4mlx.custom_kernels.products.columns import Columns
 
 LEAST = 8  # rows of a share, where there are so many
 MOST_ROWS = 32  # of a block: the lanes that make its softmax
@@ -34,12 +36,34 @@ RATIOS = (0, 4, 128)
 
 
 @lru_cache
-def kernels() -> tuple[Kernel, Kernel]:
-    """The kernel of a share of the rows, and the one that merges shares."""
-    inputs = ["q", "old", "tail", "full", "newer", "chosen", "place", "angles"]
-    share = Kernel("attention_share", inputs, ["parts", "softmax"], SHARE, FOURS + ROW + TURN)
-    merged = ["parts", "softmax", "sink", "angles"]
-    return share, Kernel("attention_merge", merged, ["out"], MERGE, FOURS + TURN)
+def share_kernel() -> Kernel:
+    """The kernel of a share of the rows of a token."""
+    inputs = ["products", "old", "tail", "full", "newer", "chosen", "place", "turns"]
+    return Kernel("attention_share", inputs, ["shares"], SHARE, FOURS + ROW + TURN)
+
+
+@lru_cache
+def merge_kernel(many: int) -> Kernel:
+    """The kernel that merges the shares of so many tokens at most."""
+    shares = [f"shares{i}" for i in range(many)]
+    others = "\n".join(f"    if (token == {i}) parts = shares{i};" for i in range(1, many))
+    name = "attention_merge" + (f"_{many}" if many > 1 else "")
+    return Kernel(name, [*shares, "sink", "turns"], ["out"], MERGE % others, FOURS + TURN)
+
+
+class Read(NamedTuple):
+    """What one token reads, and where it stands.
+
+    window: rows of positions max(0, p - before) to p are seen. rows: of a layer of ratio 4 or 128, None
+    for 0; seen are those j < (p + 1) // ratio, or, with `chosen` int32 (K,), the rows named there;
+    negative names are of none. place int32 (8,): the token's position p, the position at which the
+    window's tail begins, the rows before the tails of ratio 4 and 128, and its number among the tokens.
+    """
+
+    window: Recent
+    rows: Grown | None
+    chosen: mx.array | None
+    place: mx.array
 
 
 class Options(TypedDict):
@@ -53,32 +77,23 @@ class Options(TypedDict):
 
 
 def attention(
-    q: mx.array,
-    sink: mx.array,
-    window: Recent,
-    rows: Grown | None,
-    chosen: mx.array | None,
-    place: mx.array,
-    angles: mx.array,
-    **options: Unpack[Options],
+    q: Columns, sink: mx.array, reads: Sequence[Read], angles: mx.array, **options: Unpack[Options]
 ) -> mx.array:
-    """What the heads of one token read: (H, c) of type `dtype`, rotary channels turned back.
+    """What the heads of N tokens read: (N, H, c) of type `dtype`, rotary channels turned back.
 
-    q float32, of H heads of c: the product of wq_b, read as `dtype`. sink float32 (H,). window: rows of positions
-    max(0, p - before) to p are seen. rows: of a layer of ratio 4 or 128, None for 0; seen are those
-    j < (p + 1) // ratio, or, with `chosen` int32 (K,), the rows named there; negative names are of none.
-    place int32 (8,): the token's position p, the position at which the window's tail begins, and the rows
-    before the tails of ratio 4 and 128. angles float32 (4, 2, rope / 2): cos and sin for layers of ratio 0,
-    and for the others. All rows lie as `form` says. eps: of the norm of queries.
+    q float32 (N, H c), of H heads: products of wq_b, read as `dtype`. sink float32 (H,). reads: of each
+    token, in the order of their numbers. angles float32 (N, 4, 2, rope / 2): cos and sin for layers of
+    ratio 0, and for the others. All rows lie as `form` says. eps: of the norm of queries.
     """
-    own = q, sink, window, rows, chosen, place, angles
     ratio, layout, dtype = options["ratio"], options["form"].layout, options["dtype"]
-    way = by_kernel if takes(q, rows, angles, ratio=ratio, layout=layout, dtype=dtype) else plain
-    return way(*own, **options)
+    suits = all(
+        takes(q, each.rows, angles, ratio=ratio, layout=layout, dtype=dtype) for each in reads
+    )
+    return (by_kernel if suits else plain)(q, sink, reads, angles, **options)
 
 
 def takes(
-    q: mx.array,
+    q: Columns,
     rows: Grown | None,
     angles: mx.array,
     *,
@@ -86,13 +101,14 @@ def takes(
     layout: RowLayout,
     dtype: mx.Dtype,
 ) -> bool:
-    """Whether the kernels take queries (H, c), for rows of a layout."""
-    width, rope = layout.width, 2 * angles.shape[-1]
-    sized = width % 128 == 0 and width <= WIDEST and rope <= width and q.size % width == 0
+    """Whether the kernels take queries (N, H c), for rows of a layout."""
+    width, rope, array = layout.width, 2 * angles.shape[-1], q.array
+    sized = width % 128 == 0 and width <= WIDEST and rope <= width and q.width % width == 0
+    sized = sized and q.begin % 4 == 0 and (len(array) == 1 or array.shape[1] % 4 == 0)
     lies = readable(layout, rope, dtype)
     known = ratio in RATIOS and (rows is not None) == (ratio > 0)
-    typed = q.dtype == mx.float32 and dtype in (mx.bfloat16, mx.float32)
-    return sized and lies and known and typed and dispatch.active(q, "attention", dtype=dtype)
+    typed = array.dtype == mx.float32 and dtype in (mx.bfloat16, mx.float32)
+    return sized and lies and known and typed and dispatch.active(array, "attention", dtype=dtype)
 
 
 def readable(layout: RowLayout, rope: int, dtype: mx.Dtype) -> bool:
@@ -104,21 +120,28 @@ def readable(layout: RowLayout, rope: int, dtype: mx.Dtype) -> bool:
 
 
 def plain(
-    q: mx.array,
-    sink: mx.array,
-    window: Recent,
-    rows: Grown | None,
-    chosen: mx.array | None,
-    place: mx.array,
-    angles: mx.array,
-    **options: Unpack[Options],
+    q: Columns, sink: mx.array, reads: Sequence[Read], angles: mx.array, **options: Unpack[Options]
 ) -> mx.array:
     """`attention` by MLX's own operations."""
-    ratio, form, dtype = options["ratio"], options["form"], options["dtype"]
-    cos, sin = angles[1 if ratio else 0]
-    turns = cos[None], sin[None]
-    queries = q.astype(dtype).reshape(1, -1, form.layout.width)
-    heads = rotate(rms_norm(queries, None, options["eps"]), turns)[0]
+    queries, dtype = q.value.astype(options["dtype"]), options["dtype"]
+    width, which = options["form"].layout.width, 1 if options["ratio"] else 0
+    outs = []
+    for own, table, read in zip(queries, angles[:, which], reads, strict=True):
+        turns = table[:1], table[1:]
+        heads = rotate(rms_norm(own.reshape(1, -1, width), None, options["eps"]), turns)[0]
+        keys, visible = _seen(read, options)
+        scores = (heads.astype(mx.float32) * width**-0.5) @ keys.T
+        scores = mx.where(visible, scores, -mx.inf)
+        scores = mx.concatenate([scores, sink.astype(mx.float32)[:, None]], axis=-1)
+        out = mx.softmax(scores, axis=-1, precise=True)[:, :-1] @ keys
+        outs.append(rotate(out.astype(dtype)[None], turns, inverse=True)[0])
+    return mx.stack(outs)
+
+
+def _seen(read: Read, options: Options) -> tuple[mx.array, mx.array]:
+    """The rows that a token may see, unpacked, and which of them it sees."""
+    window, rows, chosen, place = read
+    ratio, form = options["ratio"], options["form"]
     position = place[0] + mx.arange(-options["before"], 1)
     near = mx.clip(position - place[1] + len(window.old), 0, None)
     values = [form.unpack(mx.concatenate(list(window))[near])]
@@ -132,36 +155,42 @@ def plain(
         seen.append(number >= 0 if chosen is not None else number < (place[0] + 1) // ratio)
     visible = mx.concatenate(seen)
     # Rows that are not seen may be anything, NaN as well.
-    keys = mx.where(visible[:, None], mx.concatenate(values), 0)
-    scores = (heads.astype(mx.float32) * form.layout.width**-0.5) @ keys.T
-    scores = mx.where(visible, scores, -mx.inf)
-    scores = mx.concatenate([scores, sink.astype(mx.float32)[:, None]], axis=-1)
-    out = mx.softmax(scores, axis=-1, precise=True)[:, :-1] @ keys
-    return rotate(out.astype(dtype)[None], turns, inverse=True)[0]
+    return mx.where(visible[:, None], mx.concatenate(values), 0), visible
 
 
 def by_kernel(
-    q: mx.array,
-    sink: mx.array,
-    window: Recent,
-    rows: Grown | None,
-    chosen: mx.array | None,
-    place: mx.array,
-    angles: mx.array,
-    **options: Unpack[Options],
+    q: Columns, sink: mx.array, reads: Sequence[Read], angles: mx.array, **options: Unpack[Options]
 ) -> mx.array:
-    """`attention` in two launches; see `takes`."""
-    ratio, layout, dtype = options["ratio"], options["form"].layout, options["dtype"]
-    width, block = layout.width, block_rows(layout.width, dtype)
-    heads = q.size // width
-    common = [
+    """`attention` in a launch for each token and one for all; see `takes`."""
+    width, dtype = options["form"].layout.width, options["dtype"]
+    heads, many = q.width // width, len(reads)
+    template = [
         ("T", dtype),
         ("H", heads),
         ("WIDTH", width),
         ("ROPE", 2 * angles.shape[-1]),
-        ("ANGLES", 1 if ratio else 0),
+        ("ANGLES", 1 if options["ratio"] else 0),
         ("SHARES", SHARES),
     ]
+    shares = [_share(q, read, angles, template, options) for read in reads]
+    shares += shares[:1] * ((1 << (many - 1).bit_length()) - many)
+    return merge_kernel(len(shares))(
+        [*shares, sink.astype(mx.float32), angles],
+        [((many, heads, width), dtype)],
+        groups=(heads, width // 128, many),
+        threads=128,
+        template=template,
+    )[0]
+
+
+def _share(
+    q: Columns, read: Read, angles: mx.array, common: list[tuple[str, Any]], options: Options
+) -> mx.array:
+    """The sums of all shares of the rows of a token, and of each the highest score and the weight."""
+    window, rows, chosen, place = read
+    ratio, layout, dtype = options["ratio"], options["form"].layout, options["dtype"]
+    width, block = layout.width, block_rows(layout.width, dtype)
+    heads = q.width // width
     own = [
         ("SIZE", dtype.size),
         ("HEADS", HEADS),
@@ -178,22 +207,16 @@ def by_kernel(
         ("HEAD", layout.head),
         ("EPS", bits(options["eps"])),
         ("SCALE", bits(width**-0.5)),
+        ("ALL", q.array.shape[1]),
+        ("QUERIES_AT", q.begin),
     ]
-    share, merge = kernels()
-    parts, softmax = share(
-        [q, *window, *(rows or window), place if chosen is None else chosen, place, angles],
-        [((SHARES, heads, width), mx.float32), ((heads, SHARES, 2), mx.float32)],
+    return share_kernel()(
+        [q.array, *window, *(rows or window), place if chosen is None else chosen, place, angles],
+        [((SHARES * heads * (width + 2),), mx.float32)],
         groups=(SHARES, -(-heads // HEADS), 1),
         threads=32 * HEADS,
         template=common + own,
-        reads=lambda: _shares(rows, chosen, place, ratio),
-    )
-    return merge(
-        [parts, softmax, sink.astype(mx.float32), angles],
-        [((heads, width), dtype)],
-        groups=(heads, width // 128, 1),
-        threads=128,
-        template=common,
+        reads=lambda: _read(rows, chosen, place, ratio),
     )[0]
 
 
@@ -202,7 +225,7 @@ def block_rows(width: int, dtype: mx.Dtype) -> int:
     return min(MOST_ROWS, BLOCK_BYTES // (width * dtype.size) - HEADS)
 
 
-def _shares(
+def _read(
     rows: Grown | None, chosen: mx.array | None, place: mx.array, ratio: int
 ) -> dict[str, float]:
     """The share of `full` that is read."""

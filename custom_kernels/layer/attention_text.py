@@ -1,4 +1,4 @@
-"""The texts of the core attention of one token: a share of the rows, and the merge of the shares.
+"""The texts of the core attention: a share of the rows of a token, and the merge of its shares.
 
 A threadgroup of the first has HEADS heads and a share of the rows, a block at a time: it unpacks a block
 once, into the activations' type, for all of its heads. A SIMD-group then scores some of the rows for
@@ -109,6 +109,10 @@ SHARE = """
     uint share = threadgroup_position_in_grid.x, first = threadgroup_position_in_grid.y * HEADS;
     uint id = 32 * group + lane, column = 4 * (id % (WIDTH / 4)), quad = id / (WIDTH / 4);
 
+    uint number = uint(place[4]);
+    const device float* q = products + number * ALL + QUERIES_AT;
+    const device float* angles = turns + number * (4 * ROPE);
+    device float* softmax = shares + SHARES * H * WIDTH;
     int p = place[0], settled = place[1], low_ = max(0, p - BEFORE);
     uint near = p + 1 - low_, far = CHOSEN ? CHOSEN : RATIO ? uint(p + 1) / max(RATIO, 1) : 0;
     int done = place[RATIO == 4 ? 2 : 3];
@@ -240,7 +244,7 @@ SHARE = """
     #pragma unroll
     for (uint h = 0; h < 4; h++) {
         uint mine = first + 4 * quad + h;
-        if (quad < 2 && mine < H) put4(parts + (share * H + mine) * WIDTH + column, sums[h]);
+        if (quad < 2 && mine < H) put4(shares + (share * H + mine) * WIDTH + column, sums[h]);
     }
 """
 
@@ -249,6 +253,11 @@ MERGE = """
     threadgroup float* sums = (threadgroup float*)sum_words;
     uint lane = thread_index_in_simdgroup, group = simdgroup_index_in_threadgroup;
     uint h = threadgroup_position_in_grid.x, c = threadgroup_position_in_grid.y * 128 + 4 * lane;
+    uint token = threadgroup_position_in_grid.z;
+    const device float* parts = shares0;
+%s
+    const device float* softmax = parts + SHARES * H * WIDTH;
+    const device float* angles = turns + token * (4 * ROPE);
     float most = softmax[(h * SHARES + lane) * 2], sum = softmax[(h * SHARES + lane) * 2 + 1];
     float bias = sink[h], top = max(simd_max(most), bias), weight = exp(most - top);
     float total = simd_sum(weight * sum) + exp(bias - top);
@@ -275,5 +284,5 @@ MERGE = """
     int at = int(c) - (WIDTH - ROPE);
     turn<T>(out4, at, ROPE, angles + ANGLES * ROPE, -1.0f);
     turn<T>(out4 + 2, at + 2, ROPE, angles + ANGLES * ROPE, -1.0f);
-    for (uint k = 0; k < 4; k++) out[h * WIDTH + c + k] = static_cast<T>(out4[k]);
+    for (uint k = 0; k < 4; k++) out[(token * H + h) * WIDTH + c + k] = static_cast<T>(out4[k]);
 """

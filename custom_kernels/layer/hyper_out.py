@@ -54,14 +54,14 @@ _BEGIN = """
     threadgroup float values[TOKENS * 128];
     uint lane = thread_index_in_simdgroup, group = simdgroup_index_in_threadgroup;
     uint slice = threadgroup_position_in_grid.x, slices = threadgroups_per_grid.x;
-    uint stream = lane / 8, c = slice * 32 + lane % 8 * 4;
+    uint stream = lane / 8, c = slice * 32 + lane % 8 * 4, tokens = uint(streams_shape[0]);
     float w[4 * EACH] = {0};
     #pragma unroll
     for (uint i = 0; i < EACH; i++) {
         uint row = group * EACH + i;
         if (row < ROWS && c < WIDTH) load4(fn + (row * 4 + stream) * WIDTH + c, w + 4 * i);
     }
-    for (uint b = group; b < TOKENS; b += GROUPS) {
+    for (uint b = group; b < tokens; b += GROUPS) {
         float v[4] = {0};
         if (c < WIDTH) {
 """
@@ -109,9 +109,10 @@ _END = """
         if (lane == 0) partial[(b * slices + slice) * (ROWS + 1) + ROWS] = square;
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    float sums[EACH * FOLDED] = {0};
+    float sums[EACH * TOKENS] = {0};
     #pragma unroll
     for (uint b = 0; b < TOKENS; b++) {
+        if (b >= tokens) break;
         float x[4];
         #pragma unroll
         for (uint t = 0; t < 4; t++) x[t] = values[b * 128 + 32 * t + lane];
@@ -119,13 +120,13 @@ _END = """
         for (uint i = 0; i < EACH; i++)
             #pragma unroll
             for (uint t = 0; t < 4; t++)
-                sums[i * FOLDED + b] = fma(w[4 * i + t], x[t], sums[i * FOLDED + b]);
+                sums[i * TOKENS + b] = fma(w[4 * i + t], x[t], sums[i * TOKENS + b]);
     }
     #pragma unroll
     for (uint i = 0; i < EACH; i++) {
         uint row = group * EACH + i;
-        float sum = folded<FOLDED>(sums + i * FOLDED, lane);
-        if (row < ROWS && lane < TOKENS)
+        float sum = folded<TOKENS>(sums + i * TOKENS, lane);
+        if (row < ROWS && lane < tokens)
             partial[(lane * slices + slice) * (ROWS + 1) + row] = sum;
     }
 """
@@ -214,8 +215,7 @@ def _launch(outs: int, inputs: list[mx.array], fn: mx.array, more: list[Any]) ->
         template=[
             ("T", inputs[0].dtype),
             ("WIDTH", width),
-            ("TOKENS", count),
-            ("FOLDED", 1 << (count - 1).bit_length()),
+            ("TOKENS", dispatch.made_up(count)),
             ("ROWS", rows),
             ("EACH", -(-rows // GROUPS)),
             ("GROUPS", GROUPS),

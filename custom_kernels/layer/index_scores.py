@@ -14,6 +14,7 @@ from ds4mlx.custom_kernels.layer.buffers import Grown
 from ds4mlx.custom_kernels.layer.index_texts import coded_kernel, plain_kernel
 from ds4mlx.custom_kernels.layer.plain import rotate
 from ds4mlx.custom_kernels.layer.row_layout import Form, RowLayout
+from ds4mlx.custom_kernels.products.columns import Columns
 
 RATIO = 4  # tokens to a row
 GROUPS = 16  # SIMD-groups of a threadgroup
@@ -30,8 +31,8 @@ def kernel(coded: bool) -> Kernel:
 
 
 def index_scores(
-    q: mx.array,
-    weights: mx.array,
+    q: Columns,
+    weights: Columns,
     rows: Grown,
     place: mx.array,
     angles: mx.array,
@@ -43,11 +44,12 @@ def index_scores(
 ) -> mx.array:
     """Scores of all index rows, float32 (capacity + TAIL,): sum_h w_h relu(q_h . k_j).
 
-    q float32 (heads * width,): the product of the indexer's wq_b, rounded to `dtype` here, as are the
-    turned queries. weights float32 (heads,): the product of its weights_proj. rows: as `form` lays them
-    out; row j lies in `full` while j < place[2], then in `tail`. place int32 (8,), place[0] the token's
-    position p; only the rows j < (p + 1) // 4 get a score, the others -inf. angles float32
-    (4, 2, rope / 2), of which [1] is read. `spread`: queries are Hadamard-transformed and FP4-rounded.
+    q float32 (N, heads * width), of the N tokens of a step: products of the indexer's wq_b, rounded to
+    `dtype` here, as are the turned queries. weights float32 (N, heads): products of its weights_proj.
+    rows: as `form` lays them out; row j lies in `full` while j < place[2], then in `tail`. place int32
+    (8,): the token is number place[4], at position p = place[0]; only the rows j < (p + 1) // 4 get a
+    score, the others -inf. angles float32 (N, 4, 2, rope / 2), of which [:, 1] is read. `spread`: queries
+    are Hadamard-transformed and FP4-rounded.
     """
     if takes(q, rows, heads, form.layout, spread, dtype):
         return by_kernel(
@@ -58,7 +60,7 @@ def index_scores(
 
 
 def takes(
-    q: mx.array, rows: Grown, heads: int, layout: RowLayout, spread: bool, dtype: mx.Dtype
+    q: Columns, rows: Grown, heads: int, layout: RowLayout, spread: bool, dtype: mx.Dtype
 ) -> bool:
     """Whether the kernel scores rows of this layout."""
     coded, width = layout.kind == "index", layout.width
@@ -66,12 +68,12 @@ def takes(
     known = spread == coded and dtype in (mx.bfloat16, mx.float32)
     enough = min(rows.full.size, rows.tail.size) >= 8
     name = "index_scores_coded" if coded else "index_scores_plain"
-    return sizes and known and enough and dispatch.active(q, name, dtype=dtype)
+    return sizes and known and enough and dispatch.active(q.array, name, dtype=dtype)
 
 
 def by_kernel(
-    q: mx.array,
-    weights: mx.array,
+    q: Columns,
+    weights: Columns,
     rows: Grown,
     place: mx.array,
     angles: mx.array,
@@ -97,13 +99,17 @@ def by_kernel(
         ("LOG_GROUPS", GROUPS.bit_length() - 1),
         ("LEAST", LEAST_SPLIT),
         ("SHARE", bits((width * heads) ** -0.5)),
+        ("ALL", q.array.shape[1]),
+        ("QUERIES_AT", q.begin),
+        ("ALL_PROJECTED", weights.array.shape[1]),
+        ("WEIGHTS_AT", weights.begin),
     ]
     if coded:
         template += [("EACH", width // 32), ("PARTS", width // 32), ("ROOT", bits(width**-0.5))]
     else:
         template += [("BLOCK", max(1, min(heads, BLOCK_BYTES // (4 * width))))]
     (scores,) = kernel(coded)(
-        [q, weights, *rows, place, angles],
+        [q.array, weights.array, *rows, place, angles],
         [((count,), mx.float32)],
         groups=(min(most, -(-count // 32)), 1, 1),
         threads=32 * GROUPS,
@@ -114,8 +120,8 @@ def by_kernel(
 
 
 def plain(
-    q: mx.array,
-    weights: mx.array,
+    q: Columns,
+    weights: Columns,
     rows: Grown,
     place: mx.array,
     angles: mx.array,
@@ -126,13 +132,15 @@ def plain(
     dtype: mx.Dtype,
 ) -> mx.array:
     """`index_scores` by MLX's own operations; rows without a score get -inf."""
-    width = form.layout.width
-    turned = rotate(q.astype(dtype).reshape(1, heads, width), (angles[1, :1], angles[1, 1:]))[0]
+    width, number = form.layout.width, place[4]
+    turns = angles[number, 1]
+    queries = q.value[number].astype(dtype).reshape(1, heads, width)
+    turned = rotate(queries, (turns[:1], turns[1:]))[0]
     if spread:
         turned = form.unpack(form.pack(mx.hadamard_transform(turned)))
-    capacity, number = len(rows.full), mx.arange(len(rows.full) + len(rows.tail))
-    lies = mx.where(number < place[2], number, capacity + number - place[2])
-    keys = form.unpack(mx.concatenate(list(rows))[mx.minimum(lies, len(number) - 1)])
+    capacity, row = len(rows.full), mx.arange(len(rows.full) + len(rows.tail))
+    lies = mx.where(row < place[2], row, capacity + row - place[2])
+    keys = form.unpack(mx.concatenate(list(rows))[mx.minimum(lies, len(row) - 1)])
     hits = mx.maximum(turned.astype(mx.float32) @ keys.T, 0)
-    scores = (weights.flatten() * (width * heads) ** -0.5) @ hits
-    return mx.where(number < (place[0] + 1) // RATIO, scores, -mx.inf)
+    scores = (weights.value[number] * (width * heads) ** -0.5) @ hits
+    return mx.where(row < (place[0] + 1) // RATIO, scores, -mx.inf)

@@ -7,10 +7,13 @@ waits for its own instructions, so heads are a loop.
 
 from ds4mlx.custom_kernels.dialect import LOAD8, Kernel
 
-INPUTS = ["q", "weights", "full", "tail", "place", "angles"]
+INPUTS = ["products", "projections", "full", "tail", "place", "turns"]
 
 # Where there are few rows, many SIMD-groups share the heads of the same 32.
 _BEGIN = """
+    const device float* q = products + uint(place[4]) * ALL + QUERIES_AT;
+    const device float* weights = projections + uint(place[4]) * ALL_PROJECTED + WEIGHTS_AT;
+    const device float* angles = turns + uint(place[4]) * (4 * ROPE);
     uint lane = thread_index_in_simdgroup, group = simdgroup_index_in_threadgroup;
     uint id = 32 * group + lane, grid = threadgroups_per_grid.x;
     uint visible = uint(place[0] + 1) / RATIO, settled = uint(place[2]);

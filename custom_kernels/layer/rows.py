@@ -1,7 +1,8 @@
 """What one decoded token of one sequence adds to a layer's state, in one launch.
 
-The row of its window and the normed query latent; for each compressor the token's projection, and the
-compressed row that it completes, if it does. Tails come back whole, with the token in them.
+The row of its window; for each compressor the token's projection, and the compressed row that it
+completes, if it does. Tails come back whole, with the token in them. One sequence's launch also norms the
+query latents of all tokens of the step.
 """
 
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from ds4mlx.custom_kernels.layer.buffers import Grown, Recent
 from ds4mlx.custom_kernels.layer.plain import rms_norm, rotate
 from ds4mlx.custom_kernels.layer.row_layout import Form, RowLayout
 from ds4mlx.custom_kernels.layer.rows_text import WORDS, kernel
+from ds4mlx.custom_kernels.products.columns import Columns
 
 RATIOS = (0, 4, 128)
 GROUPS = 16  # SIMD-groups of a threadgroup; of 32, a GPU's registers would just suffice to pool
@@ -27,8 +29,8 @@ class Pooling(NamedTuple):
     `channels` is twice the width for ratio 4, and the width for ratio 128.
     """
 
-    values: mx.array  # float32 (channels,): product of its wkv with x
-    scores: mx.array  # float32 (channels,): product of its wgate with x, without the bias
+    values: Columns  # float32 (N, channels): products of its wkv with x
+    scores: Columns  # float32 (N, channels): products of its wgate with x, without the bias
     ape: mx.array  # (ratio, channels): bias of a token's place in its group
     norm: mx.array  # (width,): weight of its RMSNorm
     recent: Recent  # its projections, float32 (rows, 2, channels)
@@ -38,9 +40,9 @@ class Pooling(NamedTuple):
 
 
 class NewRows(NamedTuple):
-    """The query latent, and tails with the token in them."""
+    """The query latents, and tails with the token in them."""
 
-    latent: mx.array  # (1, rank), normed
+    latents: mx.array | None  # (N, rank), normed
     window: mx.array  # as the window's tail
     poolings: list[tuple[mx.array, mx.array]]  # the tails of projections and rows
 
@@ -52,11 +54,12 @@ class Options(TypedDict):
     form: Form
     eps: float
     dtype: mx.Dtype
+    latents: bool
 
 
 def new_rows(
-    kv: mx.array,
-    latent: mx.array,
+    kv: Columns,
+    latent: Columns,
     kv_norm: mx.array,
     q_norm: mx.array,
     window: Recent,
@@ -67,21 +70,23 @@ def new_rows(
 ) -> NewRows:
     """What a token adds to a layer of a ratio (0, 4, 128); see `NewRows`.
 
-    kv (width,) and latent (rank,) float32, or (1, .) as all products here: products of wkv and wq_a with x, read as `dtype`, which all
-    activations have. kv_norm, q_norm: weights. The window's rows lie as `form` says. place int32 (8,):
-    the token's position, the position at which tails begin, and the rows before the tails of ratio 4
-    and 128. angles float32 (4, 2, rope / 2): cos and sin for the window row of a layer of ratio 0, of
-    the others, and for a row of ratio 4 and 128. A compressor's tail of rows has room for the row that
-    the token completes; where it completes none, the tail stays as it is.
+    kv (N, width) and latent (N, rank) float32: products of wkv and wq_a with x of the N tokens of a step,
+    read as `dtype`, which all activations have. kv_norm, q_norm: weights. The window's rows lie as `form`
+    says. place int32 (8,): the token's position, the position at which tails begin, the rows before the
+    tails of ratio 4 and 128, and which of the N tokens it is. angles float32 (N, 4, 2, rope / 2), of each:
+    cos and sin for the window row of a layer of ratio 0, of the others, and for a row of ratio 4 and 128.
+    A compressor's tail of rows has room for the row that the token completes; where it completes none,
+    the tail stays as it is. latents: whether the query latents of all N tokens are made.
     """
     own = kv, latent, kv_norm, q_norm, window, poolings, place, angles
     ratio, form, dtype = options["ratio"], options["form"], options["dtype"]
-    suits = takes(kv, poolings, angles, ratio=ratio, form=form, dtype=dtype)
+    products = [kv, latent, *(side for each in poolings for side in (each.values, each.scores))]
+    suits = takes(products, poolings, angles, ratio=ratio, form=form, dtype=dtype)
     return (by_kernel if suits else plain)(*own, **options)
 
 
 def takes(
-    kv: mx.array,
+    products: Sequence[Columns],
     poolings: Sequence[Pooling],
     angles: mx.array,
     *,
@@ -89,7 +94,7 @@ def takes(
     form: Form,
     dtype: mx.Dtype,
 ) -> bool:
-    """Whether the kernel takes a token's products, for rows of these forms."""
+    """Whether the kernel takes products, for rows of these forms."""
     threads, rope = 32 * GROUPS, 2 * angles.shape[-1]
     layouts = [form.layout, *(each.form.layout for each in poolings)]
     pooled = all(each.form.layout.width % 16 == 0 for each in poolings)
@@ -97,7 +102,10 @@ def takes(
     suits = suits and all(each == form.layout for each in layouts if each.kind == "kv")
     spreads = all(_power_of_two(each.form.layout.width) for each in poolings if each.spread)
     typed, name = dtype in (mx.bfloat16, mx.float32), f"rows_{ratio}_{form.layout.kind}"
-    return suits and spreads and typed and dispatch.active(kv, name, dtype=dtype)
+    array = products[0].array
+    lie = all(each.array is array and each.begin % 4 == 0 for each in products)
+    lie = lie and (len(array) == 1 or array.shape[1] % 4 == 0)
+    return suits and spreads and typed and lie and dispatch.active(array, name, dtype=dtype)
 
 
 def _suits(layout: RowLayout, threads: int, rope: int) -> bool:
@@ -114,8 +122,8 @@ def _power_of_two(width: int) -> bool:
 
 
 def plain(
-    kv: mx.array,
-    latent: mx.array,
+    kv: Columns,
+    latent: Columns,
     kv_norm: mx.array,
     q_norm: mx.array,
     window: Recent,
@@ -127,14 +135,15 @@ def plain(
     """`new_rows` by MLX's own operations."""
     ratio, form = options["ratio"], options["form"]
     eps, dtype = options["eps"], options["dtype"]
-    slot = place[0] - place[1]
-    row = rms_norm(kv.astype(dtype).reshape(1, -1), kv_norm, eps)
+    slot, number = place[0] - place[1], place[4]
+    angles = angles[number]
+    row = rms_norm(kv.value[number].astype(dtype)[None], kv_norm, eps)
     row = rotate(row, _angles(angles, 1 if ratio else 0))
-    normed = rms_norm(latent.astype(dtype).reshape(1, -1), q_norm, eps)
+    normed = rms_norm(latent.value.astype(dtype), q_norm, eps) if options["latents"] else None
     tails = []
     for each in poolings:
-        scores = each.scores.flatten() + each.ape[place[0] % ratio]
-        projected = mx.stack([each.values.flatten(), scores])
+        scores = each.scores.value[number] + each.ape[place[0] % ratio]
+        projected = mx.stack([each.values.value[number], scores])
         recent = each.recent._replace(tail=_with_row(each.recent.tail, projected, slot))
         row_of = _compressed(each, recent, place, angles, ratio, eps, dtype)
         # A row that is not complete is put where there is none.
@@ -180,8 +189,8 @@ def _compressed(
 
 
 def by_kernel(
-    kv: mx.array,
-    latent: mx.array,
+    kv: Columns,
+    latent: Columns,
     kv_norm: mx.array,
     q_norm: mx.array,
     window: Recent,
@@ -192,8 +201,10 @@ def by_kernel(
 ) -> NewRows:
     """`new_rows` in one launch; see `takes`."""
     ratio, layout, dtype = options["ratio"], options["form"].layout, options["dtype"]
-    inputs = [kv, latent, kv_norm, q_norm, window.tail, place, angles]
-    outputs = [((1, latent.size), dtype), (window.tail.shape, window.tail.dtype)]
+    products, tokens = kv.array, len(kv.array) if options["latents"] else 0
+    inputs = [products, kv_norm, window.tail, place, angles, *([q_norm] if tokens else [])]
+    outputs = [(window.tail.shape, window.tail.dtype)]
+    outputs += [((tokens, latent.width), dtype)] if tokens else []
     numbers: dict[str, Any] = {
         "T": dtype,
         "GROUPS": GROUPS,
@@ -202,7 +213,10 @@ def by_kernel(
         "ANGLES": 1 if ratio else 0,
         "ROPE": 2 * angles.shape[-1],
         "WIDTH": layout.width,
-        "RANK": latent.size,
+        "RANK": latent.width,
+        "ALL": products.shape[1],
+        "KV_AT": kv.begin,
+        "LATENT_AT": latent.begin,
         "CODED": layout.coded,
         "HEAD": layout.head,
         "SPAN": len(window.tail),
@@ -210,24 +224,30 @@ def by_kernel(
         "MOST": max([layout.width, *(len(each.norm) for each in poolings)]),
     }
     for i, each in enumerate(poolings):
-        inputs += [each.values, each.scores, each.ape, each.norm, *each.recent, each.rows.tail]
+        inputs += [each.ape, each.norm, *each.recent, each.rows.tail]
         outputs += [(t.shape, t.dtype) for t in (each.recent.tail, each.rows.tail)]
         own = len(each.norm), len(each.recent.old), len(each.rows.tail)
-        own += _words(each.recent.tail), _words(each.rows.tail)
-        names = ("WIDTH", "KEEP", "TAIL", "RECENT_WORDS", "ROW_WORDS")
+        own += (
+            _words(each.recent.tail),
+            _words(each.rows.tail),
+            each.values.begin,
+            each.scores.begin,
+        )
+        names = ("WIDTH", "KEEP", "TAIL", "RECENT_WORDS", "ROW_WORDS", "VALUES_AT", "SCORES_AT")
         numbers |= {f"{name}{i}": number for name, number in zip(names, own, strict=True)}
     tails = [window.tail, *(t for each in poolings for t in (each.recent.tail, each.rows.tail))]
     piece = WORDS * 32 * GROUPS
     pieces = sum(-(-len(tail) * _words(tail) // piece) for tail in tails)
     kinds = tuple((each.form.layout.kind, each.spread) for each in poolings)
-    latent_out, window_out, *rest = kernel(ratio, layout.kind, kinds)(
+    window_out, *rest = kernel(ratio, layout.kind, kinds, tokens > 0)(
         inputs,
         outputs,
-        groups=(len(poolings) + 2 + pieces, 1, 1),
+        groups=(len(poolings) + 1 + tokens + pieces, 1, 1),
         threads=32 * GROUPS,
         template=list(numbers.items()),
     )
-    return NewRows(latent_out, window_out, list(zip(rest[::2], rest[1::2], strict=True)))
+    latents = rest.pop(0) if tokens else None
+    return NewRows(latents, window_out, list(zip(rest[::2], rest[1::2], strict=True)))
 
 
 def _words(rows: mx.array) -> int:

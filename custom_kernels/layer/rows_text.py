@@ -1,6 +1,6 @@
 """The text of the kernel that adds a token to a layer's state, put together for a layer's kind.
 
-A threadgroup has one job: to pool a compressor's row, to make the window row, to norm the query
+A threadgroup has one job: to pool a compressor's row, to make the window row, to norm a token's query
 latent, or to copy a piece of a tail. In the first two a thread has a pair of channels.
 """
 
@@ -136,21 +136,23 @@ BEGIN = """
     uint at = thread_index_in_threadgroup, job = threadgroup_position_in_grid.x;
     int p = place[0], settled = place[1], slot = p - settled;
     float eps = as_type<float>(EPS), v[2];
+    const device float* own = products + uint(place[4]) * ALL;
+    const device float* turns = angles + uint(place[4]) * (4 * ROPE);
 """
 
 POOLING = """
     bool full = (p + 1) % RATIO == 0;
     uint next = p / RATIO - place[RATIO == 4 ? 2 : 3];
-    const device float* turn = angles + (RATIO == 4 ? 2 : 3) * ROPE;
+    const device float* turn = turns + (RATIO == 4 ? 2 : 3) * ROPE;
 """
 
 POOL_JOB = """
     if (job == {i}) {{
         constexpr int C = RATIO == 4 ? 2 * WIDTH{i} : WIDTH{i};
-        project(values{i}, scores{i}, ape{i} + p % RATIO * C, new_recent{i} + slot * 2 * C, C, at, threads);
+        project(own + VALUES_AT{i}, own + SCORES_AT{i}, ape{i} + p % RATIO * C, new_recent{i} + slot * 2 * C, C, at, threads);
         if (!full) return;
         pool<T, WIDTH{i}, RATIO == 4 ? 8 : RATIO>(
-            values{i}, scores{i}, ape{i} + p % RATIO * C, old{i}, recent{i}, KEEP{i}, p, settled,
+            own + VALUES_AT{i}, own + SCORES_AT{i}, ape{i} + p % RATIO * C, old{i}, recent{i}, KEEP{i}, p, settled,
             row, at, threads);
         turned<T>(row, norm{i}, turn, WIDTH{i}, ROPE, eps, parts, at, threads, v);
         {spread}
@@ -161,24 +163,31 @@ POOL_JOB = """
 
 WINDOW_JOB = """
     if (job == {i}) {{
-        for (uint c = at; c < WIDTH; c += threads) row[c] = as<T>(kv[c]);
+        for (uint c = at; c < WIDTH; c += threads) row[c] = as<T>(own[KV_AT + c]);
         threadgroup_barrier(mem_flags::mem_threadgroup);
-        turned<T>(row, kv_norm, angles + ANGLES * ROPE, WIDTH, ROPE, eps, parts, at, threads, v);
+        turned<T>(row, kv_norm, turns + ANGLES * ROPE, WIDTH, ROPE, eps, parts, at, threads, v);
         {pack}
         return;
     }}
-    if (job == {i} + 1) {{
+    job -= {i} + 1;
+"""
+
+# Of every token of the step, since all are multiplied by one matrix next.
+LATENT_JOB = """
+    uint tokens = uint(products_shape[0]);
+    if (job < tokens) {
+        const device float* latent = products + job * ALL + LATENT_AT;
         float sum = 0;
-        for (uint c = at; c < RANK; c += threads) {{
+        for (uint c = at; c < RANK; c += threads) {
             float a = as<T>(latent[c]);
             sum = fma(a, a, sum);
-        }}
+        }
         float r = 1.0f / sqrt(total(sum, parts, at, threads) / float(RANK) + eps);
         for (uint c = at; c < RANK; c += threads)
-            new_latent[c] = static_cast<T>(as<T>(latent[c]) * r * float(q_norm[c]));
+            latents[job * RANK + c] = static_cast<T>(as<T>(latent[c]) * r * float(q_norm[c]));
         return;
-    }}
-    job -= {i} + 2;
+    }
+    job -= tokens;
 """
 
 COPY_JOB = """
@@ -197,22 +206,26 @@ Kinds = tuple[tuple[str, bool], ...]
 
 
 @lru_cache
-def kernel(ratio: int, kind: str, poolings: Kinds) -> Kernel:
-    """The kernel of layers of a ratio, KV rows of a kind, and compressors (kind, whether spread)."""
-    inputs = ["kv", "latent", "kv_norm", "q_norm", "window", "place", "angles"]
-    outputs = ["new_latent", "new_window"]
+def kernel(ratio: int, kind: str, poolings: Kinds, latents: bool) -> Kernel:
+    """The kernel of layers of a ratio, KV rows of a kind, and compressors (kind, whether spread).
+
+    latents: whether it makes the query latents too.
+    """
+    inputs = ["products", "kv_norm", "window", "place", "angles"] + ["q_norm"] * latents
+    outputs = ["new_window"] + ["latents"] * latents
     for i in range(len(poolings)):
-        inputs += [f"{n}{i}" for n in ("values", "scores", "ape", "norm", "old", "recent", "rows")]
+        inputs += [f"{n}{i}" for n in ("ape", "norm", "old", "recent", "rows")]
         outputs += [f"new_recent{i}", f"new_rows{i}"]
     header = PAIR + COMMON + (POOL if ratio else "")
     kinds = {kind, *(each for each, _ in poolings)}
     header += (KV if "kv" in kinds else "") + (INDEX if "index" in kinds else "")
     header += SPREAD if any(spread for _, spread in poolings) else ""
     name = "_".join(["rows", str(ratio), kind, *(k + "_spread" * s for k, s in poolings)])
-    return Kernel(name, inputs, outputs, _body(ratio, kind, poolings), header)
+    name += "" if latents else "_alone"
+    return Kernel(name, inputs, outputs, _body(ratio, kind, poolings, latents), header)
 
 
-def _body(ratio: int, kind: str, poolings: Kinds) -> str:
+def _body(ratio: int, kind: str, poolings: Kinds, latents: bool) -> str:
     """The jobs in the order of their threadgroups: those that take longest come first."""
     jobs = [BEGIN, POOLING if ratio else ""]
     for i, (each, spread) in enumerate(poolings):
@@ -220,7 +233,7 @@ def _body(ratio: int, kind: str, poolings: Kinds) -> str:
         spreads = f"spread<T>(v, WIDTH{i}, row, at);" if spread else ""
         jobs.append(POOL_JOB.format(i=i, spread=spreads, pack=packed))
     packed = _pack(kind, "new_window", "slot", "WIDTH", "WINDOW_WORDS")
-    jobs.append(WINDOW_JOB.format(i=len(poolings), pack=packed))
+    jobs += [WINDOW_JOB.format(i=len(poolings), pack=packed), LATENT_JOB if latents else ""]
     jobs.append(_copy("window", "SPAN", "WINDOW_WORDS", "uint(slot) * words"))
     for i in range(len(poolings)):
         jobs.append(_copy(f"recent{i}", "SPAN", f"RECENT_WORDS{i}", "uint(slot) * words"))

@@ -40,7 +40,9 @@ def by_kernel(stored: str, planes: Planes, x: mx.array) -> mx.array:
     """x (n, in) by planes of (out, in), or (G, n, in) by (G, out, in)."""
     if x.shape[-2] <= dense_matvec.MOST:
         rows = {plane: array.reshape(-1, array.shape[-1]) for plane, array in planes.items()}
-        return _few(dense_matvec.by_kernel([(stored, rows)], _few(x), x.dtype)[0])
+        few = _few(x)
+        out = dense_matvec.by_kernel([(stored, rows)], few, x.dtype)
+        return _few(out.reshape(*few.shape[:-1], -1))
     return by_decoding(stored, planes, x)
 
 

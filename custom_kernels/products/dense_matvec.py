@@ -1,6 +1,7 @@
 """Dense matrices times one to eight rows of activations: one launch reads every weight once.
 
-Several matrices that take the same activations share a launch, whatever their formats. A SIMD-group
+Several matrices that take the same activations share a launch, whatever their formats, and an array of
+results: every array costs the host, at every token. A SIMD-group
 makes R values for all rows of activations: its lanes load 16 bytes of each of R rows at a time and
 multiply in float32, so that no weight is ever written out wider than it is stored. More rows of
 bfloat16 activations go through matrix units instead.
@@ -29,7 +30,7 @@ TILED_FROM = {"cuda": 5, "metal": MOST + 1}
 # that one kernel serves all matrices in the same formats.
 _START = """
 uint at = threadgroup_position_in_grid.x, lane = thread_index_in_simdgroup;
-uint sub = simdgroup_index_in_threadgroup;
+uint sub = simdgroup_index_in_threadgroup, begin = 0, every = {every};
 uint columns = uint(x_shape[1 + GROUPED]), groups = GROUPED ? uint(x_shape[1]) : 1u, each, parts;
 """
 _PART = """
@@ -39,11 +40,12 @@ if (at < parts * groups) {{
   {planes}
   uint group = at / parts, row = (at % parts * SUBS + sub) * R + group * each;
   if (row < (group + 1) * each)
-    product<{struct}, R, N, U, M>(w, x + group * columns, groups * columns, out{i}, groups * each,
-                                     row, (group + 1) * each, columns, lane);
+    product<{struct}, R, N, U, M>(w, x + group * columns, groups * columns, uint(x_shape[0]), out + begin,
+                                     every, row, (group + 1) * each, columns, lane);
   return;
 }}
 at -= parts * groups;
+begin += groups * each;
 """
 _TILE = """
 each = uint(w{i}_weight_shape[0]) / groups, parts = (each - 1) / 16 + 1;
@@ -51,11 +53,12 @@ if (at < parts * groups) {{
   {struct} w;
   {planes}
   uint group = at / parts, row = at % parts * 16 + group * each;
-  tile<{struct}, SUBS>(w, x + group * columns, groups * columns, uint(x_shape[0]), out{i},
-                          groups * each, row, (group + 1) * each, columns, sums, sub, lane);
+  tile<{struct}, SUBS>(w, x + group * columns, groups * columns, uint(x_shape[0]), out + begin, every,
+                          row, (group + 1) * each, columns, sums, sub, lane);
   return;
 }}
 at -= parts * groups;
+begin += groups * each;
 """
 
 Matrices = Sequence[tuple[str, Planes]]
@@ -63,7 +66,7 @@ Matrices = Sequence[tuple[str, Planes]]
 
 @dataclass(frozen=True)
 class Cut:
-    """How the work of a launch is cut: rows of every matrix, groups they fall into, tokens."""
+    """How the work of a launch is cut: rows of every matrix, groups they fall into, tokens made up."""
 
     rows: tuple[int, ...]
     groups: int
@@ -107,7 +110,8 @@ class Cut:
 @lru_cache
 def kernel(formats: tuple[str, ...], tiled: bool) -> Kernel:
     """The kernel of matrices in these formats, on matrix units or not."""
-    inputs, body = ["x"], _START
+    every = " + ".join(f"uint(w{i}_weight_shape[0])" for i in range(len(formats)))
+    inputs, body = ["x"], _START.format(every=every)
     if tiled:
         body += "threadgroup float sums[SUBS * 128];\n"
     for i, name in enumerate(formats):
@@ -115,7 +119,7 @@ def kernel(formats: tuple[str, ...], tiled: bool) -> Kernel:
         inputs += [f"w{i}_{p}" for p in planes]
         taken = " ".join(f"w.{p} = w{i}_{p};" for p in planes)
         body += (_TILE if tiled else _PART).format(i=i, struct=text.STRUCTS[name], planes=taken)
-    kinds, outputs = dict.fromkeys(formats), [f"out{i}" for i in range(len(formats))]
+    kinds, outputs = dict.fromkeys(formats), ["out"]
     header = text.LOAD4 + "".join(text.FORMATS[name] for name in kinds)
     if not tiled:
         return Kernel(_name(formats), inputs, outputs, body, header + text.PRODUCT)
@@ -135,11 +139,11 @@ def _tiled(formats: Iterable[str], x: mx.array) -> bool:
     return exact and len(x) >= fewest and x.shape[-1] % CHUNK == 0
 
 
-def dense_matvec(matrices: Matrices, x: mx.array, dtype: mx.Dtype = mx.float32) -> list[mx.array]:
-    """x . W^T for every matrix, in one launch: a list of (N, rows) of type `dtype`.
+def dense_matvec(matrices: Matrices, x: mx.array, dtype: mx.Dtype = mx.float32) -> mx.array:
+    """x . W^T for every matrix, in one launch: (N, all rows) of type `dtype`, side by side.
 
     matrices: (format, planes of (rows, columns)); x (N, columns), or (N, G, columns), where row i of
-    a matrix meets group i // (rows / G): a list of (N, G, rows / G). Sums are float32.
+    a matrix meets group i // (rows / G). Sums are float32.
     """
     way = by_kernel if takes(matrices, x) else plain
     return way(matrices, x, dtype)
@@ -161,33 +165,39 @@ def fits(formats: Iterable[str], x: mx.array) -> bool:
     return dispatch.active(x, *(_name([kind], tiled) for kind in kinds))
 
 
-def plain(matrices: Matrices, x: mx.array, dtype: mx.Dtype = mx.float32) -> list[mx.array]:
+def plain(matrices: Matrices, x: mx.array, dtype: mx.Dtype = mx.float32) -> mx.array:
     """`dense_matvec` by MLX's own operations."""
     x = x.astype(mx.float32)
     if x.ndim == 2:
-        return [FORMATS[name].matmul(planes, x).astype(dtype) for name, planes in matrices]
+        results = [FORMATS[name].matmul(planes, x) for name, planes in matrices]
+        return mx.concatenate(results, axis=-1).astype(dtype)
     groups, rows = x.shape[1], x.swapaxes(0, 1)
     results = []
     for name, planes in matrices:
         stacked = {p: a.reshape(groups, -1, a.shape[-1]) for p, a in planes.items()}
-        results.append(FORMATS[name].matmul(stacked, rows).astype(dtype).swapaxes(0, 1))
-    return results
+        results.append(FORMATS[name].matmul(stacked, rows).swapaxes(0, 1).reshape(len(x), -1))
+    return mx.concatenate(results, axis=-1).astype(dtype)
 
 
-def by_kernel(matrices: Matrices, x: mx.array, dtype: mx.Dtype = mx.float32) -> list[mx.array]:
+def by_kernel(matrices: Matrices, x: mx.array, dtype: mx.Dtype = mx.float32) -> mx.array:
     """`dense_matvec` in one launch; N is at most MOST, columns a multiple of a piece's."""
     tokens, *grouped, _ = x.shape
     groups = (grouped or [1])[0]
     formats = tuple(name for name, _ in matrices)
     tiled = _tiled(formats, x)
-    cut = Cut(tuple(planes["weight"].shape[0] for _, planes in matrices), groups, tokens, tiled)
+    cut = Cut(
+        tuple(planes["weight"].shape[0] for _, planes in matrices),
+        groups,
+        dispatch.made_up(tokens),
+        tiled,
+    )
     return kernel(formats, tiled)(
         [x, *(planes[p] for name, planes in matrices for p in FORMATS[name].layout)],
-        [((tokens, *grouped, rows // groups), dtype) for rows in cut.rows],
+        [((tokens, sum(cut.rows)), dtype)],
         groups=(sum(cut.parts()), 1, 1),
         threads=32 * (TILE_SUBS if tiled else SUBS),
         template=[
             ("GROUPED", len(grouped)),
             *cut.template(),
         ],
-    )
+    )[0]

@@ -135,8 +135,8 @@ inline float totals(thread float* v, uint lane, thread uint& which) {
   return sum;
 }
 template <typename F, int R, int N, int U, int M, typename T, typename O>
-inline void product(F w, const device T* x, uint stride, device O* out, uint out_stride, uint row0,
-                    uint rows, uint all, uint lane) {
+inline void product(F w, const device T* x, uint stride, uint tokens, device O* out, uint out_stride,
+                    uint row0, uint rows, uint all, uint lane) {
   float y[M];
   #pragma unroll
   for (int i = 0; i < M; i++) y[i] = 0;
@@ -165,7 +165,7 @@ inline void product(F w, const device T* x, uint stride, device O* out, uint out
         #pragma unroll
         for (int t = 0; t < N; t++) {
           float a[4];
-          load4(at + t * stride + 4 * q, a);
+          load4(at + min(uint(t), tokens - 1) * stride + 4 * q, a);
           #pragma unroll
           for (int r = 0; r < R; r++) {
             float s = q ? sum[r][t] : 0.0f;
@@ -187,7 +187,7 @@ inline void product(F w, const device T* x, uint stride, device O* out, uint out
   uint which = 0;
   float total = totals<M>(y, lane, which);
   uint r = which / N, t = which % N;
-  if (lane < M && r < R && row0 + r < rows)
+  if (lane < M && r < R && t < tokens && row0 + r < rows)
     out[t * out_stride + row0 + r] = static_cast<O>(total);
 }
 """

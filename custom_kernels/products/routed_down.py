@@ -16,6 +16,7 @@ from ds4mlx.custom_kernels.codes.tables import bits
 from ds4mlx.custom_kernels.dialect import Kernel, parts
 from ds4mlx.custom_kernels.products import dense_matvec_text as dense
 from ds4mlx.custom_kernels.products import experts, experts_down, swiglu
+from ds4mlx.custom_kernels.products.columns import Columns
 from ds4mlx.formats import FORMATS, Planes
 
 ROWS = 2  # of the shared matrix, that a SIMD-group takes
@@ -52,8 +53,14 @@ _SHARED = """
         if (base) threadgroup_barrier(mem_flags::mem_threadgroup);
         for (uint i = at; i < TOKENS * (columns / 4); i += GROUPS * 32) {
             uint t = i / (columns / 4), j = i % (columns / 4);
-            float4 g = ((const device float4*)(gates + t * INNER + base))[j];
-            float4 u = ((const device float4*)(ups + t * INNER + base))[j];
+            if (t >= tokens) {
+                uint4 none;
+                none.x = none.y = none.z = none.w = 0;
+                xs[(t * quads + j % quads) * pieces + j / quads] = none;
+                continue;
+            }
+            float4 g = ((const device float4*)(products + t * ALL + GATES_AT + base))[j];
+            float4 u = ((const device float4*)(products + t * ALL + UPS_AT + base))[j];
             uint4 v;
             v.x = hidden_of<T>(g.x, u.x, limit);
             v.y = hidden_of<T>(g.y, u.y, limit);
@@ -104,20 +111,20 @@ _SHARED = """
         #pragma unroll
         for (uint t = 0; t < TOKENS; t++) {
             float y = simd_sum(ys[r][t]);
-            if (lane == 0 && row0 + r < WIDTH) shared[t * WIDTH + row0 + r] = y;
+            if (lane == 0 && t < tokens && row0 + r < WIDTH) shared[t * WIDTH + row0 + r] = y;
         }
     }
 """
 
 _BODY = """
 %s
-    uint part = threadgroup_position_in_grid.x;
-    if (part < PARTS * TOKENS) {
+    uint part = threadgroup_position_in_grid.x, tokens = uint(experts_shape[0]);
+    if (part < PARTS * tokens) {
         uint token = part / PARTS;
         part %%= PARTS;
 %s
     } else {
-        part -= PARTS * TOKENS;
+        part -= PARTS * tokens;
         DENSE w;
         %s
 %s
@@ -136,7 +143,7 @@ def kernel(format: str, dtype: mx.Dtype, eight: bool, dense_format: str) -> Kern
     )
     header += swiglu.HEADER + _HEADER + dense.LOAD4 + dense.FORMATS[dense_format]
     header += f"#define DENSE {dense.STRUCTS[dense_format]}\n"
-    inputs = ["hidden", "experts", "gates", "ups", *PACKINGS[format].names("down")]
+    inputs = ["hidden", "experts", "products", *PACKINGS[format].names("down")]
     name = _name(format, dtype, eight, dense_format)
     return Kernel(name, [*inputs, *planes.values()], ["routed", "shared"], body, header)
 
@@ -146,16 +153,21 @@ def _name(format: str, dtype: mx.Dtype, eight: bool, dense_format: str) -> str:
 
 
 class Shared(NamedTuple):
-    """The shared expert: planes of its down (D, F) in a format, what gate and up gave (N, F) float32.
+    """The shared expert: planes of its down (D, F) in a format, and what gate and up gave, float32 (N, F).
 
     limit: of SwiGLU.
     """
 
     format: str
     down: Planes
-    gates: mx.array
-    ups: mx.array
+    gates: Columns
+    ups: Columns
     limit: float
+
+    @property
+    def inner(self) -> int:
+        """F, the hidden values of a token."""
+        return self.gates.width
 
 
 def routed_down(
@@ -188,10 +200,17 @@ def takes(
     suits = format in experts.DOWN.formats and hidden.shape[1] % staging.CHUNK == 0
     suits = suits and chosen.shape[1] <= dispatch.MOST_CHOSEN and len(chosen) <= dispatch.FEW
     piece = dense.COLUMNS.get(shared.format)
-    suits = suits and piece is not None and shared.gates.shape[1] % piece == 0
+    suits = suits and piece is not None and shared.inner % piece == 0 and _aligned(shared)
     # How a shared format is read is compared as `dense_matvec`, which has the same text.
     name = _name(format, hidden.dtype, eight, shared.format).removesuffix(f"_{shared.format}")
     return suits and dispatch.active(hidden, name)
+
+
+def _aligned(shared: Shared) -> bool:
+    """Whether both products of a token lie in one array, four values to a load."""
+    gates, ups = shared.gates, shared.ups
+    together = gates.array is ups.array and gates.array.shape[1] % 4 == 0
+    return together and gates.begin % 4 == ups.begin % 4 == 0
 
 
 def plain(
@@ -207,7 +226,7 @@ def plain(
     """`routed_down` by MLX's own operations, which know no bytes."""
     stack = lambda *each: FORMATS[format].gather(down, *each)
     routed = experts.plain_down(stack, hidden, experts.Pairs(chosen, None, None))
-    gates, ups = shared.gates.astype(dtype), shared.ups.astype(dtype)
+    gates, ups = (each.value.astype(dtype) for each in (shared.gates, shared.ups))
     values = swiglu.swiglu(gates, ups, shared.limit).astype(dtype)
     return routed, FORMATS[shared.format].matmul(shared.down, values).astype(mx.float32)
 
@@ -224,24 +243,28 @@ def by_kernel(
 ) -> tuple[mx.array, mx.array]:
     """`routed_down` in one launch; H is a multiple of 64, F of a piece's columns, k at most 32."""
     assert hidden.dtype == dtype
-    (count, topk), (width, inner) = chosen.shape, (down["weight"].shape[-2], shared.gates.shape[1])
+    (count, topk), (width, inner) = chosen.shape, (down["weight"].shape[-2], shared.inner)
     each, rest = experts_down.ROWS * experts_down.GROUPS, ROWS * experts_down.GROUPS
     routed, dense_parts = -(-width // each), -(-width // rest)
-    span = min(inner, max(STEP, STAGED // count // STEP * STEP))
+    padded = dispatch.made_up(count)
+    span = min(inner, max(STEP, STAGED // padded // STEP * STEP))
     packing = PACKINGS[format]
     planes = [down[p] for p in packing.planes]
     planes += [shared.down[p] for p in FORMATS[shared.format].layout]
     sums = kernel(format, dtype, eight, shared.format)(
-        [hidden, chosen, shared.gates, shared.ups, *planes],
+        [hidden, chosen, shared.gates.array, *planes],
         [((count, width), mx.float32), ((count, width), mx.float32)],
         groups=(routed * count + dense_parts, 1, 1),
         threads=32 * experts_down.GROUPS,
         template=[
             ("T", dtype),
             *experts_down.template(hidden, width, topk),
-            ("TOKENS", count),
+            ("TOKENS", padded),
             ("PARTS", routed),
             ("INNER", inner),
+            ("ALL", shared.gates.array.shape[1]),
+            ("GATES_AT", shared.gates.begin),
+            ("UPS_AT", shared.ups.begin),
             ("SPAN", span),
             ("SHARED_ROWS", ROWS),
             ("LIMIT", bits(shared.limit)),

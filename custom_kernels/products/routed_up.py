@@ -17,6 +17,7 @@ from ds4mlx.custom_kernels.dialect import Kernel, parts
 from ds4mlx.custom_kernels.layer import router
 from ds4mlx.custom_kernels.layer.index_select import KEY_OF
 from ds4mlx.custom_kernels.products import experts, experts_up
+from ds4mlx.custom_kernels.products.columns import Columns
 from ds4mlx.formats import FORMATS, Planes
 
 # Best first, the lowest number among equals. A key of 0 is no expert, or one that was taken.
@@ -67,7 +68,7 @@ _CHOICE = """
     threadgroup float weight_of_all[1];
     if (simdgroup_index_in_threadgroup == 0) {
         uint slot = job %% TOPK;
-        const device float* row = logits + (job / TOPK) * EXPERTS;
+        const device float* row = products + (job / TOPK) * ALL + LOGITS_AT;
         int expert = 0;
 %s
         if (lane == 0) {
@@ -94,7 +95,7 @@ def kernel(format: str, dtype: mx.Dtype, eight: bool, hashed: bool) -> Kernel:
     """The kernel for experts in a format and activations of a type, or as bytes."""
     choice = ["listed", "ids"] if hashed else ["bias"]
     header = experts_up.header(format, dtype, eight, free=32) + router.HEADER
-    inputs = ["x", "logits", *choice, *experts_up.planes(format)]
+    inputs = ["x", "products", *choice, *experts_up.planes(format)]
     body = _body(_LISTED if hashed else _BEST)
     header += "" if hashed else KEY_OF
     return Kernel(_name(format, dtype, eight, hashed), inputs, ["hidden", "experts"], body, header)
@@ -122,12 +123,12 @@ def routed_up(
     gate: Planes,
     up: Planes,
     x: mx.array,
-    logits: mx.array,
+    logits: Columns,
     **options: Unpack[Options],
 ) -> tuple[mx.array, mx.array]:
     """weight * silu(min(gate . x, limit)) * clip(up . x) of a token's experts, and which these are.
 
-    x (N, D); logits float32 (N, E), the router's products; planes of (E, H, D). A score is
+    x (N, D); logits float32 (N, E): the router's products; planes of (E, H, D). A score is
     sqrt(softplus(logit)). With `bias` (E,) the experts are those of the highest score + bias, the best
     first; with `table` int32 (vocab, k) and `ids` int (N,) those listed for the token. Weights are scores
     over their sum, times scale, or all NaN where a NaN was compared. eight: as in `experts_up`.
@@ -139,11 +140,11 @@ def routed_up(
 
 
 def takes(
-    format: str, x: mx.array, logits: mx.array, topk: int, hashed: bool, eight: bool = False
+    format: str, x: mx.array, logits: Columns, topk: int, hashed: bool, eight: bool = False
 ) -> bool:
     """Whether the kernel multiplies tokens x (N, D) by experts in a format."""
     suits = format in experts.UP.formats and x.shape[1] % staging.CHUNK == 0
-    suits = suits and topk <= dispatch.MOST_CHOSEN and logits.shape[1] <= router.MOST_EXPERTS
+    suits = suits and topk <= dispatch.MOST_CHOSEN and logits.width <= router.MOST_EXPERTS
     suits = suits and len(x) <= dispatch.FEW
     return suits and dispatch.active(x, _name(format, x.dtype, eight, hashed))
 
@@ -153,12 +154,12 @@ def plain(
     gate: Planes,
     up: Planes,
     x: mx.array,
-    logits: mx.array,
+    logits: Columns,
     **options: Unpack[Options],
 ) -> tuple[mx.array, mx.array]:
     """`routed_up` by MLX's own operations, which know no bytes."""
     listed = (options.get(name) for name in ("bias", "table", "ids"))
-    sides = router.scores_of(logits), options["scale"], options["topk"], *listed
+    sides = router.scores_of(logits.value), options["scale"], options["topk"], *listed
     chosen, weights = router.weighed(*sides, ordered=True)
     lift, rise = (lambda *each, m=m: FORMATS[format].gather(m, *each) for m in (gate, up))
     pairs = experts.Pairs(chosen, None, None)
@@ -171,7 +172,7 @@ def by_kernel(
     gate: Planes,
     up: Planes,
     x: mx.array,
-    logits: mx.array,
+    logits: Columns,
     **options: Unpack[Options],
 ) -> tuple[mx.array, mx.array]:
     """`routed_up` in one launch; D is a multiple of 64, k at most 32, E at most 1024."""
@@ -181,11 +182,16 @@ def by_kernel(
     choice = [array for array in map(options.get, named) if isinstance(array, mx.array)]
     planes = experts_up.operands(format, gate, up, eight)
     cut = experts_up.cut(x, hidden, topk, format, options["limit"], eight)
-    cut["template"] += [("EXPERTS", logits.shape[1]), ("SCALE", bits(options["scale"]))]
+    cut["template"] += [
+        ("EXPERTS", logits.width),
+        ("ALL", logits.array.shape[1]),
+        ("LOGITS_AT", logits.begin),
+        ("SCALE", bits(options["scale"])),
+    ]
     values, chosen = kernel(format, x.dtype, eight, table is not None)(
-        [x, logits, *choice, *planes],
+        [x, logits.array, *choice, *planes],
         [((count * topk, hidden), x.dtype), ((count, topk), mx.int32)],
         **cut,
-        reads=parts(experts_up.planes(format)[1:], count * topk, logits.shape[1]),
+        reads=parts(experts_up.planes(format)[1:], count * topk, logits.width),
     )
     return values, chosen

@@ -36,6 +36,11 @@ class Matrix(Module):
             self[plane] = empty
 
     @property
+    def rows(self) -> int:
+        """Rows of the matrix: values that it makes of an input."""
+        return self._shape[-2]
+
+    @property
     def planes(self) -> dict[str, mx.array]:
         """The arrays that hold the weight, by name."""
         return {plane: self[plane] for plane in FORMATS[self.format].layout}

@@ -28,12 +28,12 @@ def settle(state: DecodeState) -> None:
             _settle_rows(rows)
 
 
-def place(state: DecodeState) -> np.ndarray:
-    """Where the next token stands, int32 (8,): its position, where the tails of what every token
-    makes begin, and the number of the first row in those of ratio 4, and of ratio 128."""
+def place(state: DecodeState, number: int) -> np.ndarray:
+    """Where the next token stands, int32 (8,): its position, where the tails of what every token makes
+    begin, the number of the first row in those of ratio 4 and of ratio 128; its own among the tokens."""
     firsts = (rows[0].settled if rows else 0 for rows in (_rows(state, r) for r in RATIOS))
     settled = state.layers[0].window.settled
-    return np.array([state.offset, settled, *firsts, 0, 0, 0, 0], np.int32)
+    return np.array([state.offset, settled, *firsts, number, 0, 0, 0], np.int32)
 
 
 def arrays_of(state: DecodeState) -> list[mx.array]:

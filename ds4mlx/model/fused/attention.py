@@ -4,14 +4,15 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
-from ds4mlx.custom_kernels.layer.attention import attention
+from ds4mlx.custom_kernels.layer.attention import Read, attention
 from ds4mlx.custom_kernels.layer.buffers import Grown, Recent
 from ds4mlx.custom_kernels.layer.index_scores import index_scores
 from ds4mlx.custom_kernels.layer.index_select import index_select
 from ds4mlx.custom_kernels.layer.rows import NewRows, Pooling, new_rows
+from ds4mlx.custom_kernels.products.columns import Columns, side_by_side
 from ds4mlx.custom_kernels.products.dense_matvec import dense_matvec
 from ds4mlx.model.attention import Attention, SparseAttention
-from ds4mlx.model.fused.sequences import Held, Place, Sequences, compressors_of, row, stacked
+from ds4mlx.model.fused.sequences import Sequences, compressors_of
 from ds4mlx.model.linear import Matrix
 from ds4mlx.state.row_forms import StateForm
 
@@ -22,96 +23,103 @@ def attend(attn: Attention, x: mx.array, sequences: Sequences) -> tuple[mx.array
     weights, index = [], []
     if isinstance(attn, SparseAttention):
         weights, index = [attn.indexer.weights_proj], [attn.indexer.wq_b]
-    latents, kvs, *rest = dense([attn.wq_a, attn.wkv, *projections, *weights], x)
-    made = []
-    for number, (held, place) in enumerate(zip(sequences.held, sequences.places, strict=True)):
-        own = [row(each, number) for each in (latents, kvs, *rest)]
-        made.append(extend(attn, own[0], own[1], own[2:], held, place, x.dtype))
-    queries = dense([attn.wq_b, *index], stacked([rows.latent for rows in made]))
-    outs = []
+    first = products([attn.wq_a, attn.wkv, *projections, *weights], x)
+    numbers = range(len(sequences.places))
+    made = [extend(attn, first, sequences, number, x.dtype) for number in numbers]
+    assert made[0].latents is not None
+    queries, *index_queries = products([attn.wq_b, *index], made[0].latents)
+    reads = []
     for number, rows in enumerate(made):
-        q, *index_q = (row(each, number) for each in queries)
-        held, place = sequences.held[number], sequences.places[number]
-        grown = [
-            Grown(h.full, t) for (_, h), (_, t) in zip(held.poolings, rows.poolings, strict=True)
-        ]
-        chosen = None
-        if sequences.selects[number] and isinstance(attn, SparseAttention):
-            chosen = choose(attn, index_q[0], row(rest[-1], number), grown[1], place, x.dtype)
-        window = Recent(held.window.old, rows.window)
-        outs.append(core(attn, q, window, grown[0] if grown else None, chosen, place, x.dtype))
-    return output(attn, outs), made
+        indexed = (index_queries[0], first[-1]) if sequences.selects[number] and index else None
+        reads.append(read_of(attn, rows, indexed, sequences, number, x.dtype))
+    return output(attn, core(attn, queries, reads, sequences.angles, x.dtype)), made
+
+
+def read_of(
+    attn: Attention,
+    rows: NewRows,
+    indexed: tuple[Columns, Columns] | None,
+    sequences: Sequences,
+    number: int,
+    dtype: mx.Dtype,
+) -> Read:
+    """What a token reads, once its rows are in.
+
+    indexed: the indexer's queries and weights of all tokens, where this one selects rows.
+    """
+    held, place = sequences.held[number], sequences.places[number]
+    grown = [
+        Grown(h.full, tail) for (_, h), (_, tail) in zip(held.poolings, rows.poolings, strict=True)
+    ]
+    chosen = None
+    if indexed and isinstance(attn, SparseAttention):
+        chosen = choose(attn, *indexed, grown[1], place, sequences.angles, dtype)
+    return Read(Recent(held.window.old, rows.window), grown[0] if grown else None, chosen, place)
 
 
 def extend(
-    attn: Attention,
-    latent: mx.array,
-    kv: mx.array,
-    projections: Sequence[mx.array],
-    held: Held,
-    place: Place,
-    dtype: mx.Dtype,
+    attn: Attention, first: Sequence[Columns], sequences: Sequences, number: int, dtype: mx.Dtype
 ) -> NewRows:
     """What a token adds: its window row, its projections, and the rows that it completes.
 
-    latent (rank,), kv (c,), and of each compressor values and scores (channels,): products.
+    first: products of x with wq_a and wkv, and of each compressor with wkv and wgate. The first token's
+    launch also norms the query latents of all.
     """
-    forms = StateForm.of(attn._config, dtype, attn.rounding)
+    forms, held = StateForm.of(attn._config, dtype, attn.rounding), sequences.held[number]
+    latent, kv, *projections = first
     poolings = []
-    for number, (compressor, (recent, rows)) in enumerate(
+    for index, (compressor, (recent, rows)) in enumerate(
         zip(compressors_of(attn), held.poolings, strict=True)
     ):
-        values, scores = projections[2 * number : 2 * number + 2]
-        form, spread = (forms.index, attn.rounding == "official") if number else (forms.kv, False)
+        values, scores = projections[2 * index : 2 * index + 2]
+        form, spread = (forms.index, attn.rounding == "official") if index else (forms.kv, False)
         weights = compressor.ape, compressor.norm.weight
         poolings.append(Pooling(values, scores, *weights, recent, rows, form, spread))
+    norms = attn.kv_norm.weight, attn.q_norm.weight
+    told = sequences.places[number], sequences.angles
     return new_rows(
-        *(kv, latent, attn.kv_norm.weight, attn.q_norm.weight, held.window, poolings, *place),
+        *(kv, latent, *norms, held.window, poolings, *told),
         ratio=attn.ratio,
         form=forms.kv,
         eps=attn._config.rms_norm_eps,
         dtype=dtype,
+        latents=number == 0,
     )
 
 
 def choose(
     attn: SparseAttention,
-    queries: mx.array,
-    weights: mx.array,
+    queries: Columns,
+    weights: Columns,
     rows: Grown,
-    place: Place,
+    place: mx.array,
+    angles: mx.array,
     dtype: mx.Dtype,
 ) -> mx.array:
     """The rows that the indexer selects for a token, int32 (topk,).
 
-    queries (heads * width,) and weights (heads,): products.
+    queries (B, heads * width) and weights (B, heads): products.
     """
     scores = index_scores(
-        *(queries, weights, rows, *place),
+        *(queries, weights, rows, place, angles),
         heads=attn.indexer.heads,
         form=StateForm.of(attn._config, dtype, attn.rounding).index,
         spread=attn.rounding == "official",
         dtype=dtype,
     )
-    return index_select(scores, place.place, topk=attn.indexer.topk)
+    return index_select(scores, place, topk=attn.indexer.topk)
 
 
 def core(
-    attn: Attention,
-    queries: mx.array,
-    window: Recent,
-    rows: Grown | None,
-    chosen: mx.array | None,
-    place: Place,
-    dtype: mx.Dtype,
+    attn: Attention, queries: Columns, reads: Sequence[Read], angles: mx.array, dtype: mx.Dtype
 ) -> mx.array:
-    """The core attention of a token, its rotary channels turned back: (H, c).
+    """The core attention of the tokens, their rotary channels turned back: (B, H, c).
 
-    queries (H c,): products. `window` and `rows` hold what the token has added.
+    queries (B, H c): products. `reads` hold what the tokens have added.
     """
     config = attn._config
     return attention(
-        *(queries, attn.attn_sink, window, rows, chosen, *place),
+        *(queries, attn.attn_sink, reads, angles),
         ratio=attn.ratio,
         before=config.sliding_window - 1,
         form=StateForm.of(config, dtype, attn.rounding).kv,
@@ -120,14 +128,18 @@ def core(
     )
 
 
-def output(attn: Attention, outs: list[mx.array]) -> mx.array:
-    """B times heads (H, c) -> float32 (B, D): each group of heads through wo_a, all through wo_b."""
-    count, groups = len(outs), attn._config.o_groups
-    (low,) = dense([attn.wo_a], stacked(outs).reshape(count, groups, -1), outs[0].dtype)
-    (final,) = dense([attn.wo_b], low.reshape(count, -1))
-    return final
+def output(attn: Attention, heads: mx.array) -> mx.array:
+    """Heads (B, H, c) -> float32 (B, D): each group of heads through wo_a, all through wo_b."""
+    groups = heads.reshape(len(heads), attn._config.o_groups, -1)
+    return product(attn.wo_b, product(attn.wo_a, groups, heads.dtype))
 
 
-def dense(matrices: Sequence[Matrix], x: mx.array, dtype: mx.Dtype = mx.float32) -> list[mx.array]:
-    """Products of x (B, in), or (B, groups, in), with each matrix: float32 sums, rounded to a type."""
-    return dense_matvec([(m.format, m.planes) for m in matrices], x, dtype)
+def products(matrices: Sequence[Matrix], x: mx.array) -> list[Columns]:
+    """Products of x (B, in) with each matrix, as parts of one float32 array."""
+    both = dense_matvec([(m.format, m.planes) for m in matrices], x)
+    return side_by_side(both, [m.rows for m in matrices])
+
+
+def product(matrix: Matrix, x: mx.array, dtype: mx.Dtype = mx.float32) -> mx.array:
+    """That of x (B, in), or (B, groups, in / groups), with one: float32 sums, rounded to a type."""
+    return dense_matvec([(matrix.format, matrix.planes)], x, dtype)

@@ -2,6 +2,7 @@
 
 import mlx.core as mx
 
+from ds4mlx.custom_kernels.products.columns import side_by_side
 from ds4mlx.custom_kernels.products.dense_matvec import dense_matvec
 from ds4mlx.custom_kernels.products.experts import eight
 from ds4mlx.custom_kernels.products.routed_down import Shared, routed_down
@@ -18,7 +19,9 @@ def mixture(ffn: MoE, x: mx.array, ids: mx.array) -> list[mx.array]:
     gate, shared, experts = ffn.gate, ffn.shared_experts, ffn.experts
     router = dense_format(gate.weight.dtype), {"weight": gate.weight}
     both = [(m.format, m.planes) for m in (shared.w1, shared.w3)]
-    logits, gates, ups = dense_matvec([router, *both], x)
+    products = dense_matvec([*both, router], x)
+    inner, experts_of_all = shared.w1.rows, len(gate.weight)
+    gates, ups, logits = side_by_side(products, [inner, inner, experts_of_all])
     by = {"table": gate.tid2eid, "ids": ids} if gate.hashed else {"bias": gate.bias}
     hidden, chosen = routed_up(
         *(experts.w1.format, experts.w1.planes, experts.w3.planes, x, logits),

@@ -12,18 +12,6 @@ from ds4mlx.model.block import Block
 from ds4mlx.model.compressor import Compressor
 
 
-class Place(NamedTuple):
-    """Where a sequence's token stands.
-
-    place: int32 (8,), as `state.tails` makes it. angles: float32 (4, 2, rope / 2), cos and sin: of its
-    position, in layers that do not compress and in those that do; and in the latter of the first
-    token of the rows of ratio 4 and 128 to which it belongs.
-    """
-
-    place: mx.array
-    angles: mx.array
-
-
 class Held(NamedTuple):
     """What a state holds of a layer: its window, and of each compressor projections and rows."""
 
@@ -32,9 +20,16 @@ class Held(NamedTuple):
 
 
 class Sequences(NamedTuple):
-    """For each sequence its place, what it holds of one layer, and whether it selects rows there."""
+    """Of the sequences of a step: where their tokens stand, and what they hold of one layer.
 
-    places: Sequence[Place]
+    places: of each int32 (8,), as `state.tails` makes it, and its number. angles: float32
+    (B, 4, 2, rope / 2), cos and sin: of a token's position, in layers that do not compress and in those
+    that do; and in the latter of the first token of the rows of ratio 4 and 128 to which it belongs.
+    selects: whether each selects rows there.
+    """
+
+    places: Sequence[mx.array]
+    angles: mx.array
     held: Sequence[Held]
     selects: Sequence[bool]
 
@@ -58,13 +53,3 @@ def compressors_of(attn: Attention) -> list[Compressor]:
     """The attention's own compressor, and its indexer's."""
     own = [attn.compressor] if isinstance(attn, HeavyAttention) else []
     return [*own, attn.indexer.compressor] if isinstance(attn, SparseAttention) else own
-
-
-def row(array: mx.array, number: int) -> mx.array:
-    """Sequence `number`'s part of (B, n), (1, n): a view, which an index alone would not give."""
-    return array if len(array) == 1 else array[number : number + 1]
-
-
-def stacked(rows: list[mx.array]) -> mx.array:
-    """(B, n) of what each of B sequences has, (1, n)."""
-    return rows[0] if len(rows) == 1 else mx.concatenate(rows)

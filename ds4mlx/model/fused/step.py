@@ -7,6 +7,7 @@ from operator import is_
 from typing import Any, Protocol
 
 import mlx.core as mx
+import numpy as np
 
 from ds4mlx.config import ModelConfig
 from ds4mlx.custom_kernels import dialect, dispatch
@@ -15,10 +16,10 @@ from ds4mlx.custom_kernels.layer.head_in import head_in
 from ds4mlx.custom_kernels.layer.hyper_out import hyper_mix
 from ds4mlx.model.batch import Batch
 from ds4mlx.model.block import Block
-from ds4mlx.model.fused.attention import dense
+from ds4mlx.model.fused.attention import product
 from ds4mlx.model.fused.block import Carried, step_block
 from ds4mlx.model.fused.choice import by_modules, dense_known, known
-from ds4mlx.model.fused.sequences import Place, Sequences, held_of, tails_of
+from ds4mlx.model.fused.sequences import Sequences, held_of, tails_of
 from ds4mlx.model.hyper import HyperHead
 from ds4mlx.model.linear import Embedding, Linear, RMSNorm
 from ds4mlx.model.module import changes
@@ -29,8 +30,8 @@ from ds4mlx.state.tails import append, arrays_of, place, settle
 
 # What a traced step gives: logits (B, vocab), streams (B, n, D), and of each sequence the new tails.
 Traced = tuple[mx.array, mx.array, list[list[mx.array]]]
-# Of each sequence: place and angles.
-Places = Sequence[tuple[mx.array, ...]]
+# The places of the sequences, and the angles of all; see `Sequences`.
+Places = tuple[list[mx.array], mx.array]
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def step_outputs(
     """
     for state in states:
         settle(state)
-    places: Places = [tuple(_place(state, model._rotary)) for state in states]
+    places = _places(model, states)
     held = [arrays_of(state) for state in states]
     selects = [int(_selects(model, state)) for state in states]
     step = _compiled(model)
@@ -89,10 +90,11 @@ def step_outputs(
     return logits, streams
 
 
-def _place(state: DecodeState, tables: dict[int, Rotary]) -> Place:
-    """Where the next token of a state stands."""
-    angles = step_angles(tables, state.offset)
-    return Place(mx.array(place(state)), mx.array(angles))
+def _places(model: Stepped, states: Sequence[DecodeState]) -> Places:
+    """Where the next token of each state stands."""
+    angles = np.stack([step_angles(model._rotary, state.offset) for state in states])
+    places = [mx.array(place(state, number)) for number, state in enumerate(states)]
+    return places, mx.array(angles)
 
 
 def _selects(model: Stepped, state: DecodeState) -> bool:
@@ -133,7 +135,7 @@ def _traced(
     ways: Sequence[int],
 ) -> Traced:
     """The step as a function of arrays. `ways`: what else decides which launches there are."""
-    carried, tails = begin(model, ids), [[] for _ in places]
+    carried, tails = begin(model, ids), [[] for _ in held]
     layers = _layers(model, places, held, selects)
     for number, (layer, sequences) in enumerate(zip(model.layers, layers, strict=True)):
         carried, rows = step_block(layer, carried, following(model, number), ids, sequences)
@@ -194,14 +196,15 @@ def head(model: Stepped, carried: Carried) -> mx.array:
         eps=model.args.hc_eps,
         norm_eps=model.args.rms_norm_eps,
     )
-    return dense([model.head], x)[0]
+    return product(model.head, x)
 
 
 def _layers(
     model: Stepped, places: Places, held: Sequence[Sequence[mx.array]], selects: Sequence[int]
 ) -> Iterator[Sequences]:
     """What the launches of each layer are told of the sequences."""
-    own, chosen = [Place(*each) for each in places], [bool(each) for each in selects]
+    own, angles = places
     by_sequence = [held_of(arrays, model.layers) for arrays in held]
+    chosen = [bool(each) for each in selects]
     for layers in zip(*by_sequence, strict=True):
-        yield Sequences(own, layers, chosen)
+        yield Sequences(own, angles, layers, chosen)

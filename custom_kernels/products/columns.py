@@ -1,0 +1,31 @@
+"""One of several products that lie side by side in the rows of an array."""
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import NamedTuple
+
+import mlx.core as mx
+
+
+class Columns(NamedTuple):
+    """Columns `begin` to `begin + width` of an array (N, all)."""
+
+    array: mx.array
+    begin: int
+    width: int
+
+    @property
+    def value(self) -> mx.array:
+        """They alone, (N, width)."""
+        return self.array[:, self.begin : self.begin + self.width]
+
+
+def whole(array: mx.array) -> Columns:
+    """All columns of (N, all)."""
+    return Columns(array, 0, array.shape[1])
+
+
+def side_by_side(array: mx.array, widths: Sequence[int]) -> list[Columns]:
+    """All columns of (N, all), cut into parts of these widths."""
+    begins = accumulate(widths, initial=0)
+    return [Columns(array, begin, width) for begin, width in zip(begins, widths, strict=False)]
