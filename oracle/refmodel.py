@@ -196,12 +196,13 @@ class RefModel:
         kv = self.round_kv(
             self.rotate(self.rms(self.linear(x, a + ".wkv"), a + ".kv_norm"), pos, freq)
         )
-        self.note(f"window_kv.{index}", kv[max(0, n - c["sliding_window"]) :])
+        self.note(f"window_kv.{index}", kv)
         mask = self.window(n)
         if ratio:
             rows = self.round_kv(self.compress(x, a + ".compressor", ratio, hd, freq))
             self.note(f"compressed_kv.{index}", rows)
             seen = self.visible(n, ratio)
+            self.note(f"visible.{index}", seen)
             if ratio == 4:
                 scores, keys = self.index_scores(x, qr, a + ".indexer", freq)
                 self.note(f"index_kv.{index}", keys)
@@ -222,6 +223,7 @@ class RefModel:
         logits = self.linear(x, prefix + ".gate")
         self.note(f"router_logits.{index}", logits)
         score = np.sqrt(np.logaddexp(logits, 0))
+        self.note(f"router_affinity.{index}", score)
         if index < c["num_hash_layers"]:
             chosen = self.w[prefix + ".gate.tid2eid"][ids]
         else:
@@ -231,25 +233,31 @@ class RefModel:
         weight = np.take_along_axis(score, chosen, 1)
         return chosen, weight / weight.sum(1, keepdims=True) * c["routed_scaling_factor"]
 
-    def expert(self, x, name, weight=None):
+    def hidden(self, x, name, weight=None):
+        """What an expert multiplies by its w2."""
         lim = self.cfg["swiglu_limit"]
         gate = np.minimum(self.linear(x, name + ".w1"), lim)
         up = np.clip(self.linear(x, name + ".w3"), -lim, lim)
         h = gate * sigmoid(gate) * up
-        return self.linear(h if weight is None else h * weight, name + ".w2")
+        return h if weight is None else h * weight
 
     def moe(self, x, ids, prefix, index):
         chosen, weight = self.route(x, ids, prefix, index)
         self.note(f"experts.{index}", chosen)
         self.note(f"expert_weights.{index}", weight)
-        y = self.expert(x, prefix + ".shared_experts")
+        shared = prefix + ".shared_experts"
+        y = self.linear(self.hidden(x, shared), shared + ".w2")
         self.note(f"shared_out.{index}", y.copy())
         each = np.zeros((*chosen.shape, y.shape[-1]), y.dtype)
+        hidden = np.zeros((*chosen.shape, self.cfg["moe_intermediate_size"]), y.dtype)
         for e in range(self.cfg["n_routed_experts"]):
             t, slot = np.nonzero(chosen == e)
             if len(t):
-                each[t, slot] = self.expert(x[t], f"{prefix}.experts.{e}", weight[t, slot, None])
+                name = f"{prefix}.experts.{e}"
+                hidden[t, slot] = self.hidden(x[t], name, weight[t, slot, None])
+                each[t, slot] = self.linear(hidden[t, slot], name + ".w2")
                 y[t] += each[t, slot]
+        self.note(f"expert_hidden.{index}", hidden)
         self.note(f"expert_out.{index}", each)
         return y
 
@@ -283,7 +291,9 @@ class RefModel:
                 self.note(f"{site}_{name}.{index}", value)
             self.note(f"{site}_streams.{index}", streams)
             self.note(f"{site}_collapsed.{index}", collapsed)
-            out = run(self.rms(collapsed, f"{prefix}.{site}_norm"))
+            normed = self.rms(collapsed, f"{prefix}.{site}_norm")
+            self.note(f"{site}_in.{index}", normed)
+            out = run(normed)
             self.note(f"{site}_out.{index}", out)
             streams = self.merge(streams, out, post, comb)
         self.note(f"streams.{index}", streams)
@@ -301,7 +311,9 @@ class RefModel:
         collapsed = np.einsum("ti,tid->td", pre, streams)
         self.note(f"{prefix}head_pre", pre)
         self.note(f"{prefix}head_collapsed", collapsed)
-        return self.linear(self.rms(collapsed, norm), "head")
+        normed = self.rms(collapsed, norm)
+        self.note(f"{prefix}head_in", normed)
+        return self.linear(normed, "head")
 
     # ----------------------------------------------------------------- whole
     def forward(self, ids):

@@ -35,17 +35,29 @@ def graph(out, path):
     return path.read_text().count("rect")
 
 
-def test_nothing_is_paid_where_nobody_listens(small_model, tmp_path):
+def reading(model):
+    """A call without a state."""
+    return model(mx.array(IDS[None, :9]))
+
+
+def decoding(model):
+    """A token after a prompt, and then another one; the prompt is part of what it stands for."""
+    state = model.make_cache()
+    first = [model(mx.array(IDS[None, :9]), state), model(mx.array(IDS[None, 9:10]), state)]
+    return mx.concatenate([*first, model.step([int(IDS[10])], [state])[None]], axis=1)
+
+
+@pytest.mark.parametrize("called", [reading, decoding])
+def test_nothing_is_paid_where_nobody_listens(small_model, tmp_path, called):
     """A listener that replaces nothing adds no operation either, but for what is made or put in
     another order only where somebody wants it."""
     made = (*ATTENDED, "experts.hidden", "experts.each", "logits", "scores", "choice")
-    tokens = mx.array(IDS[None, :9])
-    before = graph(small_model(tokens), tmp_path / "before")
+    before = graph(called(small_model), tmp_path / "before")
     with listening(Heard(lambda name: not name.endswith(made))):
-        assert graph(small_model(tokens), tmp_path / "heard") == before > 500
+        assert graph(called(small_model), tmp_path / "heard") == before > 500
     with listening(Heard(lambda name: False)):
-        assert graph(small_model(tokens), tmp_path / "deaf") == before
-    assert graph(small_model(tokens), tmp_path / "after") == before
+        assert graph(called(small_model), tmp_path / "deaf") == before
+    assert graph(called(small_model), tmp_path / "after") == before
 
 
 def test_every_quantity_has_its_shape(small_model):
