@@ -155,6 +155,17 @@ def test_nothing_changes_before_the_position(small_model, usual, name, chunks):
     assert (after != usual[tuple(chunks)][first:]).any()
 
 
+def test_nor_does_any_other_quantity_reach_back(small_model, usual):
+    """Values turned by one place along their last axis, at the position and after it."""
+    turn, first, chunks = lambda value, where: mx.roll(value, 1, axis=-1), 127, (130, 3, 1, 1)
+    names = {name for name, site in small_model.sites().items() if not site.fixed}
+    for name in names - CHANGES.keys():
+        if name.startswith(("layers.1.", "head.")):
+            got = changed(small_model, {name: turn}, IDS[:140], chunks, positions=range(first, 140))
+            assert (got[:first] == usual[chunks][:first]).all(), name
+            assert (got[first:] != usual[chunks][first:]).any(), name
+
+
 @pytest.fixture(scope="module")
 def usual(small_model):
     return {each: run_chunks(small_model, IDS[:140], each) for each in ((), (130, 3, 1, 1))}
