@@ -12,6 +12,7 @@ from ds4mlx.bench.synth import synth_model
 from ds4mlx.convert import quantize
 from ds4mlx.custom_kernels.products import trained
 from ds4mlx.engine.adapters import ATTENTION, ROUTED, SHARED
+from ds4mlx.evaluation.weights import decode_weights
 from ds4mlx.formats import FORMATS
 from ds4mlx.model.fused.choice import by_modules
 from ds4mlx.model.linear import projections
@@ -118,3 +119,40 @@ def test_experts_in_training_a_few_at_a_time(monkeypatch, name, scratch):
     with_host, traced = mx.grad(summed)(x), mx.compile(mx.grad(summed))(x)
     assert mx.allclose(with_host, want, rtol=1e-4, atol=1e-4)
     assert mx.allclose(traced, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_step_can_be_traced():
+    """As mlx-lm's trainer has it; MLX compiles every group of operations by itself, for minutes."""
+    model = synth_model(SMALL, "q2", mx.float32)
+    add_lora(model, rank=4, layers=[2], keys=["ffn.experts.w2", "attn.wkv"])
+    fill(model)
+    model.train()
+    step = nn.value_and_grad(model, loss)
+    value, gradients = step(model, IDS[:, :12])
+    traced, others = mx.compile(lambda ids: step(model, ids), inputs=model.state)(IDS[:, :12])
+    assert mx.allclose(value, traced, rtol=1e-5)
+    others = dict(tree_flatten(others))
+    for name, gradient in tree_flatten(gradients):
+        assert mx.allclose(gradient, others[name], rtol=1e-3, atol=1e-6), name
+
+
+def test_gradients_of_adapters_against_finite_differences(model):
+    """Along one direction for each kind of matrix and each half, in float32."""
+    mx.random.seed(1)
+    add_lora(model, rank=2, scale=1.0, layers=[1], routed=True)
+    fill(model)
+    decode_weights(model)
+    ids = IDS[:, :16]
+    found = dict(tree_flatten(nn.value_and_grad(model, loss)(model, ids)[1]))
+    for name, matrix in projections(model).items():
+        for part in ("lora_a", "lora_b") if matrix.adapted else ():
+            kept, gradient = matrix[part], found[f"{name}.{part}"]
+            way = gradient / mx.linalg.norm(gradient)
+            ends = []
+            for step in (0.05, -0.05):
+                matrix[part] = kept + step * mx.linalg.norm(kept) * way
+                ends.append(loss(model, ids).item())
+            matrix[part] = kept
+            slope = (ends[0] - ends[1]) / (0.1 * mx.linalg.norm(kept).item())
+            assert mx.linalg.norm(gradient).item() == pytest.approx(slope, rel=0.02), (name, part)

@@ -5,8 +5,10 @@ lengths, to which it can go back however far behind they are.
 """
 
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
@@ -88,6 +90,14 @@ class DecodeState:
 
     def __getitem__(self, layer: int) -> LayerState:
         return self.layers[layer]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "DecodeState":
+        """A state of the same tokens that goes its own way; forms, which never change, are shared."""
+        memo.update((id(form), form) for form in (self.form, *vars(self.form).values()))
+        twin = object.__new__(DecodeState)
+        memo[id(self)] = twin
+        twin.__dict__.update(deepcopy(self.__dict__, memo))
+        return twin
 
     def __repr__(self) -> str:
         """Its length and size, as in DecodeState(4,096 tokens, 23,068,672 bytes)."""

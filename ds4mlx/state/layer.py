@@ -83,6 +83,11 @@ class LayerState:
         """The arrays in it, for `mx.eval`."""
         return [array for part in self.parts for array in part.arrays]
 
+    @property
+    def nbytes(self) -> int:
+        """Their bytes, which mlx-lm counts of the states that it keeps."""
+        return sum(array.nbytes for array in self.state)
+
     def reaches(self, tokens: int) -> bool:
         """Whether the exact state after `tokens` tokens can be read off the buffers."""
         return all(part.reaches(part.needed(tokens)) for part in self.recents)
