@@ -88,18 +88,19 @@ def test_examples_run(page, embedded_dir, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-FIRST_STEPS = (
-    'trace("layers.3.streams")',
-    'trace("layers.3.ffn.router")',
-    "ablate_experts(0)",
-    "mx.grad(score)",
-)
+FIRST_STEPS = {
+    'trace("layers.3.streams")': "research",
+    'trace("layers.3.ffn.router")': "research",
+    "ablate_experts(0)": "research",
+    "mx.grad(score)": "research",
+    "add_lora(model": "lora",
+}
 
 
-@pytest.mark.parametrize("step", FIRST_STEPS)
-def test_what_a_researcher_does_first_takes_six_lines(step):
-    """The streams of a layer, a router's choices, an expert less, a gradient; they run with their page."""
-    found = [block for block in blocks(ROOT / "docs/research.md", "python") if step in block]
+@pytest.mark.parametrize(("step", "page"), FIRST_STEPS.items())
+def test_what_a_researcher_does_first_takes_six_lines(step, page):
+    """Streams, a router's choices, an expert less, a gradient, an adapter; they run with their page."""
+    found = [block for block in blocks(ROOT / f"docs/{page}.md", "python") if step in block]
     assert found and len([line for line in found[0].splitlines() if line.strip()]) <= 6
 
 
