@@ -37,8 +37,8 @@ VARIANTS = (IMPORTANCE, MOMENTS, PER_EXPERT)
 class Bench:
     """The conversions of one checkpoint, and what they are measured on."""
 
-    def __init__(self, source: Path, work: Path):
-        self.source, self.work = source, work
+    def __init__(self, source: Path, work: Path, sequences: int = SEQUENCES):
+        self.source, self.work, self.sequences = source, work, sequences
         self.exact = self.converted("f32", "f32")
 
     def converted(self, name: str, recipe: str, **options) -> Path:
@@ -70,7 +70,7 @@ class Bench:
         return {
             name: [
                 [tokenizer.bos_token_id, *ids[start : start + body]]
-                for start in range(0, min(len(ids), SEQUENCES * body), body)
+                for start in range(0, min(len(ids), self.sequences * body), body)
             ]
             for name, ids in ((name, tokenizer.encode(text)) for name, text in found.items())
         }
@@ -82,7 +82,7 @@ class Bench:
 
     def logits(self, directory: Path) -> dict[str, np.ndarray]:
         """Float32 (tokens, vocabulary) by sequence, kept beside the directory."""
-        kept = directory.with_suffix(".npz")
+        kept = directory.with_suffix(f".{self.sequences}.npz")
         if not kept.exists():
             np.savez(kept, **self.logits_of(opened(directory)[0]))
         with np.load(kept) as stored:
@@ -122,38 +122,46 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("two-bits-work"), help="scratch folder")
     parser.add_argument("--before", type=Path, help="measure this conversion, as the one before")
     parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--sequences", type=int, default=SEQUENCES, help="of each text, at most")
     parser.add_argument(
         "--only", nargs="*", default=VARIANTS, help="variants to measure, those of q4 too"
     )
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
-    bench = Bench(arguments.source, arguments.work)
+    bench = Bench(arguments.source, arguments.work, arguments.sequences)
     if arguments.before:
         found = {"device": device(), "blocks": bench.blocks(arguments.before)}
         BEFORE.write_text(json.dumps(found) + "\n")
         return
-    before = json.loads(BEFORE.read_text())["blocks"]
-    blocks = {name: bench.blocks(bench.variant(name)) for name in arguments.only}
+    blocks = {}
+    for name in arguments.only:
+        blocks[name] = bench.blocks(bench.variant(name))
+        arguments.results.write_text(json.dumps(report(blocks), indent=1) + "\n")
+    print(json.dumps(report(blocks), indent=1))
+
+
+def report(blocks: dict[str, dict[str, list[float]]]) -> dict:
+    """Every variant's KL, and its ratio to `q2` before and to the same recipe by importance."""
+    kept, texts = json.loads(BEFORE.read_text())["blocks"], next(iter(blocks.values()))
+    before = {name: kept[name][: len(each)] for name, each in texts.items()}
     result = {
         "device": device(),
         "tokens": {name: BLOCK * len(each) for name, each in before.items()},
         "q2 with importances at 2f2d5eb": {n: mean_of(each) for n, each in before.items()},
         **{name: compared(each, before) for name, each in blocks.items()},
     }
-    if IMPORTANCE in blocks:
-        result["against today's importances"] = {
-            name: compared(blocks[name], blocks[IMPORTANCE])
-            for name in blocks
-            if name != IMPORTANCE
-        }
-    arguments.results.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result, indent=1))
+    result["against today's importances"] = {
+        name: compared(each, blocks[usual])
+        for name, each in blocks.items()
+        if (usual := f"{name.split()[0]} with importances") in blocks and name != usual
+    }
+    return result
 
 
 def mean_of(values: list[float]) -> dict[str, float]:
     """A mean over blocks, and its standard error."""
     spread = float(np.std(values, ddof=1)) / math.sqrt(len(values))
-    return {"kl": round(float(np.mean(values)), 4), "standard_error": round(spread, 4)}
+    return {"kl": round(float(np.mean(values)), 5), "standard_error": round(spread, 5)}
 
 
 def compared(blocks: dict[str, list[float]], before: dict[str, list[float]]) -> dict[str, dict]:
