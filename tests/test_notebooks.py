@@ -18,6 +18,7 @@ QUICK = {
     "06_indexer": "LETTERS, ASKED = 60, range(1)",
     "07_patching": "LETTERS, LAST = 60, 1",
     "08_steering": "STEPS, TOKENS = 3, 2",
+    "09_lora": "STEPS, EVERY = 1, 1",
 }
 
 
