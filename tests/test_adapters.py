@@ -44,10 +44,10 @@ def trained(embedded_dir, tmp_path_factory):
         for numbers in (range(10, 26), range(60, 64))
     )
     before = evaluate(model, held, 4, 1)
-    args = TrainingArgs(iters=6, batch_size=4, adapter_file=str(folder / FILES[0]))
+    args = TrainingArgs(iters=4, batch_size=3, adapter_file=str(folder / FILES[0]))
     mx.disable_compile()  # whose CPU back-end takes minutes
     try:
-        train(model, optim.Adam(5e-4), told, args=args)
+        train(model, optim.Adam(1e-3), told, args=args)
     finally:
         mx.enable_compile()
     save_adapter(model, folder / "saved")

@@ -5,12 +5,15 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
+from spoiling import on_metal
 from test_synth import SMALL
 
 from ds4mlx import DataError, load
 from ds4mlx.bench.synth import synth_model
 from ds4mlx.convert import quantize
+from ds4mlx.custom_kernels import dispatch
 from ds4mlx.custom_kernels.products import trained
+from ds4mlx.custom_kernels.random_weights import random_planes
 from ds4mlx.engine.adapters import ATTENTION, ROUTED, SHARED
 from ds4mlx.evaluation.weights import decode_weights
 from ds4mlx.formats import FORMATS
@@ -156,3 +159,25 @@ def test_gradients_of_adapters_against_finite_differences(model):
             matrix[part] = kept
             slope = (ends[0] - ends[1]) / (0.1 * mx.linalg.norm(kept).item())
             assert mx.linalg.norm(gradient).item() == pytest.approx(slope, rel=0.02), (name, part)
+
+
+@pytest.mark.parametrize("name", ["iq2_xxs", "q2_k", "mxfp4", "mxfp8"])
+def test_kernels_decode_weights_in_training(name):
+    """As on a GPU; no other kernel is used there, since none has a gradient."""
+    planes = random_planes(name, (2, 64, 256), 1)
+    values = FORMATS[name].decode(planes)
+    x = mx.random.normal((64, 1, 256), key=mx.random.key(2))
+    weights = mx.random.normal((64, 1, 64), key=mx.random.key(3))
+    experts = mx.array([0] * 30 + [1] * 34)
+    single = {plane: array[0] for plane, array in planes.items()}
+
+    def routed(x):
+        return (trained.gather(name, planes, x, experts, True) * weights).sum()
+
+    def dense(x):
+        return (trained.product(name, single, x.squeeze(1)) * weights.squeeze(1)).sum()
+
+    with on_metal(), dispatch.kernels(), dispatch.training():
+        assert not dispatch.active(x, "router") and dispatch.active(x, f"decode_{name}")
+        for multiply, wanted in ((routed, values[experts]), (dense, values[:1])):
+            assert mx.allclose(mx.grad(multiply)(x), weights @ wanted, rtol=1e-3, atol=1e-3)
