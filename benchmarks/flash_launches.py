@@ -12,7 +12,7 @@ from ds4mlx.bench.whole_model import synthetic_state
 from ds4mlx.custom_kernels import dispatch
 
 LAYERS = 8
-CHUNKS, DEPTHS, BATCHES = (512, 2048, 4096, 9), (100, 4096, 65536), (1, 4, 8)
+CHUNKS, DEPTHS, BATCHES = (512, 2048, 4096, 9), (100, 4096, 65536), (1, 2, 4, 8)
 
 
 def main() -> None:

@@ -59,9 +59,9 @@ def test_without_kernels_it_is_what_the_modules_do(rounding, dtype, ratio, posit
     rows = Grown(made[: done + 1], made[done:]) if ratio else None
     angles = mx.random.normal((4, 2, rope // 2), key=mx.random.key(5))
     place = mx.array([position, settled, *[done if ratio == r else 0 for r in (4, 128)], *[0] * 4])
-    read = attention.Read(window, rows, None, place.astype(mx.int32))
     (got,) = attention.attention(
-        *(whole(q.reshape(1, -1)), sink, [read], angles[None]),
+        *(whole(q.reshape(1, -1)), sink, [attention.Read(window, rows)], None),
+        *(place.astype(mx.int32)[None], angles[None]),
         ratio=ratio,
         before=before,
         form=form,
@@ -87,7 +87,7 @@ def test_without_kernels_it_is_what_the_modules_do(rounding, dtype, ratio, posit
 def test_nan_reaches_the_heads_it_belongs_to(where, heads, coded):
     form, _ = forms(128, 128, 64, mx.bfloat16, coded)
     token = Token(151, 7, 3)
-    arrays, options = cases.operands(4, cases.TINY, token, form, mx.bfloat16)
+    arrays, options = cases.operands(4, cases.TINY, [Token(9), token], form, mx.bfloat16)
     nothing = form.pack(mx.full((128,), mx.nan, dtype=mx.bfloat16))
     if where == "q":
         arrays[0].array[1, 4 + 2 * 128 + 70] = mx.nan
@@ -122,10 +122,13 @@ def test_what_the_kernels_take():
 
 
 def of(ratio, token, coded=True, dtype=mx.bfloat16, sizes=cases.TINY):
-    return partial(cases.compare, ratio, sizes, token, coded, dtype, forms)
+    return partial(cases.compare, ratio, sizes, [token], coded, dtype, forms)
 
 
 BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
+several = [
+    partial(cases.compare, r, cases.TINY, t, True, mx.bfloat16, forms) for r, t in cases.SEVERAL
+]
 NEAR, FAR, CHOSEN = Token(300, 9), Token(202, 5, 2), Token(151, 9, 5, 60)
 MANY = Token(4600, 5, 2)
 FAULTS = [
@@ -137,7 +140,7 @@ FAULTS = [
     ("attention_share", of(4, FAR), "RATIO == 4 ? 2 : 3", "1"),
     ("attention_share", of(4, FAR), "j < done", "j <= done"),
     ("attention_share", of(4, CHOSEN), "seen[i] = j >= 0;", ""),
-    ("attention_share", of(4, CHOSEN), "chosen[n - near]", "int(n - near)"),
+    ("attention_share", of(4, CHOSEN), "named[n - near]", "int(n - near)"),
     ("attention_share", of(4, MANY), "sums[h][i] *= f[h];", ";"),
     ("attention_share", of(4, MANY), "exp(most - top);", "1.0f;"),
     ("attention_share", of(4, FAR), "CODED + c / 64) % 4", "CODED + c / 64 + 1) % 4"),
@@ -148,8 +151,13 @@ FAULTS = [
         "kept[group] = keeps;",
     ),
     ("attention_merge", of(0, Token(0)), "exp(bias - top)", "0.0f"),
-    ("attention_merge", of(4, FAR), "parts = shares1;", ";"),
-    ("attention_share", of(4, FAR), "products + number * ALL", "products"),
+    ("attention_merge_2", several[2], "(token - 4)", "token"),
+    ("attention_merge_2", several[2], "turns + token", "turns + 0 * token"),
+    ("attention_share_2", several[0], "products + number * ALL", "products"),
+    ("attention_share_2", several[0], "tail = (const device uint*)tail1;", ""),
+    ("attention_share_2", several[2], "max(place[5], 0) * CHOSEN", "0"),
+    ("attention_share_4", several[2], "full = (const device uint*)full1;", ""),
+    ("attention_share_4", several[2], "CHOSEN && place[5] >= 0", "CHOSEN"),
     ("attention_merge", of(4, FAR), "simd_shuffle(sum, s) != 0", "s > 1"),
     ("attention_merge", of(4, FAR), "-1.0f);\n", "1.0f);\n"),
     ("attention_merge", of(4, FAR), f"out4);\n    {BARRIER}", "out4);"),
@@ -170,5 +178,7 @@ def test_texts_keep_apples_rules():
     with handed_to_metal() as handed:
         of(4, CHOSEN)()
         of(0, NEAR, False, mx.float32, Sizes(3, 256, 36))()
-    assert len(handed) == 6
+        several[1]()
+        several[2]()
+    assert len(handed) == 9
     assert check(*(launch for _, launch in handed)) == []

@@ -116,7 +116,7 @@ FAULTS = [
     ("chunk_scores_f32", of(**FLOAT), "16 * t + lane / 2, count", "16 * t + lane % 16, count"),
     ("chunk_scores_f32", of(**FLOAT), "sg * (16 * TILES)", "sg * (8 * TILES)"),
     ("index_select", best(), "scores[token * many + from", "scores[from"),
-    ("index_select", best(66), "(uint(place[0]) + token + 1)", "(uint(place[0]) + 1)"),
+    ("index_select", best(66), "(OWN ? 0 : token)", "0"),
     (
         "index_select",
         best(),

@@ -50,21 +50,22 @@ def test_scores_without_kernels_are_the_modules(dtype, rounding):
     full = mx.concatenate([packed[:21], packed[:11]])
     rows = Grown(full, mx.concatenate([packed[21:], packed[:1]]))
     got = index_scores.index_scores(
-        *(whole(q.astype(mx.float32).reshape(1, -1)), whole(weights), rows),
-        *(cases.place_of(150, 21), angles[None]),
+        *(whole(q.astype(mx.float32).reshape(1, -1)), whole(weights), [rows]),
+        *(cases.place_of(150, 21)[None], angles[None]),
         heads=heads,
         form=form,
         spread=rounding == "official",
         dtype=dtype,
     )
-    np.testing.assert_allclose(np.array(got[:37]), np.array(want), rtol=1e-5, atol=1e-5)
-    assert (np.array(got[37:]) == -np.inf).all()
+    np.testing.assert_allclose(np.array(got[0, :37]), np.array(want), rtol=1e-5, atol=1e-5)
+    assert (np.array(got[0, 37:]) == -np.inf).all()
 
 
 @pytest.mark.parametrize("visible, topk", [(0, 8), (5, 8), (8, 8), (9, 8), (37, 8), (40, 64)])
 def test_choice_without_kernels_is_of_visible_rows(visible, topk):
     values = mx.array(np.random.default_rng(visible).permutation(40).astype(np.float32))
-    chosen = index_select.index_select(values, cases.place_of(4 * visible + 2), topk=topk)
+    place = cases.place_of(4 * visible + 2)[None]
+    (chosen,) = index_select.index_select(values[None], place, topk=topk)
     best = np.argsort(-np.array(values[:visible]))[:topk]
     want = sorted(best.tolist()) + [-1] * (topk - len(best))
     assert sorted(chosen.tolist(), key=lambda j: (j < 0, j)) == want
@@ -85,10 +86,10 @@ def test_nan_reaches_the_scores_it_belongs_to(kind, where):
         weights[0, 1] = mx.inf * 0
     else:
         full[3] = mx.array(0x7F7F7F7F, mx.uint32) if kind == "index" else mx.nan
-    operands = whole(q), whole(weights), Grown(full, tail), cases.place_of(87, 16)
+    operands = whole(q), whole(weights), [Grown(full, tail)], cases.place_of(87, 16)[None]
     operands += (cases.angles_of(8, 87)[None],)
     with on_metal():
-        scores = index_scores.by_kernel(*operands, heads=2, layout=layout, dtype=mx.float32)
+        (scores,) = index_scores.by_kernel(*operands, heads=2, layout=layout, dtype=mx.float32)
     spoilt = np.isnan(np.array(scores))
     assert spoilt[:22].all() if where != "row" else kind == "index" or spoilt.nonzero()[0] == [3]
     assert not spoilt[22:].any()
@@ -100,14 +101,15 @@ def test_nan_scores_come_last_and_rows_stay_in_bounds(each):
     values = normal((1500,), mx.float32, 1)
     values[100:1200] = mx.nan
     with on_metal():
-        chosen = index_select.by_kernel(values, cases.place_of(4 * 1400 - 1), 512, 4, each)
+        place = cases.place_of(4 * 1400 - 1)
+        (chosen,) = index_select.by_kernel(values[None], place[None], 512, 4, each)
     rows = np.array(chosen)
     assert rows.min() >= 0 and rows.max() < 1400 and len(set(rows.tolist())) == 512
     assert len(set(rows.tolist()) & {*range(100), *range(1200, 1400)}) == 300
 
 
-def scored(kind, sizes=cases.TALKER, dtype=mx.float32):
-    return partial(cases.scores, dtype, kind, sizes, (96, 8), 4 * 71, 67, most=1)
+def scored(kind, sizes=cases.TALKER, dtype=mx.float32, others=0):
+    return partial(cases.scores, dtype, kind, sizes, (96, 8), 4 * 71, 67, most=1, others=others)
 
 
 def chosen(visible, kinds=1000, each=16):
@@ -131,6 +133,16 @@ FAULTS = [
     ("index_scores_coded", scored("index"), "(c & 1 ? mate : -mate)", "mate"),
     ("index_scores_coded", scored("index"), f"{BARRIER}\n    uint many", "uint many"),
     ("index_scores_coded", scored("index"), "rint(", "floor("),
+    ("index_scores_coded_2", scored("index", others=1), "places + 8 * sequence", "places"),
+    ("index_scores_coded_2", scored("index", others=1), "sequence * rows", "0"),
+    ("index_scores_coded_4", scored("index", others=2), "full = (const device ROW*)full2;", ""),
+    (
+        "index_scores_coded_4",
+        scored("index", others=2),
+        "turns + uint(place[4])",
+        "turns + 1 + 0 *",
+    ),
+    ("index_select", chosen(3000), "OWN * 8 * token", "0"),
     ("index_scores_plain", scored("plain"), "(j) < settled ?", "(j) <= settled ?"),
     ("index_scores_plain", scored("plain"), "angles[ROPE + k]", "angles[k]"),
     ("index_scores_plain", scored("plain", cases.TINY), "if (other > h)", "if (true)"),

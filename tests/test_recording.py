@@ -145,11 +145,11 @@ def test_of_the_rows_only_the_visible_ones_are_read():
     """Of 16 settled rows in a buffer of 64, and of the scores of 25 visible ones."""
     form = RowLayout("index", 128, 17, mx.uint32)
     rows = Grown(made(64, 17, dtype=mx.uint32), made(40, 17, dtype=mx.uint32))
-    place = mx.array([101, 0, 16, 0, 0, 0, 0, 0], mx.int32)
+    place = mx.array([[101, 0, 16, 0, 0, 0, 0, 0]], mx.int32)
     sides = {"heads": 4, "layout": form, "dtype": mx.bfloat16}
     with recording() as launches:
         products = whole(made(1, 512)), whole(made(1, 4))
-        scores = index_scores.by_kernel(*products, rows, place, made(1, 4, 2, 32), **sides)
+        scores = index_scores.by_kernel(*products, [rows], place, made(1, 4, 2, 32), **sides)
         index_select.by_kernel(scores, place, 8, 4)
     scored, selected = launches
     rest = sum(spec.nbytes for spec in scored.inputs) - rows.full.nbytes

@@ -1,6 +1,6 @@
 """The index kernels beside their references: the scores of rows, and the choice of the best."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -74,10 +74,10 @@ def spread(turned: mx.array, dtype: mx.Dtype) -> mx.array:
     return mx.array(rounded.reshape(heads, width).astype(np.float32))
 
 
-def second(array: mx.array, before: int, behind: int) -> Columns:
-    """An array (n,) as a product of the second of two tokens, with others beside it."""
-    row = mx.pad(array, (before, behind), constant_values=mx.nan)
-    return Columns(mx.stack([mx.full(row.shape, mx.nan), row]), before, len(array))
+def beside(rows: Sequence[mx.array], before: int, behind: int) -> Columns:
+    """Arrays (n,) as products of all tokens but the first, with others beside them."""
+    padded = [mx.pad(row, (before, behind), constant_values=mx.nan) for row in rows]
+    return Columns(mx.stack([mx.full(padded[0].shape, mx.nan), *padded]), before, len(rows[0]))
 
 
 def scores_reference(
@@ -111,20 +111,32 @@ def scores(
     settled: int,
     scale: float = 1.0,
     most: int = index_scores.MOST_GROUPS,
+    others: int = 0,
 ) -> Pairs:
-    """sizes: (heads, width, rope); shape: the rows of full and tail."""
+    """sizes: (heads, width, rope); shape: the rows of full and tail. Beside the sequence so many others
+    that have fewer rows."""
     heads, width, rope = sizes
     coded = RowLayout("index", width, width // 8 + -(-width // 128), mx.uint32)
     layout = coded if kind == "index" else RowLayout("plain", width, width, dtype)
-    q, weights = normal((heads * width,), mx.float32, 1, scale), normal((heads,), mx.float32, 2)
-    rows, place = rows_of(layout, shape), place_of(position, settled, 1)
-    turns, options = angles_of(rope, position), {"heads": heads, "layout": layout, "dtype": dtype}
-    angles = mx.stack([mx.full(turns.shape, mx.nan), turns])
-    products: Any = second(q, 8, 4), second(weights, 20, 0), rows, place, angles
-    got = index_scores.by_kernel(*products, **options, most=most)
-    want = scores_reference(q, weights, rows, place, turns, **options)
-    others = (got[len(want) :] == -mx.inf).astype(mx.float32)
-    return [(got[: len(want)], want), (others, mx.ones_like(others))]
+    options: Any = {"heads": heads, "layout": layout, "dtype": dtype}
+    each = []
+    for number in range(others + 1):
+        less = 4 * number
+        at, full = position - 4 * less, (shape[0] - less, shape[1])
+        q, weights = normal((heads * width,), F32, 1 + number, scale), normal((heads,), F32, 2)
+        place = place_of(at, settled - less, 1 + number)
+        rows = Grown(*(mx.roll(array, number, 0) for array in rows_of(layout, full)))
+        each.append((q, weights, rows, place, angles_of(rope, at)))
+    queries, weights, rows, places, turns = map(list, zip(*each, strict=True))
+    angles = mx.stack([mx.full(turns[0].shape, mx.nan), *turns])
+    told = beside(queries, 8, 4), beside(weights, 20, 0), rows, mx.stack(places), angles
+    got = index_scores.by_kernel(*told, **options, most=most)
+    pairs: Pairs = []
+    for found, own in zip(got, each, strict=True):
+        want = scores_reference(*own, **options)
+        unseen = (found[len(want) :] == -mx.inf).astype(mx.float32)
+        pairs += [(found[: len(want)], want), (unseen, mx.ones_like(unseen))]
+    return pairs
 
 
 def taken(scores: mx.array, chosen: mx.array) -> np.ndarray:
@@ -139,7 +151,9 @@ def taken(scores: mx.array, chosen: mx.array) -> np.ndarray:
 def select(values: mx.array, visible: int, topk: int, each: int = 16) -> Pairs:
     """Where the kernel's choice among the first `visible` scores is as good as NumPy's: all ones."""
     place = place_of(RATIO * visible - 1 + visible % RATIO)
-    chosen = index_select.by_kernel(values, place, topk, RATIO, each)
+    beside = mx.stack([values[::-1], values])
+    places = mx.stack([place_of(3), place])
+    chosen = index_select.by_kernel(beside, places, topk, RATIO, each)[1]
     best = np.argsort(-np.array(values[:visible]), kind="stable")[:topk]
     want = mx.array(np.pad(best, (0, topk - len(best)), constant_values=-1))
     equal = taken(values[:visible], chosen) == taken(values[:visible], want)
@@ -167,6 +181,10 @@ def small() -> Iterator[Case]:
             yield _case(kind, dtype, TINY, (16, 40), 4 * 37 + 2, 16)
             yield _case(kind, dtype, TALKER, (96, 8), 4 * 71, 67)
             yield _case(kind, dtype, TALKER, (250, 8), 4 * 251, 245, most=2)
+        yield _case("index", dtype, TALKER, (96, 8), 4 * 71, 67, others=1)
+    yield _case("index", mx.bfloat16, TINY, (96, 8), 4 * 71, 67, others=2)
+    yield _case("plain", mx.bfloat16, TINY, (96, 8), 4 * 71, 67, others=1)
+    yield _case("plain", mx.bfloat16, TINY, (96, 8), 4 * 71, 67, others=3)
     yield _case("plain", mx.float32, (3, 40, 8), (8, 8), 43, 3)
     yield Case("index_select 5 of 40", mx.float32, lambda: select(normal((64,), F32, 1), 40, 5))
     yield Case("index_select 64 of 60", mx.float32, lambda: select(normal((64,), F32, 1), 60, 64))
@@ -210,14 +228,14 @@ def timed(depths: tuple[int, ...] = (2500, 16384, 262144)) -> Iterator[Timed]:
     weights, q = whole(normal((1, heads), F32, 2)), normal((1, heads * width), F32, 1)
     for count in depths:
         rows = rows_of(layout, (count - 100, 256))
-        place = place_of(RATIO * count - 1, count - 100)
+        place = place_of(RATIO * count - 1, count - 100)[None]
         angles = angles_of(rope, RATIO * count - 1)[None]
-        values = normal((count + 156,), F32, 3)
+        values = normal((1, count + 156), F32, 3)
         mx.eval(rows, place, angles, values, weights.array, q)
 
         def score(_, x, rows=rows, place=place, angles=angles):
             options: Any = {"heads": heads, "layout": layout, "dtype": mx.bfloat16}
-            return index_scores.by_kernel(whole(x), weights, rows, place, angles, **options)
+            return index_scores.by_kernel(whole(x), weights, [rows], place, angles, **options)
 
         def choose(_, x, place=place):
             return index_select.by_kernel(x, place, 512, RATIO)

@@ -1,6 +1,6 @@
 """Core attention of one decoded token of each of a few sequences, over rows of their states as they lie.
 
-A launch for each token's shares of its rows, then one that merges those of all with the sink. How the rows are cut depends on the
+A launch for the shares of the rows, then one that merges those of all tokens with the sink. How the rows are cut depends on the
 token's position, which is data. Queries are normed and turned where they are loaded, and the result is
 turned back.
 """
@@ -23,11 +23,12 @@ from ds4mlx.custom_kernels.layer.attention_text import (
     SHARES,
     TURN,
 )
-from ds4mlx.custom_kernels.layer.buffers import Grown, Recent
+from ds4mlx.custom_kernels.layer.buffers import Grown, Recent, numbered, picked
 from ds4mlx.custom_kernels.layer.plain import rms_norm, rotate
 from ds4mlx.custom_kernels.layer.row_layout import Form, RowLayout
 from ds4mlx.custom_kernels.products.columns import Columns
 
+TOGETHER = 4  # tokens of a launch: of more, their arrays would be more than Metal takes
 LEAST = 8  # rows of a share, where there are so many
 MOST_ROWS = 32  # of a block: the lanes that make its softmax
 BLOCK_BYTES = 30720  # of threadgroup memory for a block's rows and the queries
@@ -36,34 +37,37 @@ RATIOS = (0, 4, 128)
 
 
 @lru_cache
-def share_kernel() -> Kernel:
-    """The kernel of a share of the rows of a token."""
-    inputs = ["products", "old", "tail", "full", "newer", "chosen", "place", "turns"]
-    return Kernel("attention_share", inputs, ["shares"], SHARE, FOURS + ROW + TURN)
+def share_kernel(many: int) -> Kernel:
+    """The kernel of a share of the rows of each of so many tokens at most."""
+    names = ["old", "tail", "full", "newer"]
+    inputs = ["products", "chosen", "places", "turns", *numbered(names, many)]
+    body = SHARE.replace("PICKED", picked(names, "uint", many, "sequence"))
+    name = "attention_share" + (f"_{many}" if many > 1 else "")
+    return Kernel(name, inputs, ["shares"], body, FOURS + ROW + TURN)
 
 
 @lru_cache
-def merge_kernel(many: int) -> Kernel:
-    """The kernel that merges the shares of so many tokens at most."""
-    shares = [f"shares{i}" for i in range(many)]
-    others = "\n".join(f"    if (token == {i}) parts = shares{i};" for i in range(1, many))
-    name = "attention_merge" + (f"_{many}" if many > 1 else "")
-    return Kernel(name, [*shares, "sink", "turns"], ["out"], MERGE % others, FOURS + TURN)
+def merge_kernel(launches: int) -> Kernel:
+    """The kernel that merges the shares of tokens, TOGETHER of every launch but the last."""
+    shares, others = [f"shares{i}" for i in range(launches)], ""
+    for i in range(1, launches):
+        own = f"parts = shares{i} + (token - {i * TOGETHER}) * (SHARES * H * (WIDTH + 2));"
+        others += f"    if (token >= {i * TOGETHER}) {own}\n"
+    name = "attention_merge" + (f"_{launches}" if launches > 1 else "")
+    body = MERGE.replace("OTHERS", others)
+    return Kernel(name, [*shares, "sink", "turns"], ["out"], body, FOURS + TURN)
 
 
 class Read(NamedTuple):
-    """What one token reads, and where it stands.
+    """What one token reads of its state.
 
     window: rows of positions max(0, p - before) to p are seen. rows: of a layer of ratio 4 or 128, None
-    for 0; seen are those j < (p + 1) // ratio, or, with `chosen` int32 (K,), the rows named there;
-    negative names are of none. place int32 (8,): the token's position p, the position at which the
-    window's tail begins, the rows before the tails of ratio 4 and 128, and its number among the tokens.
+    for 0; seen are those j < (p + 1) // ratio, or, where it selects, those chosen for it.
     """
 
     window: Recent
     rows: Grown | None
-    chosen: mx.array | None
-    place: mx.array
+    selects: bool = False
 
 
 class Options(TypedDict):
@@ -77,19 +81,28 @@ class Options(TypedDict):
 
 
 def attention(
-    q: Columns, sink: mx.array, reads: Sequence[Read], angles: mx.array, **options: Unpack[Options]
+    q: Columns,
+    sink: mx.array,
+    reads: Sequence[Read],
+    chosen: mx.array | None,
+    places: mx.array,
+    angles: mx.array,
+    **options: Unpack[Options],
 ) -> mx.array:
     """What the heads of N tokens read: (N, H, c) of type `dtype`, rotary channels turned back.
 
     q float32 (N, H c), of H heads: products of wq_b, read as `dtype`. sink float32 (H,). reads: of each
-    token, in the order of their numbers. angles float32 (N, 4, 2, rope / 2): cos and sin for layers of
-    ratio 0, and for the others. All rows lie as `form` says. eps: of the norm of queries.
+    token. chosen int32 (S, K): rows of those that select; negative names are of none. places int32
+    (N, 8), of each: its position p, the position at which the window's tail begins, the rows before the
+    tails of ratio 4 and 128, its number, and which of `chosen` are its own, or -1. angles float32
+    (N, 4, 2, rope / 2): cos and sin for layers of ratio 0, and for the others. All rows lie as `form`
+    says. eps: of the norm of queries.
     """
     ratio, layout, dtype = options["ratio"], options["form"].layout, options["dtype"]
     suits = all(
         takes(q, each.rows, angles, ratio=ratio, layout=layout, dtype=dtype) for each in reads
     )
-    return (by_kernel if suits else plain)(q, sink, reads, angles, **options)
+    return (by_kernel if suits else plain)(q, sink, reads, chosen, places, angles, **options)
 
 
 def takes(
@@ -120,16 +133,24 @@ def readable(layout: RowLayout, rope: int, dtype: mx.Dtype) -> bool:
 
 
 def plain(
-    q: Columns, sink: mx.array, reads: Sequence[Read], angles: mx.array, **options: Unpack[Options]
+    q: Columns,
+    sink: mx.array,
+    reads: Sequence[Read],
+    chosen: mx.array | None,
+    places: mx.array,
+    angles: mx.array,
+    **options: Unpack[Options],
 ) -> mx.array:
     """`attention` by MLX's own operations."""
     queries, dtype = q.value.astype(options["dtype"]), options["dtype"]
     width, which = options["form"].layout.width, 1 if options["ratio"] else 0
     outs = []
-    for own, table, read in zip(queries, angles[:, which], reads, strict=True):
+    told = zip(queries, angles[:, which], reads, places, strict=True)
+    for own, table, read, place in told:
         turns = table[:1], table[1:]
         heads = rotate(rms_norm(own.reshape(1, -1, width), None, options["eps"]), turns)[0]
-        keys, visible = _seen(read, options)
+        named = chosen[place[5]] if read.selects and chosen is not None else None
+        keys, visible = _seen(read, named, place, options)
         scores = (heads.astype(mx.float32) * width**-0.5) @ keys.T
         scores = mx.where(visible, scores, -mx.inf)
         scores = mx.concatenate([scores, sink.astype(mx.float32)[:, None]], axis=-1)
@@ -138,9 +159,11 @@ def plain(
     return mx.stack(outs)
 
 
-def _seen(read: Read, options: Options) -> tuple[mx.array, mx.array]:
+def _seen(
+    read: Read, chosen: mx.array | None, place: mx.array, options: Options
+) -> tuple[mx.array, mx.array]:
     """The rows that a token may see, unpacked, and which of them it sees."""
-    window, rows, chosen, place = read
+    window, rows, _ = read
     ratio, form = options["ratio"], options["form"]
     position = place[0] + mx.arange(-options["before"], 1)
     near = mx.clip(position - place[1] + len(window.old), 0, None)
@@ -159,9 +182,15 @@ def _seen(read: Read, options: Options) -> tuple[mx.array, mx.array]:
 
 
 def by_kernel(
-    q: Columns, sink: mx.array, reads: Sequence[Read], angles: mx.array, **options: Unpack[Options]
+    q: Columns,
+    sink: mx.array,
+    reads: Sequence[Read],
+    chosen: mx.array | None,
+    places: mx.array,
+    angles: mx.array,
+    **options: Unpack[Options],
 ) -> mx.array:
-    """`attention` in a launch for each token and one for all; see `takes`."""
+    """`attention` in a launch for every TOGETHER tokens and one for all; see `takes`."""
     width, dtype = options["form"].layout.width, options["dtype"]
     heads, many = q.width // width, len(reads)
     template = [
@@ -172,8 +201,9 @@ def by_kernel(
         ("ANGLES", 1 if options["ratio"] else 0),
         ("SHARES", SHARES),
     ]
-    shares = [_share(q, read, angles, template, options) for read in reads]
-    shares += shares[:1] * ((1 << (many - 1).bit_length()) - many)
+    told = q, chosen, places, angles
+    firsts = range(0, many, TOGETHER)
+    shares = [_share(*told, reads[at : at + TOGETHER], at, template, options) for at in firsts]
     return merge_kernel(len(shares))(
         [*shares, sink.astype(mx.float32), angles],
         [((many, heads, width), dtype)],
@@ -184,11 +214,24 @@ def by_kernel(
 
 
 def _share(
-    q: Columns, read: Read, angles: mx.array, common: list[tuple[str, Any]], options: Options
+    q: Columns,
+    chosen: mx.array | None,
+    places: mx.array,
+    angles: mx.array,
+    reads: Sequence[Read],
+    first: int,
+    common: list[tuple[str, Any]],
+    options: Options,
 ) -> mx.array:
-    """The sums of all shares of the rows of a token, and of each the highest score and the weight."""
-    window, rows, chosen, place = read
+    """The sums of all shares of the rows of some tokens, and of each the highest score and the weight.
+
+    first: the number of the first of the tokens.
+    """
     ratio, layout, dtype = options["ratio"], options["form"].layout, options["dtype"]
+    many, old = len(reads), reads[0].window.old
+    named = chosen if any(each.selects for each in reads) else None
+    given = [*reads, *[reads[0]] * (dispatch.made_up(many) - many)]
+    lying = [array for each in given for array in (*each.window, *(each.rows or each.window))]
     width, block = layout.width, block_rows(layout.width, dtype)
     heads = q.width // width
     own = [
@@ -199,9 +242,10 @@ def _share(
         ("ROWS", -(-block // HEADS)),
         ("LEAST", LEAST),
         ("RATIO", ratio),
-        ("CHOSEN", 0 if chosen is None else len(chosen)),
+        ("CHOSEN", 0 if named is None else named.shape[1]),
+        ("FIRST", first),
         ("BEFORE", options["before"]),
-        ("KEEP", len(window.old)),
+        ("KEEP", len(old)),
         ("WORDS", layout.elements * layout.dtype.size // 4),
         ("CODED", layout.coded),
         ("HEAD", layout.head),
@@ -210,13 +254,13 @@ def _share(
         ("ALL", q.array.shape[1]),
         ("QUERIES_AT", q.begin),
     ]
-    return share_kernel()(
-        [q.array, *window, *(rows or window), place if chosen is None else chosen, place, angles],
-        [((SHARES * heads * (width + 2),), mx.float32)],
-        groups=(SHARES, -(-heads // HEADS), 1),
+    return share_kernel(len(given))(
+        [q.array, places if named is None else named, places, angles, *lying],
+        [((many, SHARES * heads * (width + 2)), mx.float32)],
+        groups=(SHARES, -(-heads // HEADS), many),
         threads=32 * HEADS,
         template=common + own,
-        reads=lambda: _read(rows, chosen, place, ratio),
+        reads=lambda: _read(given, many, places[first:], chosen, ratio),
     )[0]
 
 
@@ -226,11 +270,15 @@ def block_rows(width: int, dtype: mx.Dtype) -> int:
 
 
 def _read(
-    rows: Grown | None, chosen: mx.array | None, place: mx.array, ratio: int
+    given: Sequence[Read], many: int, places: mx.array, chosen: mx.array | None, ratio: int
 ) -> dict[str, float]:
-    """The share of `full` that is read."""
-    if rows is None:
-        return {}
-    settled = int(place[2 if ratio == 4 else 3])
-    count = settled if chosen is None else min(settled, len(chosen))
-    return {"full": min(1.0, count / len(rows.full))}
+    """The shares of the inputs that are read, where that is not all; the first `many` count."""
+    shares = {}
+    for i, (_, rows, selects) in enumerate(given):
+        if i >= many:
+            shares |= {f"{name}{i}": 0.0 for name in ("old", "tail", "full", "newer")}
+        elif rows is not None:
+            count = int(places[i, 2 if ratio == 4 else 3])
+            count = min(count, chosen.shape[1]) if selects and chosen is not None else count
+            shares[f"full{i}"] = min(1.0, count / len(rows.full))
+    return shares

@@ -109,12 +109,17 @@ SHARE = """
     uint share = threadgroup_position_in_grid.x, first = threadgroup_position_in_grid.y * HEADS;
     uint id = 32 * group + lane, column = 4 * (id % (WIDTH / 4)), quad = id / (WIDTH / 4);
 
-    uint number = uint(place[4]);
+    uint sequence = threadgroup_position_in_grid.z, number = FIRST + sequence;
+PICKED
+    const device int* place = places + 8 * number;
+    const device int* named = chosen + max(place[5], 0) * CHOSEN;
     const device float* q = products + number * ALL + QUERIES_AT;
     const device float* angles = turns + number * (4 * ROPE);
-    device float* softmax = shares + SHARES * H * WIDTH;
+    device float* sums_of_shares = shares + sequence * (SHARES * H * (WIDTH + 2));
+    device float* softmax = sums_of_shares + SHARES * H * WIDTH;
     int p = place[0], settled = place[1], low_ = max(0, p - BEFORE);
-    uint near = p + 1 - low_, far = CHOSEN ? CHOSEN : RATIO ? uint(p + 1) / max(RATIO, 1) : 0;
+    bool selects = CHOSEN && place[5] >= 0;
+    uint near = p + 1 - low_, far = selects ? CHOSEN : RATIO ? uint(p + 1) / max(RATIO, 1) : 0;
     int done = place[RATIO == 4 ? 2 : 3];
     uint all = near + far, each = max((all + SHARES - 1) / SHARES, uint(LEAST));
     uint begin = min(share * each, all), end = min(begin + each, all);
@@ -132,14 +137,14 @@ SHARE = """
             const device uint* row;
             if (n < near) {
                 int at = low_ + int(n) - settled;
-                row = at < 0 ? (const device uint*)old + (at + KEEP) * WORDS
-                             : (const device uint*)tail + at * WORDS;
+                row = at < 0 ? old + (at + KEEP) * WORDS
+                             : tail + at * WORDS;
             } else {
-                int j = CHOSEN ? chosen[n - near] : int(n - near);
+                int j = selects ? named[n - near] : int(n - near);
                 seen[i] = j >= 0;
                 j = max(j, 0);
-                row = j < done ? (const device uint*)full + uint(j) * WORDS
-                               : (const device uint*)newer + (j - done) * WORDS;
+                row = j < done ? full + uint(j) * WORDS
+                               : newer + (j - done) * WORDS;
             }
             #pragma unroll
             for (uint k = 0; k < CHUNKS; k++)
@@ -244,7 +249,7 @@ SHARE = """
     #pragma unroll
     for (uint h = 0; h < 4; h++) {
         uint mine = first + 4 * quad + h;
-        if (quad < 2 && mine < H) put4(shares + (share * H + mine) * WIDTH + column, sums[h]);
+        if (quad < 2 && mine < H) put4(sums_of_shares + (share * H + mine) * WIDTH + column, sums[h]);
     }
 """
 
@@ -254,8 +259,8 @@ MERGE = """
     uint lane = thread_index_in_simdgroup, group = simdgroup_index_in_threadgroup;
     uint h = threadgroup_position_in_grid.x, c = threadgroup_position_in_grid.y * 128 + 4 * lane;
     uint token = threadgroup_position_in_grid.z;
-    const device float* parts = shares0;
-%s
+    const device float* parts = shares0 + token * (SHARES * H * (WIDTH + 2));
+OTHERS
     const device float* softmax = parts + SHARES * H * WIDTH;
     const device float* angles = turns + token * (4 * ROPE);
     float most = softmax[(h * SHARES + lane) * 2], sum = softmax[(h * SHARES + lane) * 2 + 1];

@@ -1,5 +1,10 @@
-"""The arrays in which one layer of a decode state keeps its rows, as kernels take them."""
+"""The arrays in which one layer of a decode state keeps its rows, as kernels take them.
 
+A launch for several sequences has such arrays of each, numbered, and finds those of a sequence by its
+number; it is written for 1, 2, 4 or 8 of them, and of fewer the first stands for those that lack.
+"""
+
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -17,3 +22,17 @@ class Grown(NamedTuple):
 
     full: mx.array
     tail: mx.array
+
+
+def numbered(names: Sequence[str], many: int) -> list[str]:
+    """The inputs of these names of each of so many sequences."""
+    return [f"{name}{i}" for i in range(many) for name in names]
+
+
+def picked(names: Sequence[str], type: str, many: int, number: str) -> str:
+    """Statements that name those of the inputs that are of the sequence of a number."""
+    lines = [f"const device {type}* {name} = (const device {type}*){name}0;" for name in names]
+    for i in range(1, many):
+        own = " ".join(f"{name} = (const device {type}*){name}{i};" for name in names)
+        lines.append(f"if ({number} == {i}) {{ {own} }}")
+    return "\n".join(f"    {line}" for line in lines) + "\n"

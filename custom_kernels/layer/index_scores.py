@@ -1,8 +1,9 @@
-"""The scores by which the lightning indexer's rows are chosen, for one token of one sequence.
+"""The scores by which the lightning indexer's rows are chosen, for one token of each of a few sequences.
 
 Coded rows are multiplied as integers: twice an E2M1 value is one, and 32 channels share a power of two.
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import mlx.core as mx
@@ -25,16 +26,16 @@ BLOCK_BYTES = 16384  # of queries at a time, where they are float32
 
 
 @lru_cache
-def kernel(coded: bool) -> Kernel:
-    """The kernel for rows of E2M1 codes, or for plain ones."""
-    return coded_kernel() if coded else plain_kernel()
+def kernel(coded: bool, many: int) -> Kernel:
+    """The kernel for rows of E2M1 codes, or for plain ones, of so many sequences at most."""
+    return coded_kernel(many) if coded else plain_kernel(many)
 
 
 def index_scores(
     q: Columns,
     weights: Columns,
-    rows: Grown,
-    place: mx.array,
+    rows: Sequence[Grown],
+    places: mx.array,
     angles: mx.array,
     *,
     heads: int,
@@ -42,31 +43,32 @@ def index_scores(
     spread: bool,
     dtype: mx.Dtype,
 ) -> mx.array:
-    """Scores of all index rows, float32 (capacity + TAIL,): sum_h w_h relu(q_h . k_j).
+    """Scores of all index rows of S sequences, float32 (S, R): sum_h w_h relu(q_h . k_j).
 
     q float32 (N, heads * width), of the N tokens of a step: products of the indexer's wq_b, rounded to
     `dtype` here, as are the turned queries. weights float32 (N, heads): products of its weights_proj.
-    rows: as `form` lays them out; row j lies in `full` while j < place[2], then in `tail`. place int32
-    (8,): the token is number place[4], at position p = place[0]; only the rows j < (p + 1) // 4 get a
-    score, the others -inf. angles float32 (N, 4, 2, rope / 2), of which [:, 1] is read. `spread`: queries
-    are Hadamard-transformed and FP4-rounded.
+    rows: of each sequence, as `form` lays them out; row j lies in `full` while j < place[2], then in `tail`;
+    R are as many as the largest has room for. places int32 (S, 8): the token is number place[4] of the
+    N, at position p = place[0]; only the rows j < (p + 1) // 4 get a score, the others -inf. angles
+    float32 (N, 4, 2, rope / 2), of which [:, 1] is read. `spread`: queries are Hadamard-transformed and
+    FP4-rounded.
     """
     if takes(q, rows, heads, form.layout, spread, dtype):
         return by_kernel(
-            q, weights, rows, place, angles, heads=heads, layout=form.layout, dtype=dtype
+            q, weights, rows, places, angles, heads=heads, layout=form.layout, dtype=dtype
         )
     options = {"heads": heads, "form": form, "spread": spread, "dtype": dtype}
-    return plain(q, weights, rows, place, angles, **options)
+    return plain(q, weights, rows, places, angles, **options)
 
 
 def takes(
-    q: Columns, rows: Grown, heads: int, layout: RowLayout, spread: bool, dtype: mx.Dtype
+    q: Columns, rows: Sequence[Grown], heads: int, layout: RowLayout, spread: bool, dtype: mx.Dtype
 ) -> bool:
     """Whether the kernel scores rows of this layout."""
     coded, width = layout.kind == "index", layout.width
     sizes = width in (32, 64, 128, 256) and heads * width <= 16384 if coded else width % 8 == 0
     known = spread == coded and dtype in (mx.bfloat16, mx.float32)
-    enough = min(rows.full.size, rows.tail.size) >= 8
+    enough = all(min(each.full.size, each.tail.size) >= 8 for each in rows)
     name = "index_scores_coded" if coded else "index_scores_plain"
     return sizes and known and enough and dispatch.active(q.array, name, dtype=dtype)
 
@@ -74,8 +76,8 @@ def takes(
 def by_kernel(
     q: Columns,
     weights: Columns,
-    rows: Grown,
-    place: mx.array,
+    rows: Sequence[Grown],
+    places: mx.array,
     angles: mx.array,
     *,
     heads: int,
@@ -83,9 +85,10 @@ def by_kernel(
     dtype: mx.Dtype,
     most: int = MOST_GROUPS,
 ) -> mx.array:
-    """`index_scores` in one launch, of `most` threadgroups; coded rows are those of spread queries."""
+    """`index_scores` in one launch, of `most` threadgroups a sequence; coded rows are those of spread queries."""
     coded, width = layout.kind == "index", layout.width
-    count = len(rows.full) + len(rows.tail)
+    count, many = _most(rows), len(rows)
+    given = [*rows, *[rows[0]] * (dispatch.made_up(many) - many)]
     template = [
         ("T", dtype),
         ("ROW", layout.dtype),
@@ -108,22 +111,34 @@ def by_kernel(
         template += [("EACH", width // 32), ("PARTS", width // 32), ("ROOT", bits(width**-0.5))]
     else:
         template += [("BLOCK", max(1, min(heads, BLOCK_BYTES // (4 * width))))]
-    (scores,) = kernel(coded)(
-        [q.array, weights.array, *rows, place, angles],
-        [((count,), mx.float32)],
-        groups=(min(most, -(-count // 32)), 1, 1),
+    (scores,) = kernel(coded, len(given))(
+        [q.array, weights.array, places, angles, *(array for each in given for array in each)],
+        [((many, count), mx.float32)],
+        groups=(min(most, -(-count // 32)), many, 1),
         threads=32 * GROUPS,
         template=template,
-        reads=lambda: {"full": int(place[2]) / len(rows.full)},
+        reads=lambda: _read(rows, places, len(given)),
     )
     return scores
+
+
+def _most(rows: Sequence[Grown]) -> int:
+    """Rows that the largest of these has room for."""
+    return max(len(each.full) + len(each.tail) for each in rows)
+
+
+def _read(rows: Sequence[Grown], places: mx.array, many: int) -> dict[str, float]:
+    """The shares of the settled rows that are read, of so many inputs."""
+    shares = {f"full{i}": int(places[i, 2]) / len(each.full) for i, each in enumerate(rows)}
+    repeated = range(len(rows), many)
+    return shares | {f"{name}{i}": 0.0 for i in repeated for name in ("full", "tail")}
 
 
 def plain(
     q: Columns,
     weights: Columns,
-    rows: Grown,
-    place: mx.array,
+    rows: Sequence[Grown],
+    places: mx.array,
     angles: mx.array,
     *,
     heads: int,
@@ -132,15 +147,19 @@ def plain(
     dtype: mx.Dtype,
 ) -> mx.array:
     """`index_scores` by MLX's own operations; rows without a score get -inf."""
-    width, number = form.layout.width, place[4]
-    turns = angles[number, 1]
-    queries = q.value[number].astype(dtype).reshape(1, heads, width)
-    turned = rotate(queries, (turns[:1], turns[1:]))[0]
-    if spread:
-        turned = form.unpack(form.pack(mx.hadamard_transform(turned)))
-    capacity, row = len(rows.full), mx.arange(len(rows.full) + len(rows.tail))
-    lies = mx.where(row < place[2], row, capacity + row - place[2])
-    keys = form.unpack(mx.concatenate(list(rows))[mx.minimum(lies, len(row) - 1)])
-    hits = mx.maximum(turned.astype(mx.float32) @ keys.T, 0)
-    scores = (weights.value[number] * (width * heads) ** -0.5) @ hits
-    return mx.where(row < (place[0] + 1) // RATIO, scores, -mx.inf)
+    width, most, scores = form.layout.width, _most(rows), []
+    for own, place in zip(rows, places, strict=True):
+        number = place[4]
+        turns = angles[number, 1]
+        queries = q.value[number].astype(dtype).reshape(1, heads, width)
+        turned = rotate(queries, (turns[:1], turns[1:]))[0]
+        if spread:
+            turned = form.unpack(form.pack(mx.hadamard_transform(turned)))
+        capacity, row = len(own.full), mx.arange(len(own.full) + len(own.tail))
+        lies = mx.where(row < place[2], row, capacity + row - place[2])
+        keys = form.unpack(mx.concatenate(list(own))[mx.minimum(lies, len(row) - 1)])
+        hits = mx.maximum(turned.astype(mx.float32) @ keys.T, 0)
+        sums = (weights.value[number] * (width * heads) ** -0.5) @ hits
+        seen = mx.where(row < (place[0] + 1) // RATIO, sums, -mx.inf)
+        scores.append(mx.pad(seen, (0, most - len(row)), constant_values=-mx.inf))
+    return mx.stack(scores)

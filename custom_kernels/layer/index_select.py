@@ -130,8 +130,9 @@ BODY = """
 def kernel(first: bool) -> Kernel:
     """The kernel that selects among all visible rows, or among chosen ones."""
     if first:
-        name, inputs, header = "index_select", ["scores", "place"], _FIRST
-        count, many = "min((uint(place[0]) + token + 1) / RATIO, many)", "uint(scores_shape[1])"
+        name, inputs, header = "index_select", ["scores", "places"], _FIRST
+        position = "(uint(places[OWN * 8 * token]) + (OWN ? 0 : token))"
+        count, many = f"min(({position} + 1) / RATIO, many)", "uint(scores_shape[1])"
     else:
         name, inputs, header = "index_select_next", ["chosen", "ordered"], _NEXT
         count, many = "many", "uint(chosen_shape[1])"
@@ -141,15 +142,15 @@ def kernel(first: bool) -> Kernel:
     return Kernel(name, inputs, outputs, body, header, metal=METAL_COUNTERS, cuda=CUDA_COUNTERS)
 
 
-def index_select(scores: mx.array, place: mx.array, *, topk: int, ratio: int = 4) -> mx.array:
-    """The `topk` visible rows of the highest scores, int32 (topk,), in any order; -1 where none is left.
+def index_select(scores: mx.array, places: mx.array, *, topk: int, ratio: int = 4) -> mx.array:
+    """The `topk` visible rows of the highest scores, int32 (S, topk), in any order; -1 where none is left.
 
-    scores float32 (R,). place int32 (8,), place[0] the token's position p: rows j < (p + 1) // ratio are
+    scores float32 (S, R). places int32 (S, 8), place[0] a token's position p: rows j < (p + 1) // ratio are
     visible, R at most; the other scores are not read. Among equal scores any are taken; NaN comes last.
     """
     if takes(scores, topk):
-        return by_kernel(scores, place, topk, ratio)
-    return plain(scores, place, topk, ratio)
+        return by_kernel(scores, places, topk, ratio)
+    return plain(scores, places, topk, ratio)
 
 
 def takes(scores: mx.array, topk: int) -> bool:
@@ -160,17 +161,15 @@ def takes(scores: mx.array, topk: int) -> bool:
 
 
 def by_kernel(
-    scores: mx.array, place: mx.array, topk: int, ratio: int, each: int = EACH
+    scores: mx.array, places: mx.array, topk: int, ratio: int, each: int = EACH
 ) -> mx.array:
     """`index_select` in one launch, or in one more for every factor of each * 1024 / topk rows.
 
-    Takes scores (L, R) of tokens that follow on the one at `place` too, and gives int32 (L, topk) then.
+    Takes one place int32 (8,) too: that of the first of S tokens that follow on one another.
     """
-    shape, scores = (*scores.shape[:-1], topk), scores.reshape(-1, scores.shape[-1])
     tokens, many = scores.shape
-    slices, among = -(-many // (each * THREADS)), [scores, place]
+    slices, among = -(-many // (each * THREADS)), [scores, places]
     template = [("THREADS", THREADS), ("EACH", each), ("TOPK", topk), ("RATIO", ratio)]
-    seen = lambda: {"scores": min(1.0, int(place[0] + tokens) // ratio / many)}
     first = True
     while True:
         among = kernel(first)(
@@ -178,19 +177,26 @@ def by_kernel(
             [((tokens, slices * topk), type) for type in (mx.int32, mx.uint32)],
             groups=(slices, tokens, 1),
             threads=THREADS,
-            template=template,
-            reads=seen if first else None,
+            template=[*template, *([("OWN", places.ndim - 1)] if first else [])],
+            reads=(lambda: _read(scores, places, ratio)) if first else None,
         )
         if slices == 1:
-            return among[0].reshape(shape)
+            return among[0]
         slices, first = -(-among[0].shape[1] // (each * THREADS)), False
 
 
-def plain(scores: mx.array, place: mx.array, topk: int, ratio: int) -> mx.array:
+def _read(scores: mx.array, places: mx.array, ratio: int) -> dict[str, float]:
+    """The share of the scores that is read, at most."""
+    following = len(scores) if places.ndim == 1 else 1
+    last = int(places.reshape(-1, 8)[:, 0].max()) + following
+    return {"scores": min(1.0, last // ratio / scores.shape[1])}
+
+
+def plain(scores: mx.array, places: mx.array, topk: int, ratio: int) -> mx.array:
     """`index_select` by MLX's own operations."""
-    visible = (place[0] + 1) // ratio
-    masked = mx.where(mx.arange(len(scores)) < visible, scores, -mx.inf)
-    least = min(topk, len(scores))
-    chosen = mx.argpartition(-masked, least - 1)[:least].astype(mx.int32)
+    visible = (places[:, :1] + 1) // ratio
+    masked = mx.where(mx.arange(scores.shape[1]) < visible, scores, -mx.inf)
+    least = min(topk, scores.shape[1])
+    chosen = mx.argpartition(-masked, least - 1, axis=-1)[:, :least].astype(mx.int32)
     chosen = mx.where(chosen < visible, chosen, -1)
-    return mx.pad(chosen, (0, topk - least), constant_values=-1)
+    return mx.pad(chosen, [(0, 0), (0, topk - least)], constant_values=-1)

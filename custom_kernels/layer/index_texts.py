@@ -1,16 +1,18 @@
 """The texts of the kernels that score the indexer's rows, coded or plain.
 
-Every threadgroup makes the token's queries for itself: rotary turn and, where rows are coded, Hadamard
+Every threadgroup makes its token's queries for itself: rotary turn and, where rows are coded, Hadamard
 transform and E2M1 codes. A thread then keeps rows and goes through the heads. Code that runs once
 waits for its own instructions, so heads are a loop.
 """
 
 from ds4mlx.custom_kernels.dialect import LOAD8, Kernel
-
-INPUTS = ["products", "projections", "full", "tail", "place", "turns"]
+from ds4mlx.custom_kernels.layer.buffers import numbered, picked
 
 # Where there are few rows, many SIMD-groups share the heads of the same 32.
 _BEGIN = """
+    uint sequence = threadgroup_position_in_grid.y, rows = 0;
+PICKED
+    const device int* place = places + 8 * sequence;
     const device float* q = products + uint(place[4]) * ALL + QUERIES_AT;
     const device float* weights = projections + uint(place[4]) * ALL_PROJECTED + WEIGHTS_AT;
     const device float* angles = turns + uint(place[4]) * (4 * ROPE);
@@ -19,7 +21,9 @@ _BEGIN = """
     uint visible = uint(place[0] + 1) / RATIO, settled = uint(place[2]);
     uint shift = LOG_GROUPS;  // of them 1 << shift share the heads of a row
     while (shift > LEAST && visible << shift > grid * KEPT * (32 * GROUPS)) shift--;
-    uint place_in_grid = threadgroup_position_in_grid.x, rows = full_shape[0] + tail_shape[0];
+    uint place_in_grid = threadgroup_position_in_grid.x;
+COUNTED
+    device float* scores = all_scores + sequence * rows;
     for (uint i = visible + place_in_grid * 32 * GROUPS + id; i < rows; i += grid * 32 * GROUPS)
         scores[i] = -INFINITY;
     uint chunk = (32 * KEPT * GROUPS) >> shift, first = place_in_grid * chunk;
@@ -260,12 +264,24 @@ PLAIN = (
 PLAIN_HEADER = "#define BEFORE (head ? scores[at + i] : 0.0f)\n"
 
 
-def coded_kernel() -> Kernel:
-    """The kernel for rows of E2M1 codes."""
-    name, header = "index_scores_coded", ROW_AT + CODED_HEADER
-    return Kernel(name, INPUTS, ["scores"], CODED, header, metal=METAL_DOUBLED, cuda=CUDA_DOUBLED)
+def coded_kernel(many: int) -> Kernel:
+    """The kernel for rows of E2M1 codes of so many sequences at most."""
+    header = ROW_AT + CODED_HEADER
+    return _kernel("coded", CODED, header, many, METAL_DOUBLED, CUDA_DOUBLED)
 
 
-def plain_kernel() -> Kernel:
-    """The kernel for plain rows."""
-    return Kernel("index_scores_plain", INPUTS, ["scores"], PLAIN, LOAD8 + ROW_AT + PLAIN_HEADER)
+def plain_kernel(many: int) -> Kernel:
+    """The kernel for plain rows of so many sequences at most."""
+    return _kernel("plain", PLAIN, LOAD8 + ROW_AT + PLAIN_HEADER, many)
+
+
+def _kernel(
+    kind: str, body: str, header: str, many: int, metal: str = "", cuda: str = ""
+) -> Kernel:
+    names = ["full", "tail"]
+    inputs = ["products", "projections", "places", "turns", *numbered(names, many)]
+    body = body.replace("PICKED", picked(names, "ROW", many, "sequence"))
+    counts = (f"uint(full{i}_shape[0] + tail{i}_shape[0])" for i in range(many))
+    body = body.replace("COUNTED", "".join(f"    rows = max(rows, {count});\n" for count in counts))
+    name = f"index_scores_{kind}" + (f"_{many}" if many > 1 else "")
+    return Kernel(name, inputs, ["all_scores"], body, header, metal=metal, cuda=cuda)

@@ -12,7 +12,7 @@ from ds4mlx.custom_kernels.layer.rows import NewRows, Pooling, new_rows
 from ds4mlx.custom_kernels.products.columns import Columns, side_by_side
 from ds4mlx.custom_kernels.products.dense_matvec import dense_matvec
 from ds4mlx.model.attention import Attention, SparseAttention
-from ds4mlx.model.fused.sequences import Sequences, compressors_of
+from ds4mlx.model.fused.sequences import Held, Sequences, compressors_of
 from ds4mlx.model.linear import Matrix
 from ds4mlx.state.row_forms import StateForm
 
@@ -24,37 +24,18 @@ def attend(attn: Attention, x: mx.array, sequences: Sequences) -> tuple[mx.array
     if isinstance(attn, SparseAttention):
         weights, index = [attn.indexer.weights_proj], [attn.indexer.wq_b]
     first = products([attn.wq_a, attn.wkv, *projections, *weights], x)
-    numbers = range(len(sequences.places))
-    made = [extend(attn, first, sequences, number, x.dtype) for number in numbers]
+    made = [extend(attn, first, sequences, number, x.dtype) for number in range(len(x))]
     assert made[0].latents is not None
     queries, *index_queries = products([attn.wq_b, *index], made[0].latents)
-    reads = []
-    for number, rows in enumerate(made):
-        indexed = (index_queries[0], first[-1]) if sequences.selects[number] and index else None
-        reads.append(read_of(attn, rows, indexed, sequences, number, x.dtype))
-    return output(attn, core(attn, queries, reads, sequences.angles, x.dtype)), made
-
-
-def read_of(
-    attn: Attention,
-    rows: NewRows,
-    indexed: tuple[Columns, Columns] | None,
-    sequences: Sequences,
-    number: int,
-    dtype: mx.Dtype,
-) -> Read:
-    """What a token reads, once its rows are in.
-
-    indexed: the indexer's queries and weights of all tokens, where this one selects rows.
-    """
-    held, place = sequences.held[number], sequences.places[number]
-    grown = [
-        Grown(h.full, tail) for (_, h), (_, tail) in zip(held.poolings, rows.poolings, strict=True)
-    ]
     chosen = None
-    if indexed and isinstance(attn, SparseAttention):
-        chosen = choose(attn, *indexed, grown[1], place, sequences.angles, dtype)
-    return Read(Recent(held.window.old, rows.window), grown[0] if grown else None, chosen, place)
+    if isinstance(attn, SparseAttention) and sequences.places.selecting is not None:
+        chosen = choose(attn, index_queries[0], first[-1], made, sequences, x.dtype)
+    return output(attn, core(attn, queries, made, chosen, sequences, x.dtype)), made
+
+
+def grown(held: Held, rows: NewRows, number: int) -> Grown:
+    """All rows of a compressor, the token's among them."""
+    return Grown(held.poolings[number][1].full, rows.poolings[number][1])
 
 
 def extend(
@@ -76,7 +57,7 @@ def extend(
         weights = compressor.ape, compressor.norm.weight
         poolings.append(Pooling(values, scores, *weights, recent, rows, form, spread))
     norms = attn.kv_norm.weight, attn.q_norm.weight
-    told = sequences.places[number], sequences.angles
+    told = sequences.places.one[number], sequences.places.angles
     return new_rows(
         *(kv, latent, *norms, held.window, poolings, *told),
         ratio=attn.ratio,
@@ -91,35 +72,47 @@ def choose(
     attn: SparseAttention,
     queries: Columns,
     weights: Columns,
-    rows: Grown,
-    place: mx.array,
-    angles: mx.array,
+    made: Sequence[NewRows],
+    sequences: Sequences,
     dtype: mx.Dtype,
 ) -> mx.array:
-    """The rows that the indexer selects for a token, int32 (topk,).
+    """The rows that the indexer selects for those tokens that select, int32 (S, topk).
 
     queries (B, heads * width) and weights (B, heads): products.
     """
+    _, _, selecting, angles = sequences.places
+    assert selecting is not None
+    each = zip(sequences.held, made, sequences.selects, strict=True)
+    rows = [grown(held, new, 1) for held, new, selects in each if selects]
     scores = index_scores(
-        *(queries, weights, rows, place, angles),
+        *(queries, weights, rows, selecting, angles),
         heads=attn.indexer.heads,
         form=StateForm.of(attn._config, dtype, attn.rounding).index,
         spread=attn.rounding == "official",
         dtype=dtype,
     )
-    return index_select(scores, place, topk=attn.indexer.topk)
+    return index_select(scores, selecting, topk=attn.indexer.topk)
 
 
 def core(
-    attn: Attention, queries: Columns, reads: Sequence[Read], angles: mx.array, dtype: mx.Dtype
+    attn: Attention,
+    queries: Columns,
+    made: Sequence[NewRows],
+    chosen: mx.array | None,
+    sequences: Sequences,
+    dtype: mx.Dtype,
 ) -> mx.array:
     """The core attention of the tokens, their rotary channels turned back: (B, H, c).
 
-    queries (B, H c): products. `reads` hold what the tokens have added.
+    queries (B, H c): products. `made` is what the tokens have added.
     """
-    config = attn._config
+    config, reads = attn._config, []
+    for held, rows, selects in zip(sequences.held, made, sequences.selects, strict=True):
+        window = Recent(held.window.old, rows.window)
+        own = grown(held, rows, 0) if held.poolings else None
+        reads.append(Read(window, own, selects and chosen is not None))
     return attention(
-        *(queries, attn.attn_sink, reads, angles),
+        *(queries, attn.attn_sink, reads, chosen, sequences.places.all, sequences.places.angles),
         ratio=attn.ratio,
         before=config.sliding_window - 1,
         form=StateForm.of(config, dtype, attn.rounding).kv,

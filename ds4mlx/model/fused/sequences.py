@@ -19,17 +19,28 @@ class Held(NamedTuple):
     poolings: list[tuple[Recent, Grown]]
 
 
+class Places(NamedTuple):
+    """Where the tokens of a step stand.
+
+    one: of each int32 (8,), as `state.tails` makes it, its number, and that among those that select rows,
+    or -1. all: the same, int32 (B, 8). selecting: those that select, (S, 8), or None. angles: float32
+    (B, 4, 2, rope / 2), cos and sin: of a token's position, in layers that do not compress and in those
+    that do; and in the latter of the first token of the rows of ratio 4 and 128 to which it belongs.
+    """
+
+    one: Sequence[mx.array]
+    all: mx.array
+    selecting: mx.array | None
+    angles: mx.array
+
+
 class Sequences(NamedTuple):
     """Of the sequences of a step: where their tokens stand, and what they hold of one layer.
 
-    places: of each int32 (8,), as `state.tails` makes it, and its number. angles: float32
-    (B, 4, 2, rope / 2), cos and sin: of a token's position, in layers that do not compress and in those
-    that do; and in the latter of the first token of the rows of ratio 4 and 128 to which it belongs.
     selects: whether each selects rows there.
     """
 
-    places: Sequence[mx.array]
-    angles: mx.array
+    places: Places
     held: Sequence[Held]
     selects: Sequence[bool]
 

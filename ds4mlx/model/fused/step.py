@@ -19,7 +19,7 @@ from ds4mlx.model.block import Block
 from ds4mlx.model.fused.attention import product
 from ds4mlx.model.fused.block import Carried, step_block
 from ds4mlx.model.fused.choice import by_modules, dense_known, known
-from ds4mlx.model.fused.sequences import Sequences, held_of, tails_of
+from ds4mlx.model.fused.sequences import Places, Sequences, held_of, tails_of
 from ds4mlx.model.hyper import HyperHead
 from ds4mlx.model.linear import Embedding, Linear, RMSNorm
 from ds4mlx.model.module import changes
@@ -30,8 +30,6 @@ from ds4mlx.state.tails import append, arrays_of, place, settle
 
 # What a traced step gives: logits (B, vocab), streams (B, n, D), and of each sequence the new tails.
 Traced = tuple[mx.array, mx.array, list[list[mx.array]]]
-# The places of the sequences, and the angles of all; see `Sequences`.
-Places = tuple[list[mx.array], mx.array]
 
 
 @dataclass(frozen=True)
@@ -75,9 +73,9 @@ def step_outputs(
     """
     for state in states:
         settle(state)
-    places = _places(model, states)
     held = [arrays_of(state) for state in states]
     selects = [int(_selects(model, state)) for state in states]
+    places = _places(model, states, selects)
     step = _compiled(model)
     if step.apart or listened() or not dispatch.in_use() or dialect.launcher() is not None:
         apart = by_modules(model.layers)
@@ -90,11 +88,14 @@ def step_outputs(
     return logits, streams
 
 
-def _places(model: Stepped, states: Sequence[DecodeState]) -> Places:
+def _places(model: Stepped, states: Sequence[DecodeState], selects: Sequence[int]) -> Places:
     """Where the next token of each state stands."""
     angles = np.stack([step_angles(model._rotary, state.offset) for state in states])
-    places = [mx.array(place(state, number)) for number, state in enumerate(states)]
-    return places, mx.array(angles)
+    every = np.stack([place(state, number) for number, state in enumerate(states)])
+    which = np.array(selects, bool)
+    every[:, 5] = np.where(which, which.cumsum() - 1, -1)
+    selecting = mx.array(every[which]) if which.any() else None
+    return Places([mx.array(one) for one in every], mx.array(every), selecting, mx.array(angles))
 
 
 def _selects(model: Stepped, state: DecodeState) -> bool:
@@ -203,8 +204,7 @@ def _layers(
     model: Stepped, places: Places, held: Sequence[Sequence[mx.array]], selects: Sequence[int]
 ) -> Iterator[Sequences]:
     """What the launches of each layer are told of the sequences."""
-    own, angles = places
     by_sequence = [held_of(arrays, model.layers) for arrays in held]
     chosen = [bool(each) for each in selects]
     for layers in zip(*by_sequence, strict=True):
-        yield Sequences(own, angles, layers, chosen)
+        yield Sequences(places, layers, chosen)
