@@ -80,7 +80,9 @@ def kinds(text: str) -> list[dict]:
         unit = MICROSECONDS.get(row["Metric Unit"])
         if unit is not None:
             name = row["Kernel Name"].partition("(")[0].removeprefix("custom_kernel_")
-            times[f"{name} {row['Grid Size']}"].append(unit * float(row["Metric Value"]))
+            times[f"{name} {row['Grid Size']}"].append(
+                unit * float(row["Metric Value"].replace(",", ""))
+            )
     rows = [
         {
             "kernel": name,

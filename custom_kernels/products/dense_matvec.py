@@ -20,11 +20,11 @@ from ds4mlx.custom_kernels.products import dense_tiles_text as tiles
 from ds4mlx.formats import FORMATS, Planes
 
 MOST = 8  # rows of activations
-SUBS, TILE_SUBS = 4, 8  # SIMD-groups of a threadgroup
 TILE = 16  # rows of a matrix that a threadgroup takes on matrix units
 CHUNK = 128  # columns that matrix units take at a time
 # Rows of activations from which on matrix units are used: on Metal, where none was measured, never.
-TILED_FROM = {"cuda": 5, "metal": MOST + 1}
+TILED_FROM = {"cuda": 3, "metal": MOST + 1}
+LONG = 8192  # columns of a row that many loads at a time, or many SIMD-groups, go through best
 
 # A threadgroup finds its matrix by its number; those of a group of rows are its own. Sizes are data, so
 # that one kernel serves all matrices in the same formats.
@@ -66,22 +66,35 @@ Matrices = Sequence[tuple[str, Planes]]
 
 @dataclass(frozen=True)
 class Cut:
-    """How the work of a launch is cut: rows of every matrix, groups they fall into, tokens made up."""
+    """How the work of a launch is cut: rows and columns of every matrix, groups of rows, tokens made up.
+
+    The numbers are those that an H100 was fastest with.
+    """
 
     rows: tuple[int, ...]
+    columns: int
     groups: int
     tokens: int
     tiled: bool = False
 
     @property
+    def subs(self) -> int:
+        """SIMD-groups of a threadgroup."""
+        if self.tiled:
+            return 8 if self.columns >= LONG else 4
+        return 8 if self.tokens == 1 else 4
+
+    @property
     def height(self) -> int:
         """Rows that a SIMD-group takes: few where few rows would leave a large GPU's memory idle."""
-        most, filled = (2, 2048) if self.tokens == 1 else (4, 1024)
+        most, filled = (2, 8192) if self.tokens == 1 else (4, 1024)
         return next((r for r in (4, 2) if r <= most and sum(self.rows) >= r * filled), 1)
 
     @property
     def steps(self) -> int:
         """Pieces of each row that a lane loads at a time."""
+        if self.tokens == 1:
+            return 8 if self.columns >= LONG else 2
         return 1 if self.tokens > 4 else max(2, 4 // self.height)
 
     @property
@@ -91,15 +104,15 @@ class Cut:
 
     def parts(self) -> list[int]:
         """Threadgroups of each matrix."""
-        each = TILE if self.tiled else SUBS * self.height
+        each = TILE if self.tiled else self.subs * self.height
         return [self.groups * -(-(rows // self.groups) // each) for rows in self.rows]
 
     def template(self) -> list[tuple[str, int]]:
         """The template's numbers."""
         if self.tiled:
-            return [("SUBS", TILE_SUBS)]
+            return [("SUBS", self.subs)]
         return [
-            ("SUBS", SUBS),
+            ("SUBS", self.subs),
             ("N", self.tokens),
             ("R", self.height),
             ("U", self.steps),
@@ -185,17 +198,13 @@ def by_kernel(matrices: Matrices, x: mx.array, dtype: mx.Dtype = mx.float32) -> 
     groups = (grouped or [1])[0]
     formats = tuple(name for name, _ in matrices)
     tiled = _tiled(formats, x)
-    cut = Cut(
-        tuple(planes["weight"].shape[0] for _, planes in matrices),
-        groups,
-        dispatch.made_up(tokens),
-        tiled,
-    )
+    rows = tuple(planes["weight"].shape[0] for _, planes in matrices)
+    cut = Cut(rows, x.shape[-1], groups, dispatch.made_up(tokens), tiled)
     return kernel(formats, tiled)(
         [x, *(planes[p] for name, planes in matrices for p in FORMATS[name].layout)],
         [((tokens, sum(cut.rows)), dtype)],
         groups=(sum(cut.parts()), 1, 1),
-        threads=32 * (TILE_SUBS if tiled else SUBS),
+        threads=32 * cut.subs,
         template=[
             ("GROUPED", len(grouped)),
             *cut.template(),
