@@ -12,6 +12,7 @@ from ds4mlx.custom_kernels.dialect import Target
 from ds4mlx.custom_kernels.graph import operations
 from ds4mlx.custom_kernels.layer.attention import SHARES
 from ds4mlx.custom_kernels.recording import recording
+from ds4mlx.engine.admission import StateMemory
 from ds4mlx.model.fused.step import begin
 from ds4mlx.model.linear import Matrix
 from ds4mlx.model.model import Model
@@ -108,3 +109,9 @@ def test_launches_of_several_sequences(q2):
     assert counts[1]["attention_merge"] == counts[0]["attention_merge"] == len(q2.layers)
     assert counts[1]["index_select"] == counts[0]["index_select"]
     assert counts[1]["hyper_in"] == counts[0]["hyper_in"] == 2 * len(q2.layers)
+
+
+def test_room_for_states_is_found_without_reading_weights(q2):
+    """Which are 87 GB here, and were never made."""
+    memory = StateMemory(q2, 65536, saving=False, budget=1 << 40)
+    assert 0 < memory.needed(2048) < memory.needed(65536) < 1 << 30

@@ -77,9 +77,8 @@ class StateMemory:
         self.budget = _left(model, context, saving) if budget is None else budget
         doubled = [1024 << n for n in range(context.bit_length()) if 1024 << n < context]
         self._lengths = [0, *doubled, context]
-        kind = model.kind
         self._bytes = [
-            state_bytes(kind.config, length, kind.dtype, kind.rounding) for length in self._lengths
+            state_bytes(model.args, length, model.dtype, model.rounding) for length in self._lengths
         ]
 
     def needed(self, tokens: int) -> int:
