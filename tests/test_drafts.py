@@ -10,6 +10,7 @@ from ds4mlx.state.boundaries import Spacing
 from ds4mlx.state.decode_state import DecodeState
 from ds4mlx.state.record import record_bytes
 from ds4mlx.state.step import commit
+from ds4mlx.store.state_bytes import made_under
 
 IDS = np.random.default_rng(0).integers(0, 288, 500)
 
@@ -128,7 +129,7 @@ def test_a_save_copies_only_the_records_that_are_not_stored(small_model, tmp_pat
         store.save(IDS[:300], state)
 
         def taken():
-            job = store._taker.take(IDS[:300].astype("<i4"), state, "cold")
+            job = store._taker(made_under(state)).take(IDS[:300].astype("<i4"), state, "cold")
             return [piece.item.tokens for piece in job.records]
 
         assert taken() == [300]
