@@ -139,7 +139,6 @@ def synth_model(
         mx.clear_cache()  # scratch of making a large plane
         if on_entry is not None:
             on_entry(done + 1, len(listed))
-    model.eval()
     return model
 
 

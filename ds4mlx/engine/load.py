@@ -69,7 +69,6 @@ def load(
     model.load_weights(list(_read_all(directory, on_file).items()))
     if adapted is not None:
         adapters.attach(model, adapted)
-    model.eval()
     model.identity = directory.manifest["checksum"]
     prepare(partial(_build, model))
     return model, tokenizer

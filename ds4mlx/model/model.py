@@ -79,6 +79,7 @@ class Model(Module):
         self.norm = RMSNorm(args.hidden_size, args.rms_norm_eps)
         self.head = Linear(args.vocab_size, args.hidden_size)
         self.mtp = [MTP(args, i, rounding) for i in range(layers, layers + drafts)]
+        self.eval()  # MLX's modules begin in training, in which weights are decoded for gradients
 
     @overload
     def __call__(self, tokens: mx.array | np.ndarray, cache: Cache = None) -> mx.array: ...
