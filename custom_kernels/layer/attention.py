@@ -1,8 +1,8 @@
 """Core attention of one decoded token of each of a few sequences, over rows of their states as they lie.
 
-A launch for the shares of the rows, then one that merges those of all tokens with the sink. How the rows are cut depends on the
-token's position, which is data. Queries are normed and turned where they are loaded, and the result is
-turned back.
+A launch for the shares of the rows, then one that merges those of all tokens with the sink. How the
+rows are cut depends on the token's position, which is data. Queries are normed and turned where they
+are loaded, and the result is turned back.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ from ds4mlx.custom_kernels.layer.attention_text import (
     SHARES,
     TURN,
 )
-from ds4mlx.custom_kernels.layer.buffers import Grown, Recent, numbered, picked
+from ds4mlx.custom_kernels.layer.buffers import Grown, Recent, filled, numbered, picked, variant
 from ds4mlx.custom_kernels.layer.plain import rms_norm, rotate
 from ds4mlx.custom_kernels.layer.row_layout import Form, RowLayout
 from ds4mlx.custom_kernels.products.columns import Columns
@@ -42,8 +42,7 @@ def share_kernel(many: int) -> Kernel:
     names = ["old", "tail", "full", "newer"]
     inputs = ["products", "chosen", "places", "turns", *numbered(names, many)]
     body = SHARE.replace("PICKED", picked(names, "uint", many, "sequence"))
-    name = "attention_share" + (f"_{many}" if many > 1 else "")
-    return Kernel(name, inputs, ["shares"], body, FOURS + ROW + TURN)
+    return Kernel(variant("attention_share", many), inputs, ["shares"], body, FOURS + ROW + TURN)
 
 
 @lru_cache
@@ -53,8 +52,7 @@ def merge_kernel(launches: int) -> Kernel:
     for i in range(1, launches):
         own = f"parts = shares{i} + (token - {i * TOGETHER}) * (SHARES * H * (WIDTH + 2));"
         others += f"    if (token >= {i * TOGETHER}) {own}\n"
-    name = "attention_merge" + (f"_{launches}" if launches > 1 else "")
-    body = MERGE.replace("OTHERS", others)
+    name, body = variant("attention_merge", launches), MERGE.replace("OTHERS", others)
     return Kernel(name, [*shares, "sink", "turns"], ["out"], body, FOURS + TURN)
 
 
@@ -117,8 +115,7 @@ def takes(
     """Whether the kernels take queries (N, H c), for rows of a layout."""
     width, rope, array = layout.width, 2 * angles.shape[-1], q.array
     sized = width % 128 == 0 and width <= WIDEST and rope <= width and q.width % width == 0
-    sized = sized and q.begin % 4 == 0 and (len(array) == 1 or array.shape[1] % 4 == 0)
-    lies = readable(layout, rope, dtype)
+    lies = q.aligned and readable(layout, rope, dtype)
     known = ratio in RATIOS and (rows is not None) == (ratio > 0)
     typed = array.dtype == mx.float32 and dtype in (mx.bfloat16, mx.float32)
     return sized and lies and known and typed and dispatch.active(array, "attention", dtype=dtype)
@@ -230,7 +227,7 @@ def _share(
     ratio, layout, dtype = options["ratio"], options["form"].layout, options["dtype"]
     many, old = len(reads), reads[0].window.old
     named = chosen if any(each.selects for each in reads) else None
-    given = [*reads, *[reads[0]] * (dispatch.made_up(many) - many)]
+    given = filled(reads)
     lying = [array for each in given for array in (*each.window, *(each.rows or each.window))]
     width, block = layout.width, block_rows(layout.width, dtype)
     heads = q.width // width

@@ -5,9 +5,13 @@ number; it is written for 1, 2, 4 or 8 of them, and of fewer the first stands fo
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import mlx.core as mx
+
+from ds4mlx.custom_kernels import dispatch
+
+Held = TypeVar("Held")
 
 
 class Recent(NamedTuple):
@@ -22,6 +26,16 @@ class Grown(NamedTuple):
 
     full: mx.array
     tail: mx.array
+
+
+def filled(each: Sequence[Held]) -> list[Held]:
+    """What sequences hold, as many as a launch is written for."""
+    return [*each, *[each[0]] * (dispatch.made_up(len(each)) - len(each))]
+
+
+def variant(kernel: str, many: int) -> str:
+    """The name of a kernel that is written for so many."""
+    return f"{kernel}_{many}" if many > 1 else kernel
 
 
 def numbered(names: Sequence[str], many: int) -> list[str]:

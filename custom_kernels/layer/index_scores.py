@@ -11,7 +11,7 @@ import mlx.core as mx
 from ds4mlx.custom_kernels import dispatch
 from ds4mlx.custom_kernels.codes.tables import bits
 from ds4mlx.custom_kernels.dialect import Kernel
-from ds4mlx.custom_kernels.layer.buffers import Grown
+from ds4mlx.custom_kernels.layer.buffers import Grown, filled
 from ds4mlx.custom_kernels.layer.index_texts import coded_kernel, plain_kernel
 from ds4mlx.custom_kernels.layer.plain import rotate
 from ds4mlx.custom_kernels.layer.row_layout import Form, RowLayout
@@ -85,10 +85,13 @@ def by_kernel(
     dtype: mx.Dtype,
     most: int = MOST_GROUPS,
 ) -> mx.array:
-    """`index_scores` in one launch, of `most` threadgroups a sequence; coded rows are those of spread queries."""
+    """`index_scores` in one launch, of `most` threadgroups a sequence.
+
+    Coded rows are those of spread queries.
+    """
     coded, width = layout.kind == "index", layout.width
     count, many = _most(rows), len(rows)
-    given = [*rows, *[rows[0]] * (dispatch.made_up(many) - many)]
+    given = filled(rows)
     template = [
         ("T", dtype),
         ("ROW", layout.dtype),

@@ -6,7 +6,7 @@ waits for its own instructions, so heads are a loop.
 """
 
 from ds4mlx.custom_kernels.dialect import LOAD8, Kernel
-from ds4mlx.custom_kernels.layer.buffers import numbered, picked
+from ds4mlx.custom_kernels.layer.buffers import numbered, picked, variant
 
 # Where there are few rows, many SIMD-groups share the heads of the same 32.
 _BEGIN = """
@@ -283,5 +283,5 @@ def _kernel(
     body = body.replace("PICKED", picked(names, "ROW", many, "sequence"))
     counts = (f"uint(full{i}_shape[0] + tail{i}_shape[0])" for i in range(many))
     body = body.replace("COUNTED", "".join(f"    rows = max(rows, {count});\n" for count in counts))
-    name = f"index_scores_{kind}" + (f"_{many}" if many > 1 else "")
+    name = variant(f"index_scores_{kind}", many)
     return Kernel(name, inputs, ["all_scores"], body, header, metal=metal, cuda=cuda)

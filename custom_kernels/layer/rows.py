@@ -103,8 +103,7 @@ def takes(
     spreads = all(_power_of_two(each.form.layout.width) for each in poolings if each.spread)
     typed, name = dtype in (mx.bfloat16, mx.float32), f"rows_{ratio}_{form.layout.kind}"
     array = products[0].array
-    lie = all(each.array is array and each.begin % 4 == 0 for each in products)
-    lie = lie and (len(array) == 1 or array.shape[1] % 4 == 0)
+    lie = all(each.array is array and each.aligned for each in products)
     return suits and spreads and typed and lie and dispatch.active(array, name, dtype=dtype)
 
 

@@ -19,6 +19,12 @@ class Columns(NamedTuple):
         """They alone, (N, width)."""
         return self.array[:, self.begin : self.begin + self.width]
 
+    @property
+    def aligned(self) -> bool:
+        """Whether kernels can load them four at a time, in every row."""
+        rows, every = self.array.shape
+        return self.begin % 4 == 0 and (rows == 1 or every % 4 == 0)
+
 
 def whole(array: mx.array) -> Columns:
     """All columns of (N, all)."""

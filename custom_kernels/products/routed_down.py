@@ -169,6 +169,11 @@ class Shared(NamedTuple):
         """F, the hidden values of a token."""
         return self.gates.width
 
+    @property
+    def aligned(self) -> bool:
+        """Whether both products lie in one array, four values of a token to a load."""
+        return self.gates.array is self.ups.array and self.gates.aligned and self.ups.aligned
+
 
 def routed_down(
     format: str,
@@ -200,17 +205,10 @@ def takes(
     suits = format in experts.DOWN.formats and hidden.shape[1] % staging.CHUNK == 0
     suits = suits and chosen.shape[1] <= dispatch.MOST_CHOSEN and len(chosen) <= dispatch.FEW
     piece = dense.COLUMNS.get(shared.format)
-    suits = suits and piece is not None and shared.inner % piece == 0 and _aligned(shared)
+    suits = suits and piece is not None and shared.inner % piece == 0 and shared.aligned
     # How a shared format is read is compared as `dense_matvec`, which has the same text.
     name = _name(format, hidden.dtype, eight, shared.format).removesuffix(f"_{shared.format}")
     return suits and dispatch.active(hidden, name)
-
-
-def _aligned(shared: Shared) -> bool:
-    """Whether both products of a token lie in one array, four values to a load."""
-    gates, ups = shared.gates, shared.ups
-    together = gates.array is ups.array and gates.array.shape[1] % 4 == 0
-    return together and gates.begin % 4 == ups.begin % 4 == 0
 
 
 def plain(
