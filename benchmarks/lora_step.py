@@ -18,11 +18,11 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 from device import device
 from mlx.utils import tree_flatten
+from shapes import shapes
 
-from ds4mlx import Model, ModelConfig
-from ds4mlx.bench.synth import RECIPES, config_like, synth_model
+from ds4mlx import Model
+from ds4mlx.bench.synth import RECIPES, synth_model
 from ds4mlx.engine.adapters import add_lora
-from ds4mlx.engine.default_model import EMBEDDED
 
 
 def loss(model: Model, ids: mx.array) -> mx.array:
@@ -58,9 +58,7 @@ def main() -> None:
     parser.add_argument("--routed", action="store_true", help="adapt the routed experts too")
     parser.add_argument("--small", action="store_true", help="the embedded model's shapes: a trial")
     asked = parser.parse_args()
-    config = config_like("flash", asked.layers)
-    if asked.small:
-        config = ModelConfig.from_file(EMBEDDED / "config.json")
+    config, name = shapes(asked.layers, asked.small)
     model = synth_model(config, asked.recipe)
     weights = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
     add_lora(model, asked.rank, routed=asked.routed)
@@ -69,7 +67,7 @@ def main() -> None:
     rows = measured(model, ids, asked.steps)
     report = {
         "device": device(),
-        "shapes": "embedded" if asked.small else f"{config.num_hidden_layers} layers of Flash",
+        "shapes": name,
         "recipe": asked.recipe,
         "tokens": asked.tokens,
         "rank": asked.rank,

@@ -127,7 +127,10 @@ def measure(name: str, source: ModelSource, sizes: suite.Sizes) -> dict:
     suite.measure_agreement(report, subject, logits, None, opened)
     suite.measure_text(report, subject, None)
     suite.measure_tasks(report, subject, ("recall", "tools"))
-    return {"bytes": size, "bits_per_weight": 8 * size / weights, **asdict(report)}
+    row = {"bytes": size, "bits_per_weight": 8 * size / weights, **asdict(report)}
+    for each in row["agreement"]:
+        each["reference"] = Path(each["reference"]).name  # wherever it was kept
+    return row
 
 
 def stored(directory: Path, changed: set[str]) -> tuple[int, int]:

@@ -16,11 +16,11 @@ from pathlib import Path
 
 import numpy as np
 from device import device
+from shapes import shapes
 
 from ds4mlx import Model, ModelConfig
-from ds4mlx.bench.synth import RECIPES, config_like, synth_model
+from ds4mlx.bench.synth import RECIPES, synth_model
 from ds4mlx.bench.whole_model import decode, prefilled, synthetic_state
-from ds4mlx.engine.default_model import EMBEDDED
 from ds4mlx.research import Steering
 
 
@@ -56,9 +56,7 @@ def main() -> None:
     parser.add_argument("--recipe", choices=RECIPES, default="q2")
     parser.add_argument("--small", action="store_true", help="the embedded model's shapes: a trial")
     asked = parser.parse_args()
-    config = config_like("flash", asked.layers)
-    if asked.small:
-        config = ModelConfig.from_file(EMBEDDED / "config.json")
+    config, sizes = shapes(asked.layers, asked.small)
     model, rows = synth_model(config, asked.recipe), []
     for name, count, how in steerings(config):
         row = {"steering": name, "layers": count}
@@ -66,7 +64,7 @@ def main() -> None:
         print(rows[-1], flush=True)
     report = {
         "device": device(),
-        "shapes": "embedded" if asked.small else f"{config.num_hidden_layers} layers of Flash",
+        "shapes": sizes,
         "recipe": asked.recipe,
         "tokens": asked.tokens,
         "gen": asked.gen,
