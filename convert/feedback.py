@@ -117,8 +117,12 @@ def first_pass(w: mx.array, stored: Rounding, moment: Moment) -> None:
             own, k = slice(a, a + GROUP), int(moment.order[a // GROUP])
             blocks = moment.root[own, own], moment.inverse[own, own]
             errors.append(stored.round_group(k, panel[:, :GROUP], *blocks))
-            panel = panel[:, GROUP:] - errors[-1] @ moment.inverse[own, a + GROUP : end]
-        rest = rest[:, BLOCK:] - mx.concatenate(errors, -1) @ moment.inverse[start:end, end:]
+            if a + GROUP < end:
+                behind = moment.inverse[own, a + GROUP : end]
+                panel = mx.addmm(panel[:, GROUP:], errors[-1], behind, alpha=-1)
+        if end < w.shape[1]:
+            behind, error = moment.inverse[start:end, end:], mx.concatenate(errors, -1)
+            rest = mx.addmm(rest[:, BLOCK:], error, behind, alpha=-1)
         mx.async_eval(rest, errors)
 
 
@@ -135,9 +139,11 @@ def descend(w: mx.array, stored: Rounding, moment: Moment) -> mx.array:
             g, h = gradient[:, own], moment.h[own, own]
             for a in range(0, BLOCK, GROUP) if sweep else ():
                 at, k = slice(a, a + GROUP), (own.start + a) // GROUP
-                g = g - stored.change_group(k, g[:, at], h[at, at]) @ h[at]
+                change = stored.change_group(k, g[:, at], h[at, at])
+                g = mx.addmm(g, change, h[at], alpha=-1)
             stored.refit(block, g, h)
-            gradient = gradient - (stored.values(block) - before) @ moment.h[own]
+            change = stored.values(block) - before
+            gradient = mx.addmm(gradient, change, moment.h[own], alpha=-1)
             mx.async_eval(gradient)
     return gradient
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from ds4mlx.convert.quantise_iq2 import quantise_iq2
 from ds4mlx.convert.quantise_k import Q2_K, Q4_K, q2_k_planes, q4_k_planes, quantise_k
+from ds4mlx.custom_kernels.codes import iq2_nearest
 from ds4mlx.errors import DataError
 from ds4mlx.formats import DTYPES, FORMATS
 from ds4mlx.formats.gguf_blocks import BLOCK_BYTES, block_planes
@@ -69,7 +70,8 @@ class Quantised:
 @cache
 def quantisers_version() -> str:
     """Digest of the quantisers' source: rows of two versions must never meet in one file."""
-    texts = (Path(__file__).with_name(name).read_bytes() for name in SOURCES)
+    paths = [*(Path(__file__).with_name(name) for name in SOURCES), Path(iq2_nearest.__file__)]
+    texts = (path.read_bytes() for path in paths)
     return hashlib.sha256(b"".join(texts)).hexdigest()[:16]
 
 

@@ -47,14 +47,36 @@ def quantise_fed(
 
     Raises DataError if half precision cannot hold the scales.
     """
+    return quantise_stack(values[None], format, moment)[0]
+
+
+def quantise_stack(
+    stack: mx.array, format: str, moment: Moment
+) -> list[tuple[dict[str, np.ndarray], Loss]]:
+    """The same of every matrix of a stack (n, rows, columns), whose inputs have the same moments.
+
+    All rows go through each step together, as they have nothing to do with each other.
+    """
     keep_float32()
-    found = FED[format](values, moment)
-    loss = Loss(*map(float, _loss(FORMATS[format].decode(found) - values, values, moment)))
-    if not np.isfinite(loss.error):
-        raise DataError(
-            f"values up to {float(mx.abs(values).max()):.3g} are too large for {format}"
-        )
-    return {plane: np.array(each) for plane, each in found.items()}, loss
+    planes = FED[format](stack.flatten(0, 1), moment)
+    each = [{p: a[i] for p, a in _parted(planes, len(stack)).items()} for i in range(len(stack))]
+    losses = [
+        mx.stack(_loss(FORMATS[format].decode(one) - values, values, moment))
+        for one, values in zip(each, stack, strict=True)
+    ]
+    sums = [Loss(*map(float, np.array(loss))) for loss in losses]
+    for loss, values in zip(sums, stack, strict=True):
+        if not np.isfinite(loss.error):
+            raise DataError(
+                f"values up to {float(mx.abs(values).max()):.3g} are too large for {format}"
+            )
+    arrays = {p: np.array(a) for p, a in _parted(planes, len(stack)).items()}
+    return [({p: a[i] for p, a in arrays.items()}, loss) for i, loss in enumerate(sums)]
+
+
+def _parted(planes: dict[str, mx.array], matrices: int) -> dict[str, mx.array]:
+    """Planes of all rows, matrix by matrix."""
+    return {p: a.reshape(matrices, -1, a.shape[-1]) for p, a in planes.items()}
 
 
 def _loss(gap: mx.array, values: mx.array, moment: Moment) -> list[mx.array]:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from ds4mlx.convert.fitting import fit_scale, halved, nearest, safe_divide
-from ds4mlx.formats.iq import iq2_grid
+from ds4mlx.custom_kernels.codes.iq2_nearest import even_signs, grid_levels
 
 # Scales that a group of 32 tries, relative to the first guess.
 CANDIDATES = [3 / (3.5 + 0.5 * k) for k in range(7)]
@@ -47,28 +47,11 @@ def stored(minus: mx.array, d: mx.array, level: mx.array, points: mx.array) -> d
     return {"weight": packed.reshape(len(d), 16), "d": d.astype(mx.float16)}
 
 
-def even_signs(x: mx.array, w: mx.array) -> tuple[mx.array, mx.array]:
-    """(where a minus is stored, what the magnitudes then should be), for eights (M, 8).
-
-    An odd count of minus signs cannot be stored: the sign that matters least is flipped.
-    """
-    minus = x < 0
-    odd = minus.astype(mx.int32).sum(-1, keepdims=True) % 2 == 1
-    weakest = mx.arange(8) == mx.argmin(w * x * x, axis=-1, keepdims=True)
-    minus = mx.not_equal(minus, weakest & odd)
-    return minus, mx.where(minus, -x, x)
-
-
 def prepare(x: mx.array, importance: mx.array) -> tuple[mx.array, Groups]:
     """Where blocks x (N, 256) store a minus, (32 N, 8), and their groups."""
     w = (importance * mx.sqrt((x * x).mean(-1, keepdims=True) + x * x)).reshape(-1, 8)
     minus, v = even_signs(x.reshape(-1, 8), w)
     return minus, Groups(v, w)
-
-
-def grid_levels() -> mx.array:
-    """The grid in the unit of the search, (256, 8): levels 1, 3.125 and 5.375 of d (2 l + 1)."""
-    return iq2_grid() / 8
 
 
 def best_scale(groups: Groups) -> mx.array:

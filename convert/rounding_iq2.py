@@ -2,10 +2,11 @@
 
 import mlx.core as mx
 
-from ds4mlx.convert.feedback import BLOCK, GROUP, Moment, fused
+from ds4mlx.convert.feedback import BLOCK, GROUP, Moment
 from ds4mlx.convert.feedback_iq2 import Codes, changed, searched, typical
 from ds4mlx.convert.fitting import halved, safe_divide
 from ds4mlx.convert.quantise_iq2 import TOP_LEVEL, stored
+from ds4mlx.custom_kernels.codes.iq2_nearest import signs_of
 
 PER_BLOCK = BLOCK // GROUP
 # How far above the size of a block's largest group its scale begins, as what is made good adds to it.
@@ -17,24 +18,22 @@ class IQ2Rounding:
 
     def __init__(self, w: mx.array, moment: Moment):
         self.moment, self.d = moment, first_scales(w, moment)
-        self.codes = [Codes(*[mx.zeros(1)] * 4)] * (w.shape[1] // GROUP)
-        self._search, self._change, self._refit = fused(searched), fused(changed), fused(refitted)
+        self.codes = [Codes(*[mx.zeros(1)] * 3)] * (w.shape[1] // GROUP)
 
     def round_group(self, k: int, x: mx.array, root: mx.array, inverse: mx.array) -> mx.array:
-        found, error = self._search(x, self.d[k // PER_BLOCK], root, inverse)
-        self.codes[k] = Codes(*found)
+        self.codes[k], error = searched(x, self.d[k // PER_BLOCK], root, inverse)
         mx.async_eval(error, self.codes[k])  # lets go of the candidates
         return error
 
     def change_group(self, k: int, g: mx.array, h: mx.array) -> mx.array:
         old, d = self.codes[k], self.d[k // PER_BLOCK]
         inverses = self.moment.inverses[k], self.moment.eighths[4 * k : 4 * k + 4]
-        self.codes[k] = Codes(*self._change(tuple(old), g, d, h, *inverses))
+        self.codes[k] = changed(old, g, d, h, *inverses)
         mx.async_eval(self.codes[k])
         return self.codes[k].values - old.values
 
     def refit(self, block: int, g: mx.array, h: mx.array) -> None:
-        self.d[block], factor = self._refit(self.values(block), g, self.d[block], h)
+        self.d[block], factor = refitted(self.values(block), g, self.d[block], h)
         for k in range(block * PER_BLOCK, (block + 1) * PER_BLOCK):
             self.codes[k] = self.codes[k]._replace(values=self.codes[k].values * factor)
 
@@ -44,11 +43,11 @@ class IQ2Rounding:
 
     def planes(self) -> dict[str, mx.array]:
         """Planes (R, elements)."""
-        level, points, minus, _ = (
-            mx.stack(list(each), 1) for each in zip(*self.codes, strict=True)
-        )
+        level = mx.stack([each.level for each in self.codes], 1)
+        points = mx.stack([each.points for each in self.codes], 1)
         d = mx.stack(self.d, 1).reshape(-1, 1)
-        blocks = stored(minus.reshape(-1, 8), d, level.reshape(-1, PER_BLOCK), points.reshape(-1))
+        minus = signs_of(points).reshape(-1, 8)
+        blocks = stored(minus, d, level.reshape(-1, PER_BLOCK), (points & 255).reshape(-1))
         return {plane: each.reshape(len(level), -1) for plane, each in blocks.items()}
 
 

@@ -1,5 +1,10 @@
 """Rounding with error feedback: what it gains, what it stores, and inputs that it must bear."""
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import gguf
 import mlx.core as mx
 import numpy as np
@@ -9,11 +14,12 @@ from moments import correlated
 from ds4mlx import DataError
 from ds4mlx.convert.feedback import DAMPING, Moment, descend, first_pass
 from ds4mlx.convert.quantise import decode, quantise
-from ds4mlx.convert.quantise_fed import quantise_fed
+from ds4mlx.convert.quantise_fed import quantise_fed, quantise_stack
 from ds4mlx.convert.quantise_k import Q2_K, Q4_K
 from ds4mlx.convert.rounding_iq2 import IQ2Rounding
 from ds4mlx.convert.rounding_k import KRounding
 
+BENCHMARK = Path(__file__).parents[1] / "benchmarks/flash_feedback.py"
 TYPES = ("iq2_xxs", "q2_k", "q4_k")
 ROWS, COLUMNS = 24, 512
 
@@ -109,6 +115,15 @@ def test_others_read_the_same_values(moment):
     assert np.array_equal(theirs, got)
 
 
+@pytest.mark.parametrize("type", TYPES)
+def test_a_stack_has_the_bytes_of_its_matrices(moment, type):
+    stack = mx.array(np.stack([matrix(seed, 8) for seed in range(3)]))
+    for (planes, loss), values in zip(quantise_stack(stack, type, moment), stack, strict=True):
+        alone, lost = quantise_fed(values, type, moment)
+        assert loss == lost and planes.keys() == alone.keys()
+        assert all(np.array_equal(planes[plane], alone[plane]) for plane in planes)
+
+
 def test_only_ratios_of_moments_matter_and_it_repeats(sums, moment):
     w = matrix(4, 4)
     want = fed(w, moment)[0]
@@ -163,3 +178,18 @@ def test_what_is_no_matrix_of_moments(sums):
 def test_values_that_half_precision_cannot_scale(moment):
     with pytest.raises(DataError, match="too large for iq2_xxs"):
         fed(np.full((1, COLUMNS), 1e9, np.float32), moment)
+
+
+def test_a_short_form_of_the_benchmark(tmp_path):
+    """benchmarks/flash_feedback.py, whose own sizes are those of Flash."""
+    sizes = {"rows": 256, "columns": 256, "tokens": 2000, "stack": 2, "stacks": 1, "seconds": 100}
+    options = [f"--{name}={size}" for name, size in sizes.items()]
+    command = [sys.executable, BENCHMARK, *options, "--results", tmp_path / "kept"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    figures = json.loads((tmp_path / "kept").read_text())
+    assert json.loads(done.stdout) == figures
+    assert figures["a layer"]["matrices of gate and up measured"] == 2
+    assert figures["projected minutes of all layers"] > 0
+    for what in ("the sample", "all inputs"):
+        error = figures[f"error of the outputs over {what}"]
+        assert error["with feedback"] < 0.5 * error["by importance"]

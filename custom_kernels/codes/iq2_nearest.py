@@ -1,0 +1,146 @@
+"""The grid points of IQ2_XXS nearest to given values, eight at a time, with signs that can be stored.
+
+A group of eight keeps its signs in seven bits, so that an odd number of minus signs is impossible:
+where the values have one, the sign that matters least is flipped. All 256 points are then compared. A
+kernel does both with the grid in threadgroup memory; by MLX's own operations every distance would go to
+memory and back.
+"""
+
+from functools import lru_cache
+
+import mlx.core as mx
+import numpy as np
+
+from ds4mlx.custom_kernels import dispatch
+from ds4mlx.custom_kernels.dialect import LOAD8, Kernel
+from ds4mlx.formats.iq import iq2_grid
+
+THREADS = 256  # each has an eight
+
+STORE8 = """
+inline void store8(device float* p, thread const float* v) {
+  for (int i = 0; i < 2; i++) {
+    float4 q;
+    q.x = v[4 * i]; q.y = v[4 * i + 1]; q.z = v[4 * i + 2]; q.w = v[4 * i + 3];
+    ((device float4*)p)[i] = q;
+  }
+}
+"""
+
+BODY = """
+    threadgroup float4 table[512];
+    threadgroup float sizes[256 * PLACES];
+    uint own = thread_index_in_threadgroup, at = threadgroup_position_in_grid.x * THREADS + own;
+    for (uint point = own; point < 256; point += THREADS) {
+        float level[8];
+        load8(levels + 8 * point, level);
+        for (uint place = 0; place < PLACES; place++) {
+            float size = 0;
+            for (uint i = 0; i < 8; i++) size = fma(w[8 * place + i] * level[i], level[i], size);
+            sizes[PLACES * point + place] = size;
+        }
+        for (uint half = 0; half < 2; half++) {
+            float4 q;
+            q.x = level[4 * half]; q.y = level[4 * half + 1];
+            q.z = level[4 * half + 2]; q.w = level[4 * half + 3];
+            table[2 * point + half] = q;
+        }
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    if (at >= uint(x_shape[0])) return;
+    uint place = at % PLACES, minus = 0, odd = 0, weakest = 0;
+    float v[8], least = INFINITY, s = scale[at / PLACES];
+    load8(x + 8 * at, v);
+    for (uint i = 0; i < 8; i++) {
+        uint below = v[i] < 0.0f;
+        minus |= below << i;
+        odd ^= below;
+        float matters = w[8 * place + i] * v[i] * v[i];
+        if (matters < least) { least = matters; weakest = i; }
+    }
+    minus ^= odd << weakest;
+    for (uint i = 0; i < 8; i++) v[i] *= (((minus >> i) & 1u) ? 2.0f : -2.0f) * w[8 * place + i];
+    uint best = 0;
+    least = INFINITY;
+    for (uint point = 0; point < 256; point++) {
+        float4 a = table[2 * point], b = table[2 * point + 1];
+        float cost = s * sizes[PLACES * point + place];
+        cost = fma(a.x, v[0], cost); cost = fma(a.y, v[1], cost);
+        cost = fma(a.z, v[2], cost); cost = fma(a.w, v[3], cost);
+        cost = fma(b.x, v[4], cost); cost = fma(b.y, v[5], cost);
+        cost = fma(b.z, v[6], cost); cost = fma(b.w, v[7], cost);
+        if (cost < least) { least = cost; best = point; }
+    }
+    codes[at] = best | minus << 8;
+    load8(levels + 8 * best, v);
+    for (uint i = 0; i < 8; i++) v[i] *= ((minus >> i) & 1u) ? -s : s;
+    store8(values + 8 * at, v);
+"""
+
+
+@lru_cache
+def kernel() -> Kernel:
+    """The kernel; the number of weights is a template argument."""
+    inputs, outputs = ["x", "scale", "w", "levels"], ["codes", "values"]
+    return Kernel("iq2_nearest", inputs, outputs, BODY, LOAD8 + STORE8)
+
+
+@lru_cache(maxsize=1)
+def grid_levels() -> mx.array:
+    """The grid in the unit of the search, (256, 8): levels 1, 3.125 and 5.375 of d (2 l + 1)."""
+    return mx.array(np.array(iq2_grid()) / 8)
+
+
+def nearest_points(x: mx.array, scale: mx.array, w: mx.array) -> tuple[mx.array, mx.array]:
+    """What is stored of eights x float32 (..., P, 8), and the values that this stands for, as x.
+
+    scale float32 (...), at least 0; w float32 (P, 8): how much each value matters. A code, uint32
+    (..., P), is a point with a byte of signs above it. A point is nearest by the sum of w (x - s l)^2.
+    """
+    if dispatch.active(x, "iq2_nearest"):
+        return by_kernel(x, scale, w)
+    return plain(x, scale, w)
+
+
+def plain(x: mx.array, scale: mx.array, w: mx.array) -> tuple[mx.array, mx.array]:
+    """`nearest_points` by MLX's own operations.
+
+    Of w (v - s l)^2 only w s l^2 - 2 w v l tells points apart, as s >= 0.
+    """
+    minus, v = even_signs(x, w)
+    levels, points = grid_levels(), []
+    for place, weights in enumerate(w):
+        table = mx.concatenate([(levels * levels) @ weights[:, None], -2 * weights * levels], -1)
+        sides = mx.concatenate([scale[..., None], v[..., place, :]], -1)
+        points.append(mx.argmin(sides @ table.T, axis=-1))
+    points = mx.stack(points, -1)
+    values = scale[..., None, None] * levels[points]
+    signs = (minus.astype(mx.uint32) << mx.arange(8, 16, dtype=mx.uint32)).sum(-1)
+    return points | signs, mx.where(minus, -values, values)
+
+
+def even_signs(x: mx.array, w: mx.array) -> tuple[mx.array, mx.array]:
+    """(where a minus is stored, what the magnitudes then should be), for eights (..., 8)."""
+    minus = x < 0
+    odd = minus.astype(mx.int32).sum(-1, keepdims=True) % 2 == 1
+    weakest = mx.arange(8) == mx.argmin(w * x * x, axis=-1, keepdims=True)
+    minus = mx.not_equal(minus, weakest & odd)
+    return minus, mx.where(minus, -x, x)
+
+
+def by_kernel(x: mx.array, scale: mx.array, w: mx.array) -> tuple[mx.array, mx.array]:
+    """`nearest_points` in one launch."""
+    count = x.size // 8
+    codes, values = kernel()(
+        [x.reshape(count, 8), scale.reshape(-1), w, grid_levels()],
+        [((count,), mx.uint32), ((count, 8), mx.float32)],
+        groups=(-(-count // THREADS), 1, 1),
+        threads=THREADS,
+        template=[("PLACES", len(w)), ("THREADS", THREADS)],
+    )
+    return codes.reshape(x.shape[:-1]), values.reshape(x.shape)
+
+
+def signs_of(codes: mx.array) -> mx.array:
+    """Where codes (...) have a minus, bool (..., 8)."""
+    return (codes[..., None] >> mx.arange(8, 16, dtype=mx.uint32) & 1).astype(mx.bool_)
