@@ -4,6 +4,9 @@ import fcntl
 import os
 import shutil
 import signal
+import sys
+import tempfile
+from pathlib import Path
 
 import ahead
 import make_checkpoint
@@ -25,6 +28,14 @@ from ds4mlx.text.tokenizer import Tokenizer
 # Started in the background of a script the tests would have Ctrl-C ignored, and so would all commands
 # that they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Where bytecode is not written beside the sources, every process that the tests start would compile all
+# that it imports.
+if sys.dont_write_bytecode:
+    sys.pycache_prefix = str(Path(tempfile.gettempdir()) / "ds4mlx-bytecode")
+    sys.dont_write_bytecode = False
+    os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 # The first example may compile kernels; --hypothesis-profile=search tries other examples every time.
 settings.register_profile("repeatable", deadline=None, derandomize=True)
