@@ -1,12 +1,13 @@
 """Whole models through the kernels on this GPU, against the same through plain operations.
 
-    MLX_ENABLE_TF32=0 python benchmarks/kernel_model.py [--text FILE] [--tokens N] [--decoded N] [--results FILE]
+    MLX_ENABLE_TF32=0 python benchmarks/kernel_model.py [--text FILE] [--tokens N] [--decoded N] \
+        [--models official,q2] [--eight-bits] [--results FILE]
 
 First the logits in float32 without rounding: of a q2 file by ds4's own quantiser and of the reference
 checkpoint, against the logits of llama.cpp and of the official code, and against plain operations on
 the CPU. Then the embedded model in bfloat16 on a text, as it is and at 2 bits: the mean KL divergence to
-float32 with kernels, without, and with 8-bit activations (which only decoding at 2 bits has). Without
-kernels all tokens are fed at once.
+float32 with kernels, without, and, if asked for, with 8-bit activations (which only decoding at 2 bits
+has). Without kernels all tokens are fed at once.
 """
 
 import argparse
@@ -43,6 +44,8 @@ def main() -> None:
     parser.add_argument("--text", type=Path, default=HELD_OUT)
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--decoded", type=int, default=4096, help="of them, one by one")
+    parser.add_argument("--models", default="official,q2", help="whose KL is measured")
+    parser.add_argument("--eight-bits", action="store_true")
     parser.add_argument("--results", type=Path)
     arguments = parser.parse_args()
     if dialect.target() is None:
@@ -57,19 +60,21 @@ def main() -> None:
 
     with dispatch.kernels(), tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
-        for name, path in models(scratch):
-            found["kl"][name] = divergence(path, text, arguments.tokens, arguments.decoded)
+        for name, path in models(scratch, arguments.models.split(",")):
+            found["kl"][name] = divergence(path, text, arguments)
             keep(name, found["kl"][name])
         for rows in (q2_file(scratch), checkpoint(scratch)):
             found["logits"] += rows
             keep("logits", {"rows": rows})
 
 
-def models(scratch: Path) -> Iterator[tuple[str, Path]]:
+def models(scratch: Path, names: list[str]) -> Iterator[tuple[str, Path]]:
     """The embedded model as it is, and at 2 bits."""
-    yield "official", default_model()
-    convert(EMBEDDED, scratch / "2bit", recipe="q2", progress=False)
-    yield "q2", scratch / "2bit"
+    if "official" in names:
+        yield "official", default_model()
+    if "q2" in names:
+        convert(EMBEDDED, scratch / "2bit", recipe="q2", progress=False)
+        yield "q2", scratch / "2bit"
 
 
 def q2_file(scratch: Path) -> list[dict]:
@@ -90,7 +95,7 @@ def checkpoint(scratch: Path) -> list[dict]:
 
 
 def compare(name: str, path: Path, ids: np.ndarray, want: np.ndarray) -> list[dict]:
-    """Largest differences of float32 logits, for a whole prompt and token by token."""
+    """Largest differences of float32 logits, for a whole prompt, in chunks and token by token."""
     model, _ = load(path, mx.float32, "none")
     reference.settle_ties(model)
     with dispatch.plain_operations():
@@ -98,7 +103,8 @@ def compare(name: str, path: Path, ids: np.ndarray, want: np.ndarray) -> list[di
         plain = reference.run_chunks(load(path, mx.float32, "none")[0], ids, [])
         mx.set_default_device(mx.gpu)
     rows = []
-    for way, lengths in (("prefill", []), ("decode", [1] * len(ids))):
+    ways = {"prefill": [], "chunks": [37, 20, 9, 11], "decode": [1] * len(ids)}
+    for way, lengths in ways.items():
         got = reference.run_chunks(model, ids, lengths)
         rows.append(
             {
@@ -111,16 +117,16 @@ def compare(name: str, path: Path, ids: np.ndarray, want: np.ndarray) -> list[di
     return rows
 
 
-def divergence(path: Path, text: str, tokens: int, decoded: int) -> dict:
+def divergence(path: Path, text: str, asked: argparse.Namespace) -> dict:
     """Mean KL of bfloat16 to float32, nats a token: by prefill, and decoding the first tokens."""
     exact, tokenizer = load(path, mx.float32)
     half, _ = load(path, mx.bfloat16)
-    ids = np.array(tokenizer.encode(text)[:tokens])
+    ids = np.array(tokenizer.encode(text)[: asked.tokens])
     return {
         "tokens": len(ids),
         "prefill": means(exact, half, _cut(ids), []),
-        "decoded": decoded,
-        "decode": means(exact, half, _cut(ids[:decoded]), [1] * PIECE),
+        "decoded": asked.decoded,
+        "decode": means(exact, half, _cut(ids[: asked.decoded]), [1] * PIECE, asked.eight_bits),
     }
 
 
@@ -128,7 +134,9 @@ def _cut(ids: np.ndarray) -> list[np.ndarray]:
     return [ids[i : i + PIECE] for i in range(0, len(ids), PIECE)]
 
 
-def means(exact: Model, half: Model, pieces: list[np.ndarray], lengths: list[int]) -> dict:
+def means(
+    exact: Model, half: Model, pieces: list[np.ndarray], lengths: list[int], eight: bool = False
+) -> dict:
     """Mean KL of each way over pieces fed in chunks of `lengths`; the standard error of the first two's
     difference, from piece to piece."""
     found: dict[str, list[float]] = {name: [] for name in ("kernels", "plain", "eight_bits")}
@@ -139,7 +147,7 @@ def means(exact: Model, half: Model, pieces: list[np.ndarray], lengths: list[int
         found["plain"].append(float(reference.kl(want, plain).mean()))
         got = reference.run_chunks(half, piece, lengths[: len(piece)])
         found["kernels"].append(float(reference.kl(want, got).mean()))
-        if lengths:
+        if eight:
             with dispatch.eight_bit_activations():
                 got = reference.run_chunks(half, piece, lengths[: len(piece)])
             found["eight_bits"].append(float(reference.kl(want, got).mean()))

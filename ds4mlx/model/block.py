@@ -34,11 +34,18 @@ class Block(Module):
 
         states: this block's, one for each span; what becomes of them goes into the spans' steps.
         """
+        return self.fed(self.attended(streams, batch, states), batch)
+
+    def attended(self, streams: mx.array, batch: Batch, states: Sequence[LayerState]) -> mx.array:
+        """The first half: streams (N, n, D) -> streams after the attention."""
         streams, x, post, comb = self.before("hc_attn.", self.hc_attn, self.attn_norm, streams)
         x = tap(self._site, "attn.in", x)
         out = tap(self._site, "attn.out", self.attn(x, batch, states))
         streams = self.hc_attn.merge(streams, out, post, comb)
-        streams = tap(self._site, "attn.streams", streams)
+        return tap(self._site, "attn.streams", streams)
+
+    def fed(self, streams: mx.array, batch: Batch) -> mx.array:
+        """The second half: streams (N, n, D) after the attention -> streams after the MoE."""
         streams, x, post, comb = self.before("hc_ffn.", self.hc_ffn, self.ffn_norm, streams)
         x = tap(self._site, "ffn.in", x)
         out = tap(self._site, "ffn.out", self.ffn(x, batch.ids))

@@ -135,8 +135,9 @@ class Model(Module):
         last: bool,
         on_streams: Callable[[mx.array], None] | None = None,
     ) -> mx.array | None:
-        """Feed a chunk (1, L) of a prompt to a state, each layer evaluated while the next is built.
+        """Feed a chunk (1, L) of a prompt to a state.
 
+        Each half of a layer is evaluated while the next one is built.
         Logits (1, vocab) after it if it is the `last`, else None. Unlike a call it evaluates, and one
         that raises leaves some layers ahead of others, which `load` of an earlier record mends.
         on_streams: told the streams (1, L, n, D) after the last layer, when the state has moved on.
@@ -180,9 +181,11 @@ class Model(Module):
         begin(batch)
         streams = mx.repeat(self.embedded(batch.ids)[:, None], self.args.hc_mult, axis=1)
         for number, layer in enumerate(self.layers):
-            streams = layer(streams, batch, [state[number] for state in states])
-            if pace is not None:
-                pace.after_layer(streams)
+            held = [state[number] for state in states]
+            if pace is None:
+                streams = layer(streams, batch, held)
+            else:
+                streams = pace.through(layer, streams, held)
         return streams
 
     def embedded(self, ids: mx.array, site: str = "") -> mx.array:

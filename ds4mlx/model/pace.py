@@ -1,4 +1,4 @@
-"""Evaluating a chunk of a prompt layer by layer, each while the next one is built.
+"""Evaluating a chunk of a prompt by halves of its layers, each while the next one is built.
 
 The device would wait for the graph of all layers otherwise, and could have scratch of many of them in
 memory. What a layer changes in a state is handed over at once: as long as the state holds a buffer of
@@ -6,30 +6,42 @@ rows, the next rows are written to a copy of it.
 """
 
 from collections import deque
+from collections.abc import Sequence
 
 import mlx.core as mx
 
 from ds4mlx.model.batch import Batch
+from ds4mlx.model.block import Block
+from ds4mlx.state.layer import LayerState
 from ds4mlx.state.step import commit
 
-# Layers that may be submitted and not done when the next one is built.
-AHEAD = 1
+# Tokens of which a half may be submitted and not done when the next one is built; at least one is,
+# and several of short chunks, which the device is through with sooner.
+AHEAD = 2048
 
 
 class Pace:
     """The layers of one call, as they are built."""
 
     def __init__(self, batch: Batch):
+        self._batch = batch
         self._steps = [span.step for span in batch.spans]
+        self._ahead = max(1, AHEAD // batch.ids.size)
         self._submitted: deque[mx.array] = deque()
 
-    def after_layer(self, streams: mx.array) -> None:
-        """Begin to evaluate a layer that gives `streams`, and wait for those long before it."""
+    def through(self, layer: Block, streams: mx.array, states: Sequence[LayerState]) -> mx.array:
+        """Streams (N, n, D) -> those after a layer, of which both halves are submitted."""
+        streams = self._submit(layer.attended(streams, self._batch, states))
+        return self._submit(layer.fed(streams, self._batch))
+
+    def _submit(self, streams: mx.array) -> mx.array:
+        """Begin to evaluate a half that gives `streams`, and wait for those long before it."""
         arrays = [array for step in self._steps for array in (*step.arrays, *step.cut())]
         commit(self._steps)
         for step in self._steps:
             step.changes.clear()
         mx.async_eval(streams, *arrays)
         self._submitted.append(streams)
-        if len(self._submitted) > AHEAD:
+        if len(self._submitted) > self._ahead:
             mx.eval(self._submitted.popleft())
+        return streams
