@@ -11,6 +11,8 @@ from ds4mlx.bench.whole_model import synthetic_state
 from ds4mlx.config import ModelConfig
 from ds4mlx.custom_kernels import dialect, dispatch
 from ds4mlx.custom_kernels.cases.chunk_scores import FLASH, operands
+from ds4mlx.engine.prefill import prefill_chunk
+from ds4mlx.model import attention
 from ds4mlx.model.attention import visible_rows
 from ds4mlx.model.indexer import Indexer
 from ds4mlx.state.row_forms import forms
@@ -59,6 +61,17 @@ def test_any_chunking(model, plain, lengths, monkeypatch):
     for kernel in ("chunk_scores_bf16", "index_select"):
         assert launched.count(kernel) == len(lengths)
     np.testing.assert_allclose(got, plain, atol=1e-4)
+
+
+def test_blocks_of_queries_are_evaluated_in_turn(model, plain, monkeypatch):
+    """Where the scores of all of a chunk's queries are more than may exist at a time."""
+    monkeypatch.setattr(attention, "SCRATCH", 1024)
+    mx.random.seed(3)
+    state = synthetic_state(model, BEFORE)
+    with on_metal(), dispatch.kernels():
+        got = prefill_chunk(model, IDS[0].tolist(), state, True)
+    np.testing.assert_allclose(got, plain[:, -1], atol=1e-4)
+    assert state.offset == BEFORE + IDS.size
 
 
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float32])

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from ds4mlx import DataError, ModelConfig, generate, load, stream_generate
 from ds4mlx.cli.main import run
-from ds4mlx.custom_kernels import dispatch
 from ds4mlx.engine import machine, room
 from ds4mlx.engine.conversation import Conversation
 from ds4mlx.engine.prefill import prefill
@@ -82,20 +81,6 @@ def test_scratch_is_bounded_at_any_depth():
         assert [plan.scratch for plan in plans] == [plans[0].scratch] * 3
         assert low < plans[0].scratch < high
         assert flash(0, 512, kernels=kernels).scratch < plans[0].scratch
-
-
-def test_chunks_are_longer_where_kernels_have_room(small_model, limit, monkeypatch):
-    longer = room.of_model(small_model, 5000, saving=True, chunk=room.LONG_STEP, kernels=True)
-    monkeypatch.setattr(dispatch, "in_use", lambda: True)
-    for memory, context, want in (
-        (longer.needed, 5000, room.LONG_STEP),
-        (longer.needed, 2048, room.PREFILL_STEP),
-        (longer.needed - 1, 5000, room.PREFILL_STEP),
-    ):
-        limit(memory)
-        assert room.chunk_length(small_model, context) == want
-    monkeypatch.setattr(dispatch, "in_use", lambda: False)
-    assert room.chunk_length(small_model, 5000) == room.PREFILL_STEP
 
 
 @settings(max_examples=15)

@@ -14,6 +14,7 @@ from ds4mlx.config import ModelConfig
 from ds4mlx.custom_kernels.graph import kinds
 from ds4mlx.engine import room
 from ds4mlx.engine.prefill import prefill
+from ds4mlx.engine.room import PREFILL_STEP
 from ds4mlx.errors import DataError
 from ds4mlx.model.model import Model
 from ds4mlx.state.decode_state import DecodeState
@@ -160,7 +161,7 @@ def prefilled(model: Model, depth: int, batch: int) -> tuple[int, float, list[De
     """Tokens prefilled of each sequence, tokens a second, and the states; before, two chunks compile."""
     seconds, states = 0.0, []
     for turn in range(-1, batch):
-        count = depth if turn >= 0 else min(depth, 2 * room.chunk_length(model, depth))
+        count = depth if turn >= 0 else min(depth, 2 * PREFILL_STEP)
         state = model.make_cache()
         spent = _read(model, count, state, depth + turn)
         if turn >= 0:
@@ -174,7 +175,7 @@ def continued(model: Model, depth: int, batch: int) -> tuple[int, float | None, 
 
     Another chunk before it compiles. No rate where the depth has no room for two.
     """
-    chunk, rate = min(room.chunk_length(model, depth), depth // 2), None
+    chunk, rate = min(PREFILL_STEP, depth // 2), None
     state = synthetic_state(model, depth - 2 * chunk)
     for seed in range(2 if chunk else 0):
         rate = chunk / _read(model, chunk, state, depth + seed)

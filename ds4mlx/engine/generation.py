@@ -14,6 +14,7 @@ from ds4mlx.engine.bypass import Bypass
 from ds4mlx.engine.decoding import Decoding, Taken
 from ds4mlx.engine.prefill import prefill
 from ds4mlx.engine.requests import check_count, check_prompt
+from ds4mlx.engine.room import PREFILL_STEP
 from ds4mlx.engine.rules import Rule
 from ds4mlx.engine.sampling import Sampler, log_probs
 from ds4mlx.engine.sequence import Sequence
@@ -94,7 +95,7 @@ def stream_generate(
     sampler: Sampler | None = None,
     stop: str | abc.Sequence[str] = (),
     cache: DecodeState | None = None,
-    prefill_step: int | None = None,
+    prefill_step: int = PREFILL_STEP,
     on_prefill: Callable[[int, int], None] | None = None,
     store: KVStore | None = None,
     policy: Policy | None = None,
@@ -106,9 +107,8 @@ def stream_generate(
 
     sampler: greedy if not given. stop: texts that end the answer and do not appear in it; in a
     thought (<think> to </think>) they are not looked for. cache: a state that holds what precedes
-    `prompt`. prefill_step: the most tokens of it that are read at a time; by default 2,048, or 4,096
-    where kernels are used that have the memory for it. on_prefill: told (tokens done, tokens in all)
-    after each chunk. The end-of-sentence token ends the answer.
+    `prompt`. prefill_step: the most tokens of it that are read at a time. on_prefill: told
+    (tokens done, tokens in all) after each chunk. The end-of-sentence token ends the answer.
     store: where the longest stored prefix of the prompt is taken up, and saves are made as `policy`
     says; not together with a cache, whose tokens are not known here.
     rule, thinking_budget: what the answer must be, and the longest thought, as of a `Sequence`.
@@ -130,8 +130,7 @@ def stream_generate(
     first = state.offset
     check_prompt(model.args, ids, first, max_tokens)
     room.of_model(model, first + len(ids) + max_tokens, saving=store is not None).check()
-    if prefill_step is not None:
-        check_count("prefill_step", prefill_step, 1)
+    check_count("prefill_step", prefill_step, 1)
     check_drafts(model, drafts)
     if store is not None:
         state, _ = take_up(store, ids, state, 0)
@@ -158,7 +157,7 @@ def answer(
     model: Model,
     sequence: Sequence,
     *,
-    prefill_step: int | None = None,
+    prefill_step: int = PREFILL_STEP,
     on_prefill: Callable[[int, int], None] | None = None,
     keeper: Keeper | None = None,
     drafts: int = 0,
@@ -204,7 +203,7 @@ def answer(
 def _driven(
     model: Model,
     sequence: Sequence,
-    prefill_step: int | None,
+    prefill_step: int,
     told: Callable[[int, int], None],
     drafts: int,
     bypass: Bypass | None,

@@ -4,9 +4,9 @@ from collections.abc import Callable, Generator, Sequence
 
 import mlx.core as mx
 
-from ds4mlx.engine import room
 from ds4mlx.engine.interrupts import undivided
 from ds4mlx.engine.machine import memory_told
+from ds4mlx.engine.room import PREFILL_STEP
 from ds4mlx.engine.undone import undone_on_failure
 from ds4mlx.model.model import Model
 from ds4mlx.state.decode_state import DecodeState
@@ -16,7 +16,7 @@ def prefill(
     model: Model,
     ids: Sequence[int],
     cache: DecodeState,
-    step: int | None = None,
+    step: int = PREFILL_STEP,
     on_chunk: Callable[[int, int], None] | None = None,
     on_streams: Callable[[mx.array], None] | None = None,
 ) -> mx.array:
@@ -39,20 +39,19 @@ def prefill_chunks(
     model: Model,
     ids: Sequence[int],
     cache: DecodeState,
-    step: int | None = None,
+    step: int = PREFILL_STEP,
     on_streams: Callable[[mx.array], None] | None = None,
 ) -> Generator[int, None, mx.array]:
     """Feed `ids` to the state in chunks; yields the tokens done after each, so that others may run.
 
     Returns the logits (1, vocab) after the last token.
 
-    step: the most tokens of a chunk; by default as many as this machine is fast with and has room for.
-    Chunks end at multiples of `step` of the state's length, so that they do not depend on how much
-    of a prompt the state held before. Only the last chunk runs the head, and each chunk's scratch
-    memory is given back. A chunk that fails leaves the state as it was before that chunk, and so
-    does a generator that is left. Raises OutOfMemory where the memory does not do for a chunk.
+    step: the most tokens of a chunk. Chunks end at multiples of `step` of the state's length, so that
+    they do not depend on how much of a prompt the state held before. Only the last chunk runs the
+    head, and each chunk's scratch memory is given back. A chunk that fails leaves the state as it was
+    before that chunk, and so does a generator that is left. Raises OutOfMemory where the memory does
+    not do for a chunk.
     """
-    step = step or room.chunk_length(model, cache.offset + len(ids))
     first = step - cache.offset % step
     logits = None
     for start in (0, *range(first, len(ids), step)):

@@ -28,20 +28,24 @@ class Pace:
         self._steps = [span.step for span in batch.spans]
         self._ahead = max(1, AHEAD // batch.ids.size)
         self._submitted: deque[mx.array] = deque()
+        for step in self._steps:
+            step.submit = self._submit
 
     def through(self, layer: Block, streams: mx.array, states: Sequence[LayerState]) -> mx.array:
         """Streams (N, n, D) -> those after a layer, of which both halves are submitted."""
-        streams = self._submit(layer.attended(streams, self._batch, states))
-        return self._submit(layer.fed(streams, self._batch))
+        streams = layer.attended(streams, self._batch, states)
+        self._submit(streams, self._ahead)
+        streams = layer.fed(streams, self._batch)
+        self._submit(streams, self._ahead)
+        return streams
 
-    def _submit(self, streams: mx.array) -> mx.array:
-        """Begin to evaluate a half that gives `streams`, and wait for those long before it."""
+    def _submit(self, array: mx.array, ahead: int = 1) -> None:
+        """Begin to evaluate an array, and wait for all but the last `ahead` of those before it."""
         arrays = [array for step in self._steps for array in (*step.arrays, *step.cut())]
         commit(self._steps)
         for step in self._steps:
             step.changes.clear()
-        mx.async_eval(streams, *arrays)
-        self._submitted.append(streams)
-        if len(self._submitted) > self._ahead:
+        mx.async_eval(array, *arrays)
+        self._submitted.append(array)
+        while len(self._submitted) > ahead:
             mx.eval(self._submitted.popleft())
-        return streams

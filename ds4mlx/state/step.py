@@ -5,7 +5,7 @@ leaves all of them as they were.
 """
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 
 import mlx.core as mx
@@ -20,6 +20,8 @@ class Step:
         # What a record needs of a part of the state, by part and boundary.
         self.pieces: dict[tuple[object, int], mx.array] = {}
         self.changes: list[tuple[object, str, object]] = []
+        # Begins to evaluate an array, and makes the changes so far, in a call that evaluates as it goes.
+        self.submit: Callable[[mx.array], None] | None = None
 
     def change(self, target: object, **values: object) -> None:
         """Have attributes of `target` set when the step is done."""
