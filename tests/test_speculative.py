@@ -1,18 +1,17 @@
 """Drafts: the text, the draws and the states are those without them, wherever an answer ends."""
 
-import random
-from itertools import cycle, islice
+from itertools import islice
 
+import drafting
 import mlx.core as mx
 import numpy as np
 import pytest
 from ahead import IDS, NEAR, shown
+from drafting import CRITICAL_7, Flipping, always, chi_squared, tokens
 from steering import InterruptAt, text_of, tokens_of
 
 from ds4mlx import DataError, Model, generate, load, stream_generate
-from ds4mlx.chat import encode_messages
 from ds4mlx.config import ModelConfig
-from ds4mlx.engine.bypass import COUNTED, LONGEST, PAUSE, RENEWED, WARM, Bypass
 from ds4mlx.engine.decoding import Decoding
 from ds4mlx.engine.generation import answer
 from ds4mlx.engine.penalties import Penalties
@@ -21,51 +20,18 @@ from ds4mlx.engine.proposals import drawn, propose
 from ds4mlx.engine.sampling import Sampler, draw_key
 from ds4mlx.engine.sequence import Sequence
 from ds4mlx.engine.speculative import Speculation
-from ds4mlx.evaluation.held_out import filler_of, held_out_texts
-from ds4mlx.evaluation.tool_calls import case as tool_case
-from ds4mlx.evaluation.weights import decode_weights, replace_values
-from ds4mlx.evaluation.words import NOUNS
 from ds4mlx.model.fused.choice import launches
 from ds4mlx.model.taps import Listener, listening
-
-# A chi-squared value that a right distribution over 8 tokens exceeds once in 100,000 times.
-CRITICAL_7 = 35.26
-
-
-class Flipping(Bypass):
-    """Uses drafts and does not, in turn, so many tokens or rounds each time."""
-
-    def __init__(self, *lengths):
-        self._states = cycle([flag for length in lengths for flag in [length > 0] * abs(length)])
-        self.drafting = next(self._states)
-
-    def took(self, tokens, seconds):
-        self.drafting = next(self._states)
-
-
-def always():
-    return Flipping(1)
 
 
 @pytest.fixture(scope="module")
 def model(small_dir):
-    """The small random model without rounding, where one token and several make the same logits.
-
-    Its head knows five tokens only, so that a draft block of noise is right now and then.
-    """
-    loaded = load(small_dir, dtype=mx.float32, rounding="none")[0]
-    decode_weights(loaded)
-    known = np.isin(np.arange(288), [30, 70, 110, 150, 190])
-    replace_values(loaded.head, loaded.head.weight * mx.array(known[:, None]))
-    return loaded
+    return drafting.noisy(small_dir)
 
 
 @pytest.fixture(scope="module")
 def writer(embedded_dir):
-    """The embedded model, whose draft block was trained, without rounding, and its tokenizer."""
-    loaded, tokenizer = load(embedded_dir, dtype=mx.float32, rounding="none")
-    decode_weights(loaded)
-    return loaded, tokenizer
+    return drafting.trained(embedded_dir)
 
 
 @pytest.fixture
@@ -78,10 +44,6 @@ def sequence(model, small_tokenizer):
         return Sequence(ids, state, small_tokenizer, max_tokens=max_tokens, **options)
 
     return made
-
-
-def tokens(model, sequence, drafts=0, bypass=None):
-    return tokens_of(answer(model, sequence, drafts=drafts, bypass=bypass or always()))
 
 
 def speculation(model, sequence, drafts=3, bypass=None):
@@ -163,10 +125,6 @@ def test_accepted_and_replaced_draws_have_the_models_distribution(sampler):
     seen, kept = np.bincount(np.array(mx.concatenate(made)), minlength=8), p > 0
     assert not seen[~kept].any()
     assert chi_squared(seen[kept], count * p[kept]) < CRITICAL_7
-
-
-def chi_squared(seen, expected):
-    return ((seen - expected) ** 2 / expected).sum()
 
 
 @pytest.mark.parametrize("broken", [np.nan, np.inf, -np.inf])
@@ -295,46 +253,6 @@ def test_logits_that_are_not_finite_are_told(small_dir, small_tokenizer):
     assert told[0] == told[1]
 
 
-# Whether it pays
-
-
-def spent(bypass, plain, drafted, tokens):
-    """How many of the next tokens were drafted, if they take so long."""
-    count = 0
-    for _ in range(tokens):
-        count += bypass.drafting
-        bypass.took(1, drafted if bypass.drafting else plain)
-    return count
-
-
-def test_drafts_stay_where_they_pay():
-    bypass = Bypass()
-    assert not bypass.drafting and spent(bypass, 1.0, 0.6, 10_000) > 9_500
-    assert spent(bypass, 1.0, 1.5, 10_000) < 500  # and go when they no longer do
-
-
-def test_drafts_go_where_they_lose():
-    """They are tried again ever more rarely, and stay when they have come to pay."""
-    bypass = Bypass()
-    assert spent(bypass, 1.0, 1.2, 30_000) == 8 * (WARM + COUNTED)
-    assert spent(bypass, 1.0, 0.5, 2 * LONGEST) > LONGEST / 2
-
-
-def test_a_draw_changes_nothing():
-    """Speeds within the gain that is asked for: what is used stays in use."""
-    bypass = Bypass()
-    assert spent(bypass, 1.0, 0.97, 2 * (WARM + COUNTED) + PAUSE) <= WARM + COUNTED + 1
-    bypass = Bypass()
-    spent(bypass, 1.0, 0.5, 4 * (WARM + COUNTED))
-    assert spent(bypass, 1.0, 0.97, 10 * (WARM + COUNTED)) == 10 * (WARM + COUNTED)
-
-
-def test_the_speed_without_drafts_is_measured_anew():
-    bypass = Bypass()
-    period = (RENEWED + 1) * (WARM + COUNTED)
-    assert 0 < 3 * period - spent(bypass, 1.0, 0.5, 3 * period) <= 4 * (WARM + COUNTED)
-
-
 # What is refused
 
 
@@ -349,87 +267,3 @@ def test_what_is_refused(model, small_tokenizer):
     assert generate(model, small_tokenizer, [3, 4], 4, drafts=2) == generate(
         model, small_tokenizer, [3, 4], 4
     )
-
-
-@pytest.mark.slow
-def test_sampled_text_has_the_models_distribution(model, small_tokenizer):
-    """Of three tokens in a row, two of them drafted, whose probabilities the model itself gives."""
-    ids, sampler, count = IDS[:20], Sampler(2.0, top_k=2), 2000
-
-    def continued(tokens):
-        chances = np.exp(np.array(sampler.log_probs(model(mx.array([tokens]))[:, -1])))[0]
-        return [([*tokens, int(token)], chances[token]) for token in np.flatnonzero(chances)]
-
-    want = {(): 1.0}
-    for _ in range(3):
-        want = {
-            tuple(text[20:]): p * chance
-            for before, p in want.items()
-            for text, chance in continued([*ids, *before])
-        }
-    whole, seen = model.make_cache(), dict.fromkeys(want, 0)
-    prefill(model, ids[:-1], whole)
-    for number in range(count):
-        state = model.make_cache()
-        state.share(whole)
-        one = Sequence(ids, state, small_tokenizer, sampler=sampler, max_tokens=4)
-        one.seed = number  # the sampler has none, so proposals are drawn by themselves
-        seen[tuple(tokens(model, one, 2)[:3])] += 1
-    assert len(want) == 8 and min(want.values()) > 0.01
-    expected = count * np.array(list(want.values()))
-    assert chi_squared(np.array(list(seen.values())), expected) < CRITICAL_7
-
-
-def prompts(tokenizer):
-    """Ten of each kind of text."""
-    rng, code = random.Random(3), filler_of(held_out_texts(), 300)
-    for _ in range(10):
-        yield "code", tokenizer.encode(code(rng))
-        name = f"{rng.choice(NOUNS)}_{rng.choice(NOUNS)}"
-        yield "beginning of a function", tokenizer.encode(f"def {name}(values):\n")
-        asked = {"role": "user", "content": f"Write a function {name} that sorts words."}
-        yield "request", tokenizer.encode(encode_messages([asked], thinking="none"))
-        task = tool_case(rng)
-        asked = encode_messages([task.request], thinking="none", tools=task.tools)
-        yield "tool call", tokenizer.encode(asked)
-        yield "noise", [rng.randrange(300, 1000) for _ in range(50)]
-
-
-@pytest.mark.slow
-def test_long_greedy_texts_are_the_same(writer, capsys):
-    """50 prompts, 200 tokens each, and what share of the drafts is accepted by kind of text."""
-    model, tokenizer = writer
-    counts = {}
-    for number, (kind, ids) in enumerate(prompts(tokenizer)):
-        runs = []
-        for drafts in (0, 1 + number // 5 % 3):
-            one = Sequence(ids, model.make_cache(), tokenizer, max_tokens=200)
-            runs.append(list(answer(model, one, drafts=drafts, bypass=always())))
-        assert tokens_of(runs[0]) == tokens_of(runs[1])
-        own = counts.setdefault((kind, drafts), np.zeros(3, int))
-        own += [len(runs[1]), runs[1][-1].drafted_tokens, runs[1][-1].accepted_tokens]
-        with capsys.disabled():
-            print(kind, drafts, len(runs[1]), own.tolist(), flush=True)
-
-
-@pytest.mark.slow
-def test_in_bfloat16_texts_part_only_at_a_draw(embedded_dir):
-    """50 prompts, up to 200 tokens each. A draw: the best two logits are closer than steps of one token
-    and of several differ, which may move both of them."""
-    model, tokenizer = load(embedded_dir, dtype=mx.bfloat16)
-    decode_weights(model)
-    for number, (_, ids) in enumerate(prompts(tokenizer)):
-        runs = []
-        for drafts in (0, 1 + number // 5 % 3):
-            one = Sequence(ids, model.make_cache(), tokenizer, max_tokens=200)
-            runs.append(list(answer(model, one, drafts=drafts, bypass=always())))
-        plain, drafted = map(tokens_of, runs)
-        pairs = enumerate(zip(plain, drafted, strict=False))
-        parted = next((n for n, (one, other) in pairs if one != other), None)
-        if parted is None:
-            assert plain == drafted
-            continue
-        ones = np.array(mx.concatenate([response.logits for response in runs[0][: parted + 1]]))
-        many = np.array(model(mx.array([[*ids, *plain[:parted]]]))[0, len(ids) - 1 :])
-        second, first = np.sort(ones[-1])[-2:]
-        assert first - second <= 2 * np.abs(ones - many).max()
