@@ -66,6 +66,7 @@ SHAPES = {
     },
 }
 LENGTH = 290
+SHORT = 140  # past the first row of 128 tokens: for the weights as they are stored, slow on a CPU
 
 
 @pytest.fixture(scope="module", params=SHAPES)
@@ -76,17 +77,17 @@ def held_out(request, tmp_path_factory):
     return base
 
 
-def settled_ids(path, mode: str) -> tuple[np.ndarray, np.ndarray]:
+def settled_ids(path, mode: str, length: int) -> tuple[np.ndarray, np.ndarray]:
     """Random tokens and their reference logits."""
     model = RefModel(str(path), mode, angle_dtype=np.float32)
-    ids = np.random.default_rng(5).integers(0, model.cfg["vocab_size"], LENGTH)
+    ids = np.random.default_rng(5).integers(0, model.cfg["vocab_size"], length)
     return ids, model.forward(ids)[0]
 
 
 def test_exact_in_one_piece_and_in_many(held_out):
-    ids, want = settled_ids(held_out / "official", "exact")
+    ids, want = settled_ids(held_out / "official", "exact", LENGTH)
     model, _ = load(held_out / "mlx", dtype=mx.float32, rounding="none")
-    assert np.abs(run(model, ids) - want).max() <= 1e-4
+    assert np.abs(run(model, ids[:SHORT]) - want[:SHORT]).max() <= 1e-4
     decode_weights(model)  # the same values, three times as fast on a CPU
     pieces = run_chunks(model, ids, [3, 1, 1, 120, 1, 1, 1, 1, 1, 130, 1, 1, 1])
     assert np.abs(pieces - want).max() <= 1e-4
@@ -94,7 +95,7 @@ def test_exact_in_one_piece_and_in_many(held_out):
 
 
 def test_official_rounding(held_out):
-    ids, want = settled_ids(held_out / "official", "kvsim")
+    ids, want = settled_ids(held_out / "official", "kvsim", SHORT)
     model, _ = load(held_out / "mlx", dtype=mx.float32)
     got = run(model, ids)
     assert kl(want, got).mean() <= 1e-4

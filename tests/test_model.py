@@ -5,10 +5,26 @@ import numpy as np
 import pytest
 from reference import kl, manifest, run, run_chunks
 
+from ds4mlx import load
+from ds4mlx.evaluation.weights import decode_weights
+
 EXACT = 1e-4
 SEQUENCES = ["s129", "s700"]
 SLOW = pytest.mark.slow
-FROM = [("s129", 0), pytest.param("s700", 300, marks=SLOW), ("s700", 511)]
+# A sequence, and between which of its tokens it goes on one by one.
+STEPS = [
+    ("s129", 0, 129),
+    ("s700", 500, 530),
+    *(pytest.param("s700", start, 700, marks=SLOW) for start in (300, 511)),
+]
+
+
+@pytest.fixture(scope="module")
+def decoded_official(tiny_dir):
+    """The official model's weights as plain values, for what takes many steps."""
+    model = load(tiny_dir, dtype=mx.float32)[0]
+    decode_weights(model)
+    return model
 
 
 def choose_lengths(seed: int, total: int) -> list[int]:
@@ -25,12 +41,12 @@ def test_exact_logits(exact_model, stored, name):
 
 
 @pytest.mark.parametrize("name", sorted(manifest()["prompts"].keys() - {"p700"}))
-def test_every_prompt_is_a_prefix_of_its_sequence(exact_model, stored, name):
+def test_every_prompt_is_a_prefix_of_its_sequence(decoded_model, stored, name):
     """Of p700 that is s700 itself, which is looked at above."""
     info = manifest()["prompts"][name]
     ids = stored[f"{info['sequence']}/ids"][: info["length"]]
     want = stored[f"{info['sequence']}/exact/logits"][: info["length"]]
-    assert np.abs(run(exact_model, ids) - want).max() <= EXACT
+    assert np.abs(run(decoded_model, ids) - want).max() <= EXACT
 
 
 @pytest.mark.parametrize("seed", [0, 1, *(pytest.param(n, marks=SLOW) for n in range(2, 6))])
@@ -41,10 +57,10 @@ def test_any_chunking_gives_the_same_logits(decoded_model, stored, seed):
     assert (got.argmax(-1) == want.argmax(-1)).all()
 
 
-@pytest.mark.parametrize(("name", "prefill"), FROM)
-def test_token_by_token_decode(decoded_model, stored, name, prefill):
-    ids, want = stored[f"{name}/ids"], stored[f"{name}/exact/logits"]
-    got = run_chunks(decoded_model, ids, [prefill] + [1] * (len(ids) - prefill))
+@pytest.mark.parametrize(("name", "start", "end"), STEPS)
+def test_token_by_token_decode(decoded_model, stored, name, start, end):
+    ids, want = stored[f"{name}/ids"][:end], stored[f"{name}/exact/logits"][:end]
+    got = run_chunks(decoded_model, ids, [start] + [1] * (end - start))
     assert np.abs(got - want).max() <= EXACT
     assert (got.argmax(-1) == want.argmax(-1)).all()
 
@@ -59,17 +75,17 @@ def test_official_rounding(official_model, stored, decoded):
     assert np.abs(got - want).max() <= 0.2
 
 
-def test_official_rounding_of_the_long_sequence(official_model, stored):
+def test_official_rounding_of_the_long_sequence(decoded_official, stored):
     rows, want = stored["s700/kvsim/rows"], stored["s700/kvsim/logits_rows"].astype(np.float64)
-    whole = run(official_model, stored["s700/ids"])
+    whole = run(decoded_official, stored["s700/ids"])
     assert kl(want, whole[rows]).mean() <= 1e-4
     assert np.abs(whole[rows] - want).max() <= 0.2
     assert (whole.argmax(-1) == stored["s700/kvsim/top1"]).mean() >= 0.99
 
 
 @pytest.mark.parametrize("mode", ["exact", "kvsim"])
-def test_greedy_continuation(exact_model, official_model, stored, mode):
-    model = exact_model if mode == "exact" else official_model
+def test_greedy_continuation(decoded_model, decoded_official, stored, mode):
+    model = decoded_model if mode == "exact" else decoded_official
     want = stored[f"greedy/{mode}/ids"]
     cache, token, got = model.make_cache(), stored["s700/ids"][:300], []
     for _ in want:
@@ -78,10 +94,10 @@ def test_greedy_continuation(exact_model, official_model, stored, mode):
     assert got == want.tolist()
 
 
-def test_streams_and_rows_match_the_intermediates(exact_model, stored):
+def test_streams_and_rows_match_the_intermediates(decoded_model, stored):
     """Window, compressed and index rows of every layer, and the streams after the last."""
-    cache, ids = exact_model.make_cache(), stored["s700/ids"][:300]
-    streams = exact_model.streams(mx.array(ids.astype(np.int32))[None], cache)
+    cache, ids = decoded_model.make_cache(), stored["s700/ids"][:300]
+    streams = decoded_model.streams(mx.array(ids.astype(np.int32))[None], cache)
     last = len(cache) - 1
     chosen = stored["p300/exact/selected_positions"].astype(np.int32)
     want = stored[f"p300/exact/streams.{last}"]
@@ -99,8 +115,8 @@ def test_streams_and_rows_match_the_intermediates(exact_model, stored):
 
 @pytest.mark.parametrize("mode", ["exact", "kvsim"])
 @pytest.mark.parametrize("chunks", [[], [1, 7, 64, 1]])
-def test_mtp_logits(exact_model, official_model, stored, mode, chunks):
-    model = exact_model if mode == "exact" else official_model
+def test_mtp_logits(decoded_model, decoded_official, stored, mode, chunks):
+    model = decoded_model if mode == "exact" else decoded_official
     prompt = "p300" if mode == "exact" else "p129"
     ids = stored["s700/ids"][:300] if mode == "exact" else stored["s129/ids"]
     tokens = mx.array(ids.astype(np.int32))[None]
@@ -118,16 +134,14 @@ def test_mtp_logits(exact_model, official_model, stored, mode, chunks):
     assert (got.argmax(-1) == stored[f"{prompt}/{mode}/mtp_top1"]).mean() >= 0.99
 
 
-def test_last_logits_are_the_last_of_the_call(exact_model, stored):
+def test_last_logits_are_the_last_of_the_call(decoded_model, stored):
     ids = mx.array(stored["s129/ids"].astype(np.int32))[None]
-    last = exact_model.last_logits(ids, exact_model.make_cache())
-    assert np.abs(np.array(last) - np.array(exact_model(ids))[:, -1]).max() <= 1e-5
+    last = decoded_model.last_logits(ids, decoded_model.make_cache())
+    assert np.abs(np.array(last) - np.array(decoded_model(ids))[:, -1]).max() <= 1e-5
 
 
 def test_bf16_stays_near_the_exact_model(tiny_dir, stored):
     """Statistically: on random weights bf16 flips choices, in the official code as well."""
-    from ds4mlx import load
-
     model, _ = load(tiny_dir)
     got = run(model, stored["s129/ids"])
     assert got.dtype == np.float32

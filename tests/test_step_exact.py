@@ -15,6 +15,7 @@ from spoiling import executor_only, on_metal
 from ds4mlx import load
 from ds4mlx.convert import convert
 from ds4mlx.custom_kernels import dispatch
+from ds4mlx.evaluation.weights import decode_weights
 from ds4mlx.model.fused.choice import by_modules, launches
 from ds4mlx.state.decode_state import DecodeState
 
@@ -48,12 +49,11 @@ def tiny(stored):
 
 
 @pytest.fixture(scope="module")
-def heads_model(shared):
+def heads_dir(shared):
     source = shared(
         "heads/official", lambda path: make_checkpoint.make(str(path), 5, "tiny", HEADS)
     )
-    directory = shared("heads/converted", lambda path: convert(source, path, progress=False))
-    return load(directory, dtype=mx.float32, rounding="none")[0]
+    return shared("heads/converted", lambda path: convert(source, path, progress=False))
 
 
 def stepped(model, ids, states: list[DecodeState], count: int) -> np.ndarray:
@@ -74,19 +74,22 @@ def after(model, ids, depth: int) -> DecodeState:
     return state
 
 
-def assert_as_wanted(model, ids, wanted, depths, count) -> None:
-    """Sequences at several depths together, each against the reference and against itself alone."""
-    together = stepped(model, ids, [after(model, ids, d) for d in depths], count)
+def assert_as_wanted(model, reader, ids, wanted, depths, count) -> None:
+    """Sequences at several depths together, each against the reference and against itself alone.
+
+    reader: the same model, which reads what comes before.
+    """
+    together = stepped(model, ids, [after(reader, ids, d) for d in depths], count)
     for number, depth in enumerate(depths):
         want = wanted[depth : depth + count]
         assert np.abs(together[:, number] - want).max() <= BOUND
-    alone = stepped(model, ids, [after(model, ids, depths[-1])], count)
+    alone = stepped(model, ids, [after(reader, ids, depths[-1])], count)
     assert np.abs(together[:, -1:] - alone).max() <= ALONE * np.abs(alone).max()
 
 
 @pytest.mark.parametrize("depths", [(0,), (3, 130, 250), (0, 1, 5, 31, 64, 127, 128, 200)])
-def test_tiny_as_the_oracle_says(exact_model, tiny, depths):
-    assert_as_wanted(exact_model, tiny.ids, tiny.logits, depths, 6)
+def test_tiny_as_the_oracle_says(exact_model, decoded_model, tiny, depths):
+    assert_as_wanted(exact_model, decoded_model, tiny.ids, tiny.logits, depths, 6)
 
 
 def test_long_decoding_of_tiny(exact_model, tiny):
@@ -95,13 +98,15 @@ def test_long_decoding_of_tiny(exact_model, tiny):
     assert np.abs(got - tiny.logits[:count]).max() <= BOUND
 
 
-def test_flashs_head_sizes_where_rows_are_selected(heads_model):
+def test_flashs_head_sizes_where_rows_are_selected(heads_dir):
     """Beyond 2,048 tokens: 512 of more rows are kept."""
+    model, reader = (load(heads_dir, dtype=mx.float32, rounding="none")[0] for _ in range(2))
+    decode_weights(reader)
     ids = np.random.default_rng(8).integers(0, 288, 2064)
-    state = heads_model.make_cache()
-    wanted = run(heads_model, ids, state)
+    state = reader.make_cache()
+    wanted = run(reader, ids, state)
     state.rewind(2048 - 6)
-    for got, want in zip(stepped(heads_model, ids, [state], 14)[:, 0], wanted[-22:], strict=False):
+    for got, want in zip(stepped(model, ids, [state], 14)[:, 0], wanted[-22:], strict=False):
         assert np.abs(got - want).max() <= BOUND
 
 
