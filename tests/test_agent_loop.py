@@ -121,8 +121,8 @@ class Agent:
 
 
 @pytest.fixture
-def machine(embedded_dir, tmp_path):
-    made = Machine(embedded_dir, tmp_path / "kv")
+def machine(embedded_plain, tmp_path):
+    made = Machine(embedded_plain, tmp_path / "kv")
     yield made
     with contextlib.suppress(ProcessLookupError):
         made.end(signal.SIGKILL)

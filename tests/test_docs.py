@@ -77,9 +77,10 @@ def test_commands_and_options_exist(line):
 @pytest.mark.parametrize(
     "page", [p for p in WRITTEN if blocks(p, "python")], ids=lambda page: page.stem
 )
-def test_examples_run(page, embedded_dir, tmp_path):
+def test_examples_run(page, embedded_plain, tmp_path, monkeypatch):
     """The blocks of a page as one program, where every model it names is the embedded one."""
-    program = re.sub(r"~/models/[\w-]+", str(embedded_dir), "\n".join(blocks(page, "python")))
+    monkeypatch.setenv("DS4MLX_MODEL", str(embedded_plain))
+    program = re.sub(r"~/models/[\w-]+", str(embedded_plain), "\n".join(blocks(page, "python")))
     program = program.replace("~/", f"{tmp_path}/")
     run = [sys.executable, "-c", program]
     done = subprocess.run(

@@ -37,8 +37,8 @@ def pictures(cell):
 
 
 @pytest.mark.parametrize("path", [marked(path) for path in NOTEBOOKS])
-def test_runs_without_a_warning(path, embedded_dir, tmp_path, monkeypatch):
-    monkeypatch.setenv("DS4MLX_MODEL", str(embedded_dir))
+def test_runs_without_a_warning(path, embedded_plain, tmp_path, monkeypatch):
+    monkeypatch.setenv("DS4MLX_MODEL", str(embedded_plain))
     notebook = nbformat.read(path, 4)
     (parameters,) = [c for c in notebook.cells if "parameters" in c.metadata.get("tags", [])]
     parameters.source = QUICK[path.stem]
