@@ -173,8 +173,8 @@ def test_another_process_restores_the_same(small_dir, stored_model, store):
     want = run(stored_model, IDS[331:340], cache)
     script = """
 import sys
+from ds4mlx import KVStore, load  # which chooses the BLAS before MLX is loaded
 import mlx.core as mx, numpy as np
-from ds4mlx import KVStore, load
 model = load(sys.argv[1], dtype=mx.float32)[0]
 ids = np.random.default_rng(0).integers(0, 288, 4000)
 cache, count = KVStore(sys.argv[2], model=model).restore(ids)
