@@ -117,6 +117,7 @@ def first_pass(w: mx.array, stored: Rounding, moment: Moment) -> None:
             own, k = slice(a, a + GROUP), int(moment.order[a // GROUP])
             blocks = moment.root[own, own], moment.inverse[own, own]
             errors.append(stored.round_group(k, panel[:, :GROUP], *blocks))
+            mx.eval(errors[-2:-1])  # no more than a group ahead of the device: candidates are large
             if a + GROUP < end:
                 behind = moment.inverse[own, a + GROUP : end]
                 panel = mx.addmm(panel[:, GROUP:], errors[-1], behind, alpha=-1)
@@ -140,12 +141,18 @@ def descend(w: mx.array, stored: Rounding, moment: Moment) -> mx.array:
             for a in range(0, BLOCK, GROUP) if sweep else ():
                 at, k = slice(a, a + GROUP), (own.start + a) // GROUP
                 change = stored.change_group(k, g[:, at], h[at, at])
-                g = mx.addmm(g, change, h[at], alpha=-1)
+                g = _after(mx.addmm(g, change, h[at], alpha=-1), g)
             stored.refit(block, g, h)
             change = stored.values(block) - before
-            gradient = mx.addmm(gradient, change, moment.h[own], alpha=-1)
-            mx.async_eval(gradient)
+            gradient = _after(mx.addmm(gradient, change, moment.h[own], alpha=-1), gradient)
     return gradient
+
+
+def _after(new: mx.array, old: mx.array) -> mx.array:
+    """A new array that is begun, when the old one is done."""
+    mx.async_eval(new)
+    mx.eval(old)
+    return new
 
 
 def columns_of(groups: np.ndarray) -> np.ndarray:
