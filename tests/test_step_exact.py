@@ -1,4 +1,4 @@
-"""Decoding by launches against the references: on a GPU by kernels, on a CPU by their plain bodies.
+"""Prompts and decoding against the references: on a GPU by kernels, on a CPU by their plain bodies.
 
 On the CPU a few tokens also run as the very text that Metal compiles.
 """
@@ -9,12 +9,12 @@ import make_checkpoint
 import mlx.core as mx
 import numpy as np
 import pytest
-from reference import run
+from reference import run, run_chunks
 from spoiling import executor_only, on_metal
 
 from ds4mlx import load
 from ds4mlx.convert import convert
-from ds4mlx.custom_kernels import dispatch
+from ds4mlx.custom_kernels import dialect, dispatch
 from ds4mlx.evaluation.weights import decode_weights
 from ds4mlx.model.fused.choice import by_modules, launches
 from ds4mlx.state.decode_state import DecodeState
@@ -34,6 +34,7 @@ HEADS = {
     "sliding_window": 128,
 }
 BOUND, ALONE = 1e-4, 1e-5
+needs_gpu = pytest.mark.skipif(dialect.target() is None, reason="without a GPU prompts are plain")
 
 
 class Tiny(NamedTuple):
@@ -85,6 +86,34 @@ def assert_as_wanted(model, reader, ids, wanted, depths, count) -> None:
         assert np.abs(together[:, number] - want).max() <= BOUND
     alone = stepped(model, ids, [after(reader, ids, depths[-1])], count)
     assert np.abs(together[:, -1:] - alone).max() <= ALONE * np.abs(alone).max()
+
+
+@needs_gpu
+@pytest.mark.parametrize("lengths", [(), (131, 2, 64, 300)])
+def test_prompts_of_tiny_as_the_oracle_says(exact_model, tiny, lengths):
+    got = run_chunks(exact_model, tiny.ids, lengths)
+    assert np.abs(got - tiny.logits).max() <= BOUND
+
+
+@needs_gpu
+@pytest.mark.parametrize("lengths", [(), (2051, 2, 9)])
+def test_prompts_at_flashs_head_sizes(heads_dir, lengths, monkeypatch):
+    """By the kernels of chunks, beside the modules; rows are selected in the end."""
+    launched, call = set(), dialect.Kernel.__call__
+
+    def noted(self, *arguments, **options):
+        launched.add(self.name)
+        return call(self, *arguments, **options)
+
+    monkeypatch.setattr(dialect.Kernel, "__call__", noted)
+    ids = np.random.default_rng(8).integers(0, 288, 2100)
+    model = load(heads_dir, dtype=mx.float32, rounding="none")[0]
+    with dispatch.kernels():
+        got = run_chunks(model, ids, lengths)
+    assert {"attention_chunk_f32", "chunk_scores_f32", "index_select"} <= launched
+    with dispatch.plain_operations():
+        want = run_chunks(model, ids, ())
+    assert np.abs(got - want).max() <= BOUND
 
 
 @pytest.mark.parametrize("depths", [(0,), (3, 130, 250), (0, 1, 5, 31, 64, 127, 128, 200)])
