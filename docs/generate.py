@@ -92,9 +92,8 @@ def entry(name: str, thing: object) -> Iterator[str]:
     """One public name: a class with its public methods, a function, or a value."""
     text = prose(inspect.getdoc(thing))
     if inspect.isclass(thing):
-        node = definition(thing)
         yield f"### class {name}\n\n{text}"
-        for method in node.body:
+        for method in (each for own in parts(thing) for each in definition(own).body):
             if isinstance(method, ast.FunctionDef) and listed(method):
                 title = signature(method, f"{name}.")
                 yield f"#### `{title}`\n\n{prose(ast.get_docstring(method))}"
@@ -102,6 +101,12 @@ def entry(name: str, thing: object) -> Iterator[str]:
         yield f"### `{signature(definition(thing))}`\n\n{text}"
     else:
         yield f"### {name}\n\n{text}"
+
+
+def parts(thing: type) -> list[type]:
+    """A class and those that it is put together from, without the base of all modules."""
+    ours = [each for each in thing.__mro__ if each.__module__.startswith("ds4mlx.")]
+    return [each for each in ours if each.__name__ != "Module"]
 
 
 def listed(method: ast.FunctionDef) -> bool:

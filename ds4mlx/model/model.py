@@ -4,29 +4,29 @@ The module tree carries the official tensor names, so a weight is found by its n
 checkpoint and a computation by its name in the paper.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, TypeVar, overload
+from typing import Any, overload
 
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
-import ds4mlx
 from ds4mlx.config import ModelConfig
 from ds4mlx.custom_kernels import dispatch
 from ds4mlx.errors import DataError
 from ds4mlx.model.attention import SparseAttention
 from ds4mlx.model.batch import Batch
 from ds4mlx.model.block import Block
+from ds4mlx.model.call import Call, Layers
 from ds4mlx.model.draft import MTP
-from ds4mlx.model.fused.choice import MOST_STEPPED, takes
+from ds4mlx.model.fused.choice import MOST_STEPPED
 from ds4mlx.model.fused.step import TracedStep, step_outputs
 from ds4mlx.model.hyper import HyperHead
 from ds4mlx.model.inputs import Cache, Inputs, Tokens, read_states, read_tokens
 from ds4mlx.model.linear import Embedding, Linear, RMSNorm, digest_of_adapters
-from ds4mlx.model.module import Module
 from ds4mlx.model.pace import Pace
+from ds4mlx.model.researched import Researched
 from ds4mlx.model.rope import rotary_tables
 from ds4mlx.model.taps import begin, end, tap
 from ds4mlx.precision import keep_float32
@@ -36,14 +36,10 @@ from ds4mlx.state.kind import StateKind, digest
 from ds4mlx.state.layer import LayerState
 from ds4mlx.state.rounding import Rounding
 from ds4mlx.state.row_forms import StateForm
-from ds4mlx.state.step import Step, commit
-
-Out = TypeVar("Out")
-# The layers' states of one sequence, which outlive a call or do not.
-Layers = DecodeState | list[LayerState]
+from ds4mlx.state.step import commit
 
 
-class Model(Module):
+class Model(Researched):
     """The whole model. Activations have type `dtype`; logits are float32.
 
     `rounding="official"` rounds KV rows to FP8 and the indexer's queries and rows to FP4, as in the
@@ -91,7 +87,7 @@ class Model(Module):
         Each state moves on by its sequence's tokens; L may be 1 or any chunk, at any depth.
         Without a cache the sequences stand alone.
         """
-        call = _Call(self, tokens, cache)
+        call = Call(self, tokens, cache)
         return call.done(self._logits(call))
 
     def last_logits(self, tokens: Tokens, cache: Cache) -> mx.array:
@@ -100,7 +96,7 @@ class Model(Module):
 
     def last(self, tokens: Tokens, cache: Cache) -> tuple[mx.array, mx.array]:
         """`last_logits` (B, vocab), and the streams (B, n, D) after the last layer they are made of."""
-        call = _Call(self, tokens, cache)
+        call = Call(self, tokens, cache)
         if call.steps:
             begin(call.batch)
             return call.moved(*step_outputs(self, call.batch, call.states))
@@ -125,7 +121,7 @@ class Model(Module):
 
         Evaluating them evaluates the states, so that no graph outlives a token.
         """
-        call = _Call(self, tokens, cache)
+        call = Call(self, tokens, cache)
         return call.done(self._run(call.batch, call.layers))
 
     def read(
@@ -142,7 +138,7 @@ class Model(Module):
         that raises leaves some layers ahead of others, which `load` of an earlier record mends.
         on_streams: told the streams (1, L, n, D) after the last layer, when the state has moved on.
         """
-        call = _Call(self, tokens, state)
+        call = Call(self, tokens, state)
         if last and call.steps:
             begin(call.batch)
             logits, streams = step_outputs(self, call.batch, call.states)
@@ -156,7 +152,7 @@ class Model(Module):
             on_streams(streams[None])
         return out if last else None
 
-    def _logits(self, call: "_Call") -> mx.array:
+    def _logits(self, call: Call) -> mx.array:
         """Logits (N, vocab): by launches in a step, or by modules."""
         if not call.steps:
             return self.logits(self._run(call.batch, call.layers))
@@ -286,48 +282,6 @@ class Model(Module):
         """An empty decode state."""
         return DecodeState(self.args, self.dtype, self.rounding)
 
-    def trace(
-        self, *patterns: str, positions: Iterable[int] | None = None
-    ) -> AbstractContextManager[Mapping[str, Any]]:
-        """Record quantities of this model's calls inside a `with` block; see `sites` for their names.
-
-        In a pattern `*` stands for one dotted part and `**` for any number; the name of a group, such as
-        `layers.3.ffn.router`, stands for all under it. `t[name]` is (B, L, ...), the calls of the block
-        joined along L, or a list of (L, ...) where sequences differ in length; compressed rows are those
-        after the last call, (B, R, width), or of several states a list of (R, width). positions: which
-        tokens to record, by their absolute positions; all unless given. DataError: a pattern that matches
-        nothing, or a name that the trace does not have.
-        """
-        return _research().trace.trace(self, patterns, positions)
-
-    def intervene(
-        self, changes: Mapping[str, Any], positions: Iterable[int] | None = None
-    ) -> AbstractContextManager[None]:
-        """Change quantities of this model's calls inside a `with` block.
-
-        changes: by pattern, as for `trace`, a function of the value (B, L, ...) and a `Where` that gives
-        the new value, or an array that takes its place; `ds4mlx.research` has functions for what is
-        often wanted. positions: at which tokens, by their absolute positions; all unless given. Blocks may
-        be nested: an inner one goes on from what an outer one made. DataError: a pattern that matches
-        nothing that can be changed, or a new value that does not fit.
-        """
-        return _research().intervene.intervene(self, changes, positions)
-
-    def steer(
-        self, steering: Any, scale: float | None = None, layers: Iterable[int] | None = None
-    ) -> AbstractContextManager[None]:
-        """Steer this model's calls inside a `with` block by a `ds4mlx.research.Steering`.
-
-        scale: how much, where it is not to be the steering's own; 0 leaves the model as it is. layers: which
-        of the steering's layers, from 0. Steered states are stored apart from others. DataError: a
-        steering of another width, a layer that it or the model does not have, a scale that is not finite.
-        """
-        return _research().steering.steer(self, steering, scale, layers)
-
-    def sites(self) -> Mapping[str, Any]:
-        """What `trace` and `intervene` can name: name -> `Site` of shape, dtype and place in the paper."""
-        return _research().sites.sites(self)
-
     def settle_ties(self) -> None:
         """Have equal index scores settled on the CPU as llama.cpp does, to compare logits: see `ties`."""
         for layer in self.layers:
@@ -337,51 +291,3 @@ class Model(Module):
     def sanitize(self, weights: dict[str, Any]) -> dict[str, Any]:
         """The weights of a converted directory as they are: names and shapes are the model's own."""
         return weights
-
-
-def _research() -> Any:
-    """The room above that records and changes quantities, imported when it is first asked for."""
-    return ds4mlx.research
-
-
-class _Call:
-    """One call of a model: its checked inputs, its states, the batch, and its end."""
-
-    def __init__(self, model: Model, tokens: Tokens, cache: Cache):
-        self.kept = cache is not None
-        self.inputs: Inputs = read_tokens(tokens, model.args.vocab_size, self.kept)
-        lengths = self.inputs.lengths
-        self.states: list[DecodeState] = []
-        if self.kept:
-            self.states = read_states(cache, len(lengths), model.state_form, len(model.layers))
-            steps = [s.step(n) for s, n in zip(self.states, lengths, strict=True)]
-        else:
-            steps = [Step(0, length) for length in lengths]
-        self.layers: list[Layers] = [*self.states] or [model._passing() for _ in lengths]
-        self.batch = Batch.of(self.inputs.ids, steps, model._rotary, kept=self.kept)
-
-    @property
-    def steps(self) -> bool:
-        """Whether it goes through launches: a token of each of a few sequences with states."""
-        return self.kept and takes(self.batch)
-
-    def done(self, flat: mx.array) -> mx.array | list[mx.array]:
-        """What was made of each token, (N, ...), shaped as the tokens; the states move on."""
-        return self._ended([flat], lambda outs: self.inputs.shaped(outs[0]))
-
-    def moved(self, logits: mx.array, streams: mx.array) -> tuple[mx.array, mx.array]:
-        """Logits (B, vocab), and streams; the states move on."""
-        return self._ended([logits, streams], lambda outs: (outs[0], outs[1]))
-
-    def _ended(self, outs: list[mx.array], shaped: Callable[[list[mx.array]], Out]) -> Out:
-        """`outs`, shaped, after whose evaluation the states are evaluated; commits them last."""
-        if not self.kept:
-            end()
-            return shaped(outs)
-        steps = [span.step for span in self.batch.spans]
-        for state, step in zip(self.states, steps, strict=True):
-            outs = mx.depends(outs, state.finish(step))
-        out = shaped(outs)
-        commit(steps)
-        end()
-        return out
