@@ -5,6 +5,7 @@ memory. What a layer changes in a state is handed over at once: as long as the s
 rows, the next rows are written to a copy of it.
 """
 
+import weakref
 from collections import deque
 from collections.abc import Sequence
 
@@ -28,8 +29,9 @@ class Pace:
         self._steps = [span.step for span in batch.spans]
         self._ahead = max(1, AHEAD // batch.ids.size)
         self._submitted: deque[mx.array] = deque()
+        own = weakref.proxy(self)  # or the steps' arrays would stay until Python looks for circles
         for step in self._steps:
-            step.submit = self._submit
+            step.submit = lambda array: own._submit(array)
 
     def through(self, layer: Block, streams: mx.array, states: Sequence[LayerState]) -> mx.array:
         """Streams (N, n, D) -> those after a layer, of which both halves are submitted."""
