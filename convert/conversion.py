@@ -12,6 +12,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from ds4mlx.convert.choice import CHOICE
+from ds4mlx.convert.choosing import Wanted, chosen
 from ds4mlx.convert.encoder import CHUNK
 from ds4mlx.convert.importance import Importance
 from ds4mlx.convert.journal import Journal, check_unlocked
@@ -44,6 +46,9 @@ def convert(
     imatrix: str | Path | None = None,
     moments: str | Path | None = None,
     mtp: str | Path | None = None,
+    budget: int | None = None,
+    sensitivity: str | Path | None = None,
+    choice: str | Path | None = None,
     release: str | None = None,
     max_memory: int | None = None,
     dry_run: bool = False,
@@ -58,7 +63,7 @@ def convert(
     recipe: one of RECIPES; "official" unless told, and always "keep" for GGUF. imatrix: a file of
     importances that steers the 2- and 4-bit recipes. moments: a file of second moments, with which
     those recipes round with error feedback. mtp: a GGUF file with the MTP block of a GGUF
-    source. release: "april" or "0731", where the source does not say.
+    source. budget, sensitivity, choice: what `q2-auto` needs, see `Wanted`. release: "april" or "0731", where the source does not say.
     max_memory: bytes that one chunk of rows may take when decoded (default 32 MiB; a few such
     exist at a time). dry_run: only plan. overwrite: replace an earlier conversion in `dst`.
     keep_download: leave what was downloaded in the hub's cache; otherwise each file is fetched to
@@ -69,16 +74,20 @@ def convert(
         raise DataError(f"release must be 'april' or '0731', not {release!r}")
     importance = None if imatrix is None else Importance.read(Path(imatrix).expanduser())
     second = None if moments is None else Moments(Path(moments).expanduser())
-    plan = Plan(open_source(src, mtp), recipe, release, importance, keep_download, second)
+    source, target = open_source(src, mtp), Path(dst).expanduser()
+    wanted = Wanted(budget, sensitivity, choice)
+    picked = chosen(wanted, recipe, source, importance, second, target, progress)
+    plan = Plan(source, recipe, release, importance, keep_download, second, picked)
     if importance is not None and not any(out.quantised for out in plan.entries):
         print(f"note: recipe {plan.recipe} rounds nothing by importance", file=sys.stderr)
     if second is not None:
         about = second.summary(plan.source.config)
         idle = f"note: recipe {plan.recipe} rounds nothing by second moments"
         _say(about if plan.feeds_back else idle, progress)
+    if picked is not None:
+        _say(str(picked), progress)
     if dry_run:
         return plan
-    target = Path(dst).expanduser()
     if ready(target, plan.source.path, plan.fingerprint(), overwrite):
         _say(f"{target}: already complete", progress)
         return plan
@@ -124,7 +133,7 @@ def ready(target: Path, source: Path, plan: str, overwrite: bool) -> bool:
 def _clear(target: Path) -> None:
     """Delete an earlier conversion, its manifest first; files that are not ours stay."""
     check_unlocked(target)
-    ours = [MANIFEST, CONFIG, *TEXT_FILES, JOURNAL]
+    ours = [MANIFEST, CONFIG, CHOICE, *TEXT_FILES, JOURNAL]
     weights = [
         p.name for p in target.glob("*.safetensors*") if p.suffix in (".safetensors", PARTIAL)
     ]
@@ -136,6 +145,8 @@ def _clear(target: Path) -> None:
 def _write(
     plan: Plan, target: Path, journal: Journal, chunk: int, seconds: float, progress: bool
 ) -> None:
+    if plan.choice is not None:
+        write_whole(target / CHOICE, plan.choice.written())
     done = [f for f in plan.files if f.name in journal.done and whole(target / f.name, f.nbytes)]
     schedule = _scheduled(plan, target, [file for file in plan.files if file not in done])
     visible = progress and sys.stderr.isatty()
@@ -198,6 +209,8 @@ def _write_small_files(plan: Plan, target: Path) -> dict[str, bytes]:
     values = {**plan.source.config_values, "release": plan.release}
     files = {CONFIG: (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode()}
     files |= plan.source.small_files()
+    if plan.choice is not None:
+        files[CHOICE] = plan.choice.written()
     if "tokenizer.json" not in files:
         print(
             f"note: {plan.source.path} has no tokenizer.json, so text cannot be encoded",

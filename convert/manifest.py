@@ -87,5 +87,6 @@ def _table(manifest: dict[str, Any], title: str, which: str) -> str:
         return ""
     lines = [f"{title:<16} {'gate':>9} {'down':>9} {'up':>9}"]
     for layer, parts in rows.items():
-        lines.append(f"{layer:<16} " + " ".join(f"{parts[p]:>9.5f}" for p in ("w1", "w2", "w3")))
+        errors = (f"{parts[p]:.5f}" if p in parts else "exact" for p in ("w1", "w2", "w3"))
+        lines.append(f"{layer:<16} " + " ".join(f"{each:>9}" for each in errors))
     return "\n".join(lines)

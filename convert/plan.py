@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 
+from ds4mlx.convert.choice import Choice
 from ds4mlx.convert.encoder import Encoder
 from ds4mlx.convert.gguf_source import GGUFSource
 from ds4mlx.convert.importance import Importance
@@ -86,14 +87,17 @@ class Plan:
         importance: Importance | None = None,
         keep_download: bool = False,
         moments: Moments | None = None,
+        choice: Choice | None = None,
     ):
         self.source, self.importance, self.keep_download = source, importance, keep_download
-        self.moments = moments
+        self.moments, self.choice = moments, choice
         self.recipe = choose_recipe(recipe, source, isinstance(source, GGUFSource))
         self.release = release or source.config.release
         self.encoder = Encoder(source, importance, moments)
         self.files = [
-            OutFile(name, [OutEntry(e, *format_of(self.recipe, e, source)) for e in entries])
+            OutFile(
+                name, [OutEntry(e, *format_of(self.recipe, e, source, choice)) for e in entries]
+            )
             for name, entries in source.inventory.items()
         ]
         if importance is not None:
@@ -142,6 +146,8 @@ class Plan:
         parts = [FORMAT_VERSION, self.recipe, self.release, self.source.fingerprint(), steered]
         if self.moments is not None:
             parts.append(self.moments.fingerprint)
+        if self.choice is not None:
+            parts.append(self.choice.listed)
         if any(out.quantised for out in self.entries):
             parts.append(quantisers_version())
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

@@ -1,14 +1,13 @@
 """Recipes: which format each tensor gets, and whether that keeps every bit."""
 
-import re
-
 from ds4mlx.config import ModelConfig
+from ds4mlx.convert.choice import Choice, place_of
 from ds4mlx.convert.sources import Source
 from ds4mlx.errors import DataError
 from ds4mlx.formats import FORMATS
 from ds4mlx.weights.inventory import Entry
 
-RECIPES = ("official", "q2", "q2-q4", "q4", "bf16", "f32", "keep")
+RECIPES = ("official", "q2", "q2-q4", "q4", "q2-auto", "bf16", "f32", "keep")
 # Formats of the routed experts' gate and up (w1, w3), and of down (w2).
 TWO_BITS, FOUR_BITS = ("iq2_xxs", "q2_k"), ("q4_k", "q4_k")
 # Layers at the end that `q2-q4` keeps at four bits.
@@ -29,13 +28,16 @@ def choose_recipe(recipe: str | None, source: Source, gguf: bool) -> str:
     return recipe
 
 
-def format_of(recipe: str, entry: Entry, source: Source) -> tuple[str, bool]:
-    """The format an entry gets, and whether its values stay bit for bit."""
+def format_of(
+    recipe: str, entry: Entry, source: Source, choice: Choice | None = None
+) -> tuple[str, bool]:
+    """The format an entry gets, and whether its values stay bit for bit; choice: of `q2-auto`."""
     exact, chosen = source.exact(entry), source.exact(entry)
     if recipe in ("bf16", "f32") and entry.kind in ("matrix", "experts", "plain"):
         chosen = recipe
-    elif recipe in ("q2", "q2-q4", "q4") and entry.kind == "experts":
-        chosen = expert_format(recipe, entry, source.config)
+    elif recipe in ("q2", "q2-q4", "q4", "q2-auto") and entry.kind == "experts":
+        config = source.config
+        chosen = choice.of(entry, config) if choice else expert_format(recipe, entry, config)
         _check_width(entry, chosen, source)
     lossless = chosen in (exact, "f32")
     return chosen, lossless or (chosen == "bf16" and source.dtype(entry) in FITS_BF16)
@@ -43,12 +45,10 @@ def format_of(recipe: str, entry: Entry, source: Source) -> tuple[str, bool]:
 
 def expert_format(recipe: str, entry: Entry, config: ModelConfig) -> str:
     """Formats of routed experts; the MTP block's are those of the last main layer."""
-    number = re.match(r"layers\.(\d+)\.", entry.name)
-    last = config.num_hidden_layers - 1
-    layer = int(number[1]) if number else last
-    four = recipe == "q4" or (recipe == "q2-q4" and layer > last - LATE)
-    gate_and_up, down = FOUR_BITS if four else TWO_BITS
-    return down if ".w2." in entry.name else gate_and_up
+    layer, role = place_of(entry, config)
+    late = layer >= config.num_hidden_layers - LATE
+    gate_and_up, down = FOUR_BITS if recipe == "q4" or (recipe == "q2-q4" and late) else TWO_BITS
+    return down if role == "down" else gate_and_up
 
 
 def _check_width(entry: Entry, format: str, source: Source) -> None:

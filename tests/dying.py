@@ -1,6 +1,7 @@
 """Converts in a process that a signal ends just before, or inside, its n-th change to the disk.
 
-python dying.py SOURCE TARGET N SIGNAL [RECIPE [MOMENTS]]: prints how many changes a whole conversion makes.
+python dying.py SOURCE TARGET N SIGNAL [RECIPE [MOMENTS [BUDGET]]]: prints how many changes to the disk a
+whole conversion makes.
 """
 
 import os
@@ -33,7 +34,9 @@ class Countdown:
 
 if __name__ == "__main__":
     source, target, last, number, *rest = sys.argv[1:]
-    options = dict(zip(("recipe", "moments"), rest, strict=False))
+    options = {k: v or None for k, v in zip(("recipe", "moments"), rest, strict=False)}
+    budget = int(rest[2]) if rest[2:] else None
     countdown = Countdown(int(last), int(number))
-    convert(source, target, **options, max_memory=1 << 14, progress=False, journal_seconds=0)
+    hasty = {"max_memory": 1 << 14, "progress": False, "journal_seconds": 0}
+    convert(source, target, **options, budget=budget, **hasty)
     print(countdown.count)

@@ -28,7 +28,7 @@ from ds4mlx.custom_kernels.products import experts as routed
 from ds4mlx.custom_kernels.random_weights import random_planes, random_words
 from ds4mlx.formats import FORMATS
 
-UP, DOWN = ("iq2_xxs", "q4_k", "mxfp4"), ("q2_k", "q4_k", "mxfp4")
+UP, DOWN = ("iq2_xxs", "q2_k", "q4_k", "mxfp4"), ("q2_k", "q4_k", "mxfp4")
 LIMIT = 0.7  # low, so that many values are clamped
 
 
@@ -219,7 +219,7 @@ def _case(compute, name: str, format: str, dtype: mx.Dtype, shape: Shape, *scale
 
 def wide() -> Iterator[Case]:
     """The widths of Flash and Pro, few rows; activations far from 1, and as bytes."""
-    for format in ("iq2_xxs", "q4_k"):
+    for format in ("iq2_xxs", "q2_k", "q4_k"):
         call = partial(up, format, mx.bfloat16, ODD_UP, eight=True)
         yield Case(f"experts_up {format} {ODD_UP}, bytes", mx.bfloat16, call)
     for format in ("q2_k", "q4_k"):

@@ -94,7 +94,7 @@ def small() -> Iterator[Case]:
 
 def _bytes(dtype: mx.Dtype) -> Iterator[Case]:
     """Activations rounded to 8 bits, where a format has such a product."""
-    for format in ("iq2_xxs", "q4_k"):
+    for format in ("iq2_xxs", "q2_k", "q4_k"):
         for hashed in (False, True):
             call = partial(up, format, dtype, 37, 21, 256, 2, 6, hashed, eight=True)
             yield Case(f"routed_up {format}, hashed {hashed}, bytes", dtype, call)

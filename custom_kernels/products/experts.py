@@ -34,7 +34,7 @@ class Side(NamedTuple):
     formats: tuple[str, ...]
 
 
-UP, DOWN = Side("up", ("iq2_xxs", "q4_k", "mxfp4")), Side("down", ("q2_k", "q4_k", "mxfp4"))
+UP, DOWN = Side("up", ("iq2_xxs", "q2_k", "q4_k", "mxfp4")), Side("down", ("q2_k", "q4_k", "mxfp4"))
 # From this many (token, expert) pairs on, plain operations sort them: each weight is read once.
 SORT_FROM = 64
 

@@ -101,6 +101,44 @@ def evaluate(
     print(json.dumps(report.as_dict(), indent=1) if as_json else report)
 
 
+def sensitivity(
+    prompts: Annotated[
+        Path, typer.Option("--prompts", help="Text, or .jsonl with prompt, text or messages.")
+    ],
+    output: Annotated[Path, typer.Option("-o", "--output", help="JSON file to write.")],
+    model: arg.Model = None,
+    max_tokens: Annotated[int, typer.Option(min=2, help="Tokens in all.")] = 1024,
+    ctx: Annotated[int, typer.Option(min=2, help="Longest sequence, in tokens.")] = 512,
+) -> None:
+    """Measure how much the routed experts of each layer matter, for convert --sensitivity.
+
+    Reads the prompts once as they are, and twice for every layer with noise on its experts' products.
+
+    \b
+    ds4mlx sensitivity -m ~/models/v4-q2 --prompts calibration.jsonl -o v4.sensitivity.json
+    """
+    blas.use_openblas(unasked=True)
+    import mlx.core as mx
+
+    from ds4mlx.convert.sensitivity import write_sensitivity
+    from ds4mlx.evaluation.sensitivity import sensitivities
+    from ds4mlx.text.prompts import read_sequences
+    from ds4mlx.text.tokenizer import Tokenizer
+    from ds4mlx.weights.directory import ModelDirectory
+
+    arg.check_output(output)
+    found = ModelDirectory.open(arg.find_model(model))
+    tokenizer, release = Tokenizer.from_dir(found.path), found.config.release
+    sequences = [s.tolist() for s in read_sequences(prompts, tokenizer, release, ctx, max_tokens)]
+    arg.announce(model)
+    dtype = "float32" if mx.default_device() == mx.cpu else "bfloat16"
+    measured = sensitivities(open_to_measure(found.path, dtype, "official")[0], sequences)
+    tokens = sum(map(len, sequences))
+    pairs = {place: (mean.value, mean.standard_error) for place, mean in measured.items()}
+    write_sensitivity(output, pairs, tokens)
+    print(f"{output}: {len(pairs)} places, {tokens:,} tokens", file=sys.stderr)
+
+
 def open_to_measure(
     path: Path, dtype: str, rounding: Literal["official", "none"], adapter: Path | None = None
 ):

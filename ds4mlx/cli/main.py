@@ -17,7 +17,7 @@ from ds4mlx import __version__
 from ds4mlx.cli import cache_commands, debugging
 from ds4mlx.cli.bench_commands import bench, synth
 from ds4mlx.cli.doctor import doctor
-from ds4mlx.cli.eval_commands import evaluate
+from ds4mlx.cli.eval_commands import evaluate, sensitivity
 from ds4mlx.cli.help import Commands
 from ds4mlx.cli.launch import launch
 from ds4mlx.cli.optional import WithOptionalValues
@@ -60,7 +60,8 @@ def options(
     """
 
 
-for command in (generate, chat, convert, merge, verify, inspect, imatrix, bench, synth, doctor):
+weights = convert, merge, verify, inspect, imatrix, sensitivity
+for command in (generate, chat, *weights, bench, synth, doctor):
     app.command()(debugging.debuggable(command))
 app.command(cls=WithOptionalValues)(debugging.debuggable(serve))
 app.command()(debugging.debuggable(launch))

@@ -17,14 +17,25 @@ def convert(
     dst: Annotated[Path, typer.Argument(help="Model directory to write.")],
     recipe: Annotated[
         str | None,
-        typer.Option(help="official (default), q2, q2-q4, q4, bf16 or f32; for GGUF only keep."),
+        typer.Option(
+            help="official (default), q2, q2-q4, q2-auto, q4, bf16 or f32; for GGUF only keep."
+        ),
     ] = None,
     imatrix: Annotated[
-        Path | None, typer.Option(help="Importances for q2, q2-q4 and q4: .dat or GGUF.")
+        Path | None, typer.Option(help="Importances for q2 and its kin, and q4: .dat or GGUF.")
     ] = None,
     moments: Annotated[
         Path | None,
-        typer.Option(help="Second moments for q2, q2-q4 and q4: see imatrix --moments."),
+        typer.Option(help="Second moments for the same: see imatrix --moments."),
+    ] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="Bytes that q2-auto may take, such as 100GB.")
+    ] = None,
+    sensitivity: Annotated[
+        Path | None, typer.Option(help="How much layers matter, for q2-auto: see sensitivity.")
+    ] = None,
+    choice: Annotated[
+        Path | None, typer.Option(help="The choice.json of an earlier q2-auto, to follow.")
     ] = None,
     mtp: Annotated[
         Path | None, typer.Option(help="GGUF file with the MTP block of a GGUF source.")
@@ -45,7 +56,8 @@ def convert(
 
     In every recipe but bf16 and f32 all tensors other than the routed experts keep the source's values
     bit for bit. Routed experts: official and keep, the source's values; q2, gate and up IQ2_XXS, down
-    Q2_K; q2-q4, the same but Q4_K in the last 6 layers; q4, Q4_K. --dry-run lists it for a source.
+    Q2_K; q2-q4, the same but Q4_K in the last 6 layers; q2-auto, as q2 with better formats where they
+    help most in a --budget, or what a --choice says; q4, Q4_K. --dry-run lists it for a source.
 
     \b
     ds4mlx convert deepseek-ai/DeepSeek-V4-Flash ~/models/v4-q2 --recipe q2
@@ -57,6 +69,10 @@ def convert(
         raise typer.BadParameter(
             f"{recipe!r} is not one of {', '.join(RECIPES)}", param_hint="--recipe"
         )
+    if (recipe == "q2-auto") != ((budget is None) != (choice is None)):
+        raise typer.BadParameter(
+            "goes with --budget or --choice, and they with it", param_hint="--recipe q2-auto"
+        )
     limit = None if max_memory is None else arg.size(max_memory)
     try:
         plan = run(
@@ -66,6 +82,9 @@ def convert(
             imatrix=imatrix,
             moments=moments,
             mtp=mtp,
+            budget=None if budget is None else arg.size(budget),
+            sensitivity=sensitivity,
+            choice=choice,
             release=release,
             max_memory=limit,
             dry_run=dry_run,

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ds4mlx.errors import DataError
 
-SIZE_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+SIZE_UNITS = ["", "K", "M", "G", "T"]
 LIMIT = "DS4MLX_MEMORY"  # the environment variable with the memory to be used instead
 # How MLX, CUDA and Metal say that there is no memory left.
 RAN_OUT = re.compile(r"(?i)unable to allocate|out of ?memory|insufficient memory|bad_alloc")
@@ -91,9 +91,13 @@ def usable() -> int:
 
 
 def size(text: str) -> int:
-    """Bytes of a size such as 512M or 1.5G. Raises DataError if it is none."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
-    number = int(float(match[1]) * SIZE_UNITS[match[2].upper()]) if match else 0
+    """Bytes of a size such as 512M or 1.5G, by 1024, as KiB are; KB, MB, GB and TB go by 1000.
+
+    Raises DataError if it is none.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?)(i?B)?", text.strip(), re.IGNORECASE)
+    by = 1000 if match and (match[3] or "").upper() == "B" else 1024
+    number = int(float(match[1]) * by ** SIZE_UNITS.index(match[2].upper())) if match else 0
     if number < 1:
         raise DataError(f"{text!r} is not a size such as 512M or 8G")
     return number
