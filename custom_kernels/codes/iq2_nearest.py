@@ -12,7 +12,8 @@ import mlx.core as mx
 import numpy as np
 
 from ds4mlx.custom_kernels import dispatch
-from ds4mlx.custom_kernels.dialect import LOAD8, Kernel
+from ds4mlx.custom_kernels.dialect import Kernel
+from ds4mlx.custom_kernels.words import LOAD8
 from ds4mlx.formats.iq import iq2_grid
 
 THREADS = 256  # each has an eight

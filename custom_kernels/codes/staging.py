@@ -11,7 +11,7 @@ exact, and off unless asked for.
 import mlx.core as mx
 
 from ds4mlx.custom_kernels.codes.packs import Packing
-from ds4mlx.custom_kernels.dialect import LOAD8
+from ds4mlx.custom_kernels.words import LOAD8
 
 CHUNK = 64  # columns a lane takes at a time
 STEP = 32 * CHUNK  # columns a SIMD-group takes at a time

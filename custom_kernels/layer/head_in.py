@@ -5,11 +5,12 @@ from functools import lru_cache
 import mlx.core as mx
 
 from ds4mlx.custom_kernels import dispatch
-from ds4mlx.custom_kernels.dialect import LOAD8, Kernel
+from ds4mlx.custom_kernels.dialect import Kernel
 from ds4mlx.custom_kernels.layer import hyper_text
 from ds4mlx.custom_kernels.layer.hyper_in import collapsing, mixes, suits
 from ds4mlx.custom_kernels.layer.hyper_pre import STREAMS, collapse
 from ds4mlx.custom_kernels.layer.plain import rms_norm
+from ds4mlx.custom_kernels.words import LOAD8
 
 
 @lru_cache

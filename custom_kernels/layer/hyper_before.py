@@ -12,9 +12,10 @@ from typing import Unpack
 import mlx.core as mx
 
 from ds4mlx.custom_kernels import dispatch
-from ds4mlx.custom_kernels.dialect import LOAD8, Kernel
+from ds4mlx.custom_kernels.dialect import Kernel
 from ds4mlx.custom_kernels.layer import hyper_in, hyper_pre
 from ds4mlx.custom_kernels.layer.hyper_pre import MIXES, STREAMS, Sizes
+from ds4mlx.custom_kernels.words import LOAD8
 
 TOKENS, GROUPS = 32, 8  # tokens and SIMD-groups of a threadgroup
 AT_ONCE = 16 * GROUPS  # channels that are in threadgroup memory at a time

@@ -12,10 +12,11 @@ import mlx.core as mx
 
 from ds4mlx.custom_kernels import dispatch
 from ds4mlx.custom_kernels.codes.tables import bits
-from ds4mlx.custom_kernels.dialect import LOAD8, Kernel
+from ds4mlx.custom_kernels.dialect import Kernel
 from ds4mlx.custom_kernels.layer import hyper_text
 from ds4mlx.custom_kernels.layer.hyper_pre import MIXES, STREAMS, Sizes, collapse, sinkhorn
 from ds4mlx.custom_kernels.layer.plain import rms_norm
+from ds4mlx.custom_kernels.words import LOAD8
 
 # The inverse of a number near 1, to a unit in its last place; what is left of the error vanishes in
 # the next iteration.

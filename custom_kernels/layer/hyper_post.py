@@ -5,8 +5,9 @@ from functools import lru_cache
 import mlx.core as mx
 
 from ds4mlx.custom_kernels import dispatch
-from ds4mlx.custom_kernels.dialect import LOAD8, Kernel
+from ds4mlx.custom_kernels.dialect import Kernel
 from ds4mlx.custom_kernels.layer import hyper_text
+from ds4mlx.custom_kernels.words import LOAD8
 
 STREAMS = 4
 THREADS = 256  # each has eight channels

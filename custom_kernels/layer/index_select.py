@@ -10,7 +10,8 @@ from functools import lru_cache
 import mlx.core as mx
 
 from ds4mlx.custom_kernels import dispatch
-from ds4mlx.custom_kernels.dialect import CUDA_COUNTERS, METAL_COUNTERS, Kernel
+from ds4mlx.custom_kernels.dialect import Kernel
+from ds4mlx.custom_kernels.words import CUDA_COUNTERS, METAL_COUNTERS
 
 THREADS = 1024
 EACH = 16  # scores of a thread

@@ -5,8 +5,9 @@ transform and E2M1 codes. A thread then keeps rows and goes through the heads. C
 waits for its own instructions, so heads are a loop.
 """
 
-from ds4mlx.custom_kernels.dialect import LOAD8, Kernel
+from ds4mlx.custom_kernels.dialect import Kernel
 from ds4mlx.custom_kernels.layer.buffers import numbered, picked, variant
+from ds4mlx.custom_kernels.words import LOAD8
 
 # Where there are few rows, many SIMD-groups share the heads of the same 32.
 _BEGIN = """

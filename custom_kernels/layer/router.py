@@ -11,7 +11,8 @@ import mlx.core as mx
 
 from ds4mlx.custom_kernels import dispatch
 from ds4mlx.custom_kernels.codes.tables import bits
-from ds4mlx.custom_kernels.dialect import LOAD8, Kernel, Shares
+from ds4mlx.custom_kernels.dialect import Kernel, Shares
+from ds4mlx.custom_kernels.words import LOAD8
 
 GROUPS = 32  # SIMD-groups of a threadgroup
 ROWS = 4  # experts a SIMD-group scores at a time

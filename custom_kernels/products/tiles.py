@@ -5,7 +5,7 @@ ldmatrix reads); PRODUCTS are plain arithmetic, for float32 activations. A and B
 memory as rows of LD elements, or as many as is said, both along the summed axis.
 """
 
-from ds4mlx.custom_kernels import dialect
+from ds4mlx.custom_kernels.words import LOAD8
 
 METAL_BF16 = """
 #include <metal_simdgroup_matrix>
@@ -87,7 +87,7 @@ inline void put8(threadgroup bfloat16_t* p, const thread float* v) {
 """
 
 FLOAT = (
-    dialect.LOAD8
+    LOAD8
     + """
 inline void put8(threadgroup float* p, const thread float* v) {
   for (int i = 0; i < 8; i++) p[i] = v[i];
