@@ -215,8 +215,9 @@ def talker_dir(shared, talker_source):
 
 @pytest.fixture(scope="session")
 def talker(talker_dir):
-    """The random model and its tokenizer as the command line loads them without a GPU."""
-    return load(talker_dir, dtype=mx.float32)
+    """The random model, plain values on a CPU, and its tokenizer."""
+    model, tokenizer = load(talker_dir, dtype=mx.float32)
+    return quick(model), tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -217,7 +217,9 @@ def test_logprobs(ask, talker, tmp_path):
         chances = [entry["logprob"] for entry in top]
         assert chances == sorted(chances, reverse=True)
         assert sum(2.718281828**chance for chance in chances) <= 1 + 1e-6
-        assert chances == pytest.approx([response.logprobs[e["token"]].item() for e in top])
+        assert chances == pytest.approx(
+            [response.logprobs[e["token"]].item() for e in top], abs=1e-4
+        )
         for entry in top:
             assert bytes(entry["bytes"]) == talker[1].token_bytes(entry["token"])
             assert bytes(entry["bytes"]).decode(errors="replace") == entry["text"]

@@ -21,12 +21,13 @@ from mlx_lm.tuner.datasets import TextDataset
 
 from ds4mlx import DataError, Sampler, encode_messages, generate, load
 from ds4mlx.chat import encode_ids
+from ds4mlx.evaluation.weights import decode_weights
 from ds4mlx.model.linear import projections
 
 
 @pytest.mark.parametrize("mode", ["exact", "kvsim"])
-def test_generate_step(exact_model, official_model, stored, mode):
-    model = exact_model if mode == "exact" else official_model
+def test_generate_step(decoded_model, official_model, stored, mode):
+    model = decoded_model if mode == "exact" else official_model
     prompt = mx.array(stored["s700/ids"][:300].astype("int32"))
     want = stored[f"greedy/{mode}/ids"].tolist()
     steps = generate_step(prompt, model, max_tokens=len(want), prefill_step_size=100)
@@ -41,8 +42,10 @@ def test_the_attributes_of_an_mlx_lm_model(exact_model):
 
 @pytest.fixture(scope="module")
 def tiny():
-    """The small model, loaded without naming it."""
-    return load()
+    """The small model, loaded without naming it, with plain values."""
+    model, tokenizer = load()
+    decode_weights(model)
+    return model, tokenizer
 
 
 def test_generate_from_text(tiny):

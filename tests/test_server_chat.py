@@ -173,10 +173,11 @@ def test_logprobs(client, served):
     assert [each.token for part in said for each in part] == [token.token for token in tokens]
 
 
-def test_a_tool_loop_of_five_turns(client, served):
+@pytest.mark.parametrize("turns", [3, pytest.param(5, marks=pytest.mark.slow)])
+def test_a_tool_loop_of_several_turns(client, served, turns):
     """Calls come by name and fragments, and their history is known, token for token."""
     messages, cached = list(QUESTION), []
-    for turn in range(5):
+    for turn in range(turns):
         asked = PLAIN | {"messages": messages, "tools": [TOOL]}
         asked |= {"tool_choice": "required", "parallel_tool_calls": False}
         with client.chat.completions.create(

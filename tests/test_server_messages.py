@@ -103,11 +103,12 @@ def test_a_thought_that_is_not_shown(client):
     assert one == counted(client, messages=history(shown), **tools)
 
 
-def test_tools_over_five_turns(client):
+@pytest.mark.parametrize("turns", [3, pytest.param(5, marks=pytest.mark.slow)])
+def test_tools_over_several_turns(client, turns):
     """Every turn is read on from where the last one ended: thoughts and calls are as sampled."""
     messages, known = [ADD], 0
     choice = {"tool_choice": NAMED | {"disable_parallel_tool_use": True}, "max_tokens": 60}
-    for turn in range(5):
+    for turn in range(turns):
         moved = [READ | {"cache_control": {"type": "ephemeral"}}] if turn % 2 else [READ]
         asked = {"messages": messages, "thinking": THINKING}
         answer = ask(client, tools=moved, **asked, **choice)

@@ -124,12 +124,13 @@ def test_a_response_that_is_not_stored_is_not_kept(client, served):
     assert client.responses.retrieve(streamed["id"]).output_text
 
 
-def test_tools_over_five_turns(client):
+@pytest.mark.parametrize("turns", [3, pytest.param(5, marks=pytest.mark.slow)])
+def test_tools_over_several_turns(client, turns):
     """Thoughts come back unseen, arguments spaced otherwise; each turn goes on from the last."""
     items, known = [{"role": "user", "content": ADD}], 0
     asked = {"tools": [READ], "tool_choice": NAMED, "max_output_tokens": 60, "store": False}
     asked |= SHORT | {"include": ["reasoning.encrypted_content"]}
-    for turn in range(5):
+    for turn in range(turns):
         answer = ask(client, input=items, **asked)
         thought, call = dumped(answer)
         assert thought["type"] == "reasoning" and thought["encrypted_content"]

@@ -121,6 +121,7 @@ def test_tiny_as_the_oracle_says(exact_model, decoded_model, tiny, depths):
     assert_as_wanted(exact_model, decoded_model, tiny.ids, tiny.logits, depths, 6)
 
 
+@pytest.mark.slow
 def test_long_decoding_of_tiny(exact_model, tiny):
     count = 140
     got = stepped(exact_model, tiny.ids, [exact_model.make_cache()], count)[:, 0]
