@@ -57,15 +57,15 @@ def choose(
     Raises DataError, with the figures, for a budget that is too small, or too large to choose in, and
     for a source that is still to be downloaded.
     """
-    if source.downloads is not None:
-        raise DataError(
-            f"{source.path}: q2-auto looks at the weights before it chooses; download them first, or "
-            f"give the choice of an earlier conversion"
-        )
     stacks: dict[Place, list[Entry]] = {}
     for entry in (e for entries in source.inventory.values() for e in entries):
         if entry.kind == "experts":
             stacks.setdefault(place_of(entry, source.config), []).append(entry)
+            if source.remote(entry):
+                raise DataError(
+                    f"{source.path}: q2-auto looks at the weights before it chooses; download them "
+                    f"first, or give the choice of an earlier conversion"
+                )
     exact = source.exact(next(iter(stacks.values()))[0])
     sizes = {
         place: {

@@ -73,18 +73,22 @@ def occupied(target):
         lambda target, _: convert(NAME, target, dry_run=True),
         lambda target, _: convert(NAME, target, "no such recipe"),
         lambda target, _: convert(NAME, target, "q2"),  # rows are too short for it
+        lambda target, _: convert(NAME, target, "q2-auto", budget=1 << 30),
         lambda target, _: (occupied(target), convert(NAME, target)),
         lambda target, patch: (small_disk(patch), convert(NAME, target)),
         lambda target, patch: (small_disk(patch), convert(NAME, target, keep_download=True)),
     ],
-    ids=["inspect", "dry run", "recipe", "width", "occupied", "full", "full, kept"],
+    ids=["inspect", "dry run", "recipe", "width", "choice", "occupied", "full", "full, kept"],
 )
 def test_no_weights_are_downloaded_to_look_or_to_refuse(hub, tmp_path, monkeypatch, ask, request):
     if request.node.callspec.id in ("inspect", "dry run"):
         ask(tmp_path / "out", monkeypatch)
     else:
-        with pytest.raises(DataError):
+        with pytest.raises(DataError) as refused:
             ask(tmp_path / "out", monkeypatch)
+        assert ("download them first" in str(refused.value)) == (
+            request.node.callspec.id == "choice"
+        )
     assert hub.downloaded() == set()
     assert not (tmp_path / "out" / ".download").exists()
 
