@@ -252,6 +252,12 @@ def test_a_server_that_does_not_start(stage, capsys):
     assert last == f"error: the server did not start: {missing}: no such directory"
 
 
+def test_an_adapter_is_for_a_server_that_is_started(answering, capsys):
+    port = str(answering.server_port)
+    assert run(["launch", "codex", "--port", port, "--adapter", "mine", "--print"]) == 1
+    assert "does not say which adapter it has" in capsys.readouterr().err
+
+
 def test_the_plan_without_a_server(stage, talker_dir, capsys):
     """Has the server's own command, and the context that it would take."""
     port = str(free_port())
@@ -264,5 +270,7 @@ def test_the_plan_without_a_server(stage, talker_dir, capsys):
         ["ds4mlx", "serve", "--port", port, "-m", str(talker_dir), "--kv", "&"]
     ).replace("'&'", "&")
     assert "model_context_window=65536" in out and "ds4mlx.name" in out
+    assert run(["launch", "codex", "--adapter", "mine", *options]) == 0
+    assert "--adapter mine" in capsys.readouterr().out
     assert run(["launch", "codex", "--ctx", "3000", *options]) == 0
     assert "model_context_window=3000" in capsys.readouterr().out

@@ -108,6 +108,7 @@ def bench(
     batch: Batch = 1,
     count_for: Target = None,
     draft: Draft = None,
+    adapter: arg.Adapter = None,
 ) -> None:
     """Measure how fast a model prefills and decodes at several depths, and what a token costs.
 
@@ -132,7 +133,7 @@ def bench(
     weights = sum((directory.path / file).stat().st_size for file in directory.files)
     tokens = gen + 4 * (draft or 0)  # rounds may begin and end beyond what is measured
     check_room(directory.config, max(depths), tokens, ctx, weights, batch)
-    return _report(*arg.open_model(model), asked)
+    return _report(*arg.open_model(model, adapter=adapter), asked)
 
 
 def synth(

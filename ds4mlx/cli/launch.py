@@ -1,5 +1,6 @@
 """The command that starts a coding agent on a local server, set up for this one run."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -26,6 +27,7 @@ def launch(
         int | None,
         typer.Option(min=2, help="The most tokens of a server that is started."),
     ] = None,
+    adapter: arg.Adapter = None,
     kv_dir: arg.KvDir = None,
     kv: arg.Kv = False,
     show: Annotated[
@@ -48,8 +50,10 @@ def launch(
     chosen, given = CLIENTS[client], arguments or []
     served = launching.running(port)
     if served is not None:
-        _check_same(served.model, model, port)
-    server = _server(model, port, ctx, kv_dir, kv)
+        _check_same(served.model, model, adapter, port)
+    server = _server(
+        port, kv, {"-m": model, "--ctx": ctx, "--adapter": adapter, "--kv-dir": kv_dir}
+    )
     if show:
         planned = served or launching.planned(model, port, ctx)
         started = None if served else server
@@ -64,16 +68,18 @@ def launch(
     raise typer.Exit(code)
 
 
-def _server(
-    model: str | None, port: int, ctx: int | None, kv_dir: Path | None, kv: bool
-) -> list[str]:
-    """The command of a server to be started."""
-    options = {"-m": model, "--ctx": ctx, "--kv-dir": kv_dir}
+def _server(port: int, kv: bool, options: Mapping[str, object]) -> list[str]:
+    """The command of a server to be started; options that are None are left out."""
     told = [str(word) for pair in options.items() if pair[1] is not None for word in pair]
     return ["serve", "--port", str(port), *told, *(["--kv"] if kv else [])]
 
 
-def _check_same(served: str, wanted: str | None, port: int) -> None:
+def _check_same(served: str, wanted: str | None, adapter: Path | None, port: int) -> None:
+    if adapter is not None:
+        raise DataError(
+            f"a server runs on port {port}, and does not say which adapter it has: choose another "
+            "port with --port, or leave --adapter out"
+        )
     if wanted is not None and arg.model_name(wanted) != served:
         raise DataError(
             f"the server on port {port} has {served} and not {arg.model_name(wanted)}: choose "
