@@ -14,7 +14,7 @@ from itertools import product
 from pathlib import Path
 
 from ds4mlx.convert.choice import ROLES, Place
-from ds4mlx.durable import write_whole
+from ds4mlx.durable import put_in_place
 from ds4mlx.errors import DataError
 
 KIND = "ds4mlx sensitivity 1"
@@ -52,10 +52,14 @@ class Sensitivity:
 
 
 def write_sensitivity(path: Path, found: Mapping[Place, tuple[float, float]], tokens: int) -> None:
-    """Write (nats, standard error) of every place, measured over so many tokens."""
+    """Write (nats, standard error) of every place, measured over so many tokens.
+
+    Raises OSError naming `path`.
+    """
     layers = [
         {r: dict(zip(("nats", "standard_error"), found[n, r], strict=True)) for r in ROLES}
         for n in range(len(found) // len(ROLES))
     ]
     content = {"kind": KIND, "tokens": tokens, "layers": layers}
-    write_whole(path, (json.dumps(content, indent=1) + "\n").encode())
+    with put_in_place(path) as aside:
+        aside.write_text(json.dumps(content, indent=1) + "\n")

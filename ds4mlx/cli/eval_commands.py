@@ -126,6 +126,8 @@ def sensitivity(
     from ds4mlx.text.tokenizer import Tokenizer
     from ds4mlx.weights.directory import ModelDirectory
 
+    if output.resolve() == prompts.resolve():
+        raise typer.BadParameter("would replace the prompts", param_hint="--output")
     arg.check_output(output)
     found = ModelDirectory.open(arg.find_model(model))
     tokenizer, release = Tokenizer.from_dir(found.path), found.config.release
