@@ -9,6 +9,8 @@ import json
 import math
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -24,56 +26,43 @@ from ds4mlx.convert.sources import Source
 from ds4mlx.errors import DataError
 from ds4mlx.weights.inventory import Entry, experts
 
-# What kernels read in each role, the smallest first, beside the exact format: that of the official
-# experts leaves no room for Q4_K, which is larger.
+# What is tried in each role beside the exact format, the smallest first: that of the official experts
+# leaves no room for Q4_K, which is larger.
 ROUNDED = {"gate_up": ("iq2_xxs", "q2_k"), "down": ("q2_k",)}
 # Experts of a layer that are rounded to see what is lost.
 SAMPLE = 4
 
-
-def made_of(
-    source: Source,
-    importance: Importance | None,
-    moments: Moments | None,
-    sensitivity: Sensitivity,
-    budget: int,
-) -> str:
-    """Digest of all that decides a choice."""
-    files = (each and each.fingerprint for each in (importance, moments, sensitivity))
-    parts = [source.fingerprint(), *files, quantisers_version(), budget, SAMPLE]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+Stacks = Mapping[Place, list[Entry]]
+Sizes = Mapping[Place, Mapping[str, int]]
 
 
-def choose(
-    source: Source,
-    importance: Importance | None,
-    moments: Moments | None,
-    sensitivity: Sensitivity,
-    budget: int,
-    progress: bool = True,
-) -> Choice:
-    """The choice of the least expected cost whose weight files take at most `budget` bytes.
+class Basis(NamedTuple):
+    """Of what a choice is made; budget: the most bytes that all weight files may take."""
+
+    source: Source
+    importance: Importance | None
+    moments: Moments | None
+    sensitivity: Sensitivity
+    budget: int
+
+    def digest(self, choice: Choice) -> str:
+        """Digest of all that decides a choice, and of its formats, which may have been edited."""
+        sides = (self.importance, self.moments, self.sensitivity)
+        files = [each and each.fingerprint for each in sides]
+        parts = [self.source.fingerprint(), *files, quantisers_version(), self.budget, SAMPLE]
+        return hashlib.sha256(json.dumps([*parts, choice.listed]).encode()).hexdigest()
+
+
+def choose(basis: Basis, progress: bool = True) -> Choice:
+    """The choice of the least expected cost whose weight files take at most the budget.
 
     Raises DataError, with the figures, for a budget that is too small, or too large to choose in, and
     for a source that is still to be downloaded.
     """
-    stacks: dict[Place, list[Entry]] = {}
-    for entry in (e for entries in source.inventory.values() for e in entries):
-        if entry.kind == "experts":
-            stacks.setdefault(place_of(entry, source.config), []).append(entry)
-            if source.remote(entry):
-                raise DataError(
-                    f"{source.path}: q2-auto looks at the weights before it chooses; download them "
-                    f"first, or give the choice of an earlier conversion"
-                )
+    source, importance, moments, sensitivity, budget = basis
+    stacks = _stacks(source)
     exact = source.exact(next(iter(stacks.values()))[0])
-    sizes = {
-        place: {
-            format: sum(OutEntry(each, format, False).nbytes for each in found)
-            for format in (*ROUNDED[place[1]], exact)
-        }
-        for place, found in stacks.items()
-    }
+    sizes = _sizes(stacks, exact)
     low = {place: next(iter(each)) for place, each in sizes.items()}
     smallest, largest = (_whole(source, each) for each in (low, dict.fromkeys(sizes, exact)))
     if not smallest <= budget < largest:
@@ -85,25 +74,50 @@ def choose(
         importance.check(entry for found in stacks.values() for entry in found)
     if moments is not None:
         moments.check(source)
-    costs = _costs(source, stacks, Encoder(source, importance, moments), sensitivity, progress)
-    made = made_of(source, importance, moments, sensitivity, budget)
+    encoder = Encoder(source, importance, moments, together=SAMPLE)
+    costs = _costs(source, stacks, encoder, sensitivity, progress)
     room = budget - smallest + sum(sizes[place][format] for place, format in low.items())
     while True:  # headers are a few bytes longer or shorter
-        choice = Choice(least(costs, sizes, room), costs, budget, made)
-        over = Plan(source, "q2-auto", None, choice=choice).nbytes - budget
+        choice = Choice(least(costs, sizes, room), costs, budget)
+        over = _whole(source, choice.formats) - budget
         if over <= 0:
-            return choice
+            return replace(choice, made_from=basis.digest(choice))
         room -= over
 
 
-def _whole(source: Source, formats: dict[Place, str]) -> int:
+def _stacks(source: Source) -> Stacks:
+    """The stacks of experts of every place. DataError if any is still to be downloaded."""
+    stacks: dict[Place, list[Entry]] = {}
+    for entry in (e for entries in source.inventory.values() for e in entries):
+        if entry.kind == "experts":
+            stacks.setdefault(place_of(entry, source.config), []).append(entry)
+            if source.remote(entry):
+                raise DataError(
+                    f"{source.path}: q2-auto looks at the weights before it chooses; download them "
+                    f"first, or give the choice of an earlier conversion"
+                )
+    return stacks
+
+
+def _sizes(stacks: Stacks, exact: str) -> Sizes:
+    """Bytes of every format at every place."""
+    return {
+        place: {
+            format: sum(OutEntry(each, format, False).nbytes for each in found)
+            for format in (*ROUNDED[place[1]], exact)
+        }
+        for place, found in stacks.items()
+    }
+
+
+def _whole(source: Source, formats: Mapping[Place, str]) -> int:
     """Bytes of all weight files."""
     return Plan(source, "q2-auto", None, choice=Choice(formats, {})).nbytes
 
 
 def _costs(
     source: Source,
-    stacks: Mapping[Place, list[Entry]],
+    stacks: Stacks,
     encoder: Encoder,
     sensitivity: Sensitivity,
     progress: bool,
@@ -127,9 +141,7 @@ def error(encoder: Encoder, entry: Entry, format: str) -> float:
     return float(np.mean([(loss.weighted if steered else loss.relative) ** 2 for loss in each]))
 
 
-def least(
-    costs: Mapping[Place, Mapping[str, float]], sizes: Mapping[Place, Mapping[str, int]], room: int
-) -> dict[Place, str]:
+def least(costs: Mapping[Place, Mapping[str, float]], sizes: Sizes, room: int) -> dict[Place, str]:
     """The formats with the least sum of costs that take at most `room` bytes together.
 
     By dynamic programming over what is taken beyond the smallest formats, in units that divide all.

@@ -18,6 +18,8 @@ from ds4mlx.weights.inventory import Entry
 KIND, CHOICE = "ds4mlx choice 1", "choice.json"
 # What a layer gives formats to; gate and up are read by one kernel, which takes one format for both.
 ROLES = {"gate_up": ("w1", "w3"), "down": ("w2",)}
+# The formats that kernels read there, beside the exact one.
+READ = {"gate_up": ("iq2_xxs", "q2_k", "q4_k"), "down": ("q2_k", "q4_k")}
 Place = tuple[int, str]  # layer and role
 
 
@@ -52,7 +54,10 @@ class Choice:
             content = json.loads(path.read_bytes())
             found, kind = content["layers"], content["kind"]
             formats = {(n, role): found[n][role]["format"] for n, role in places}
-            costs = {(n, role): dict(found[n][role].get("costs", {})) for n, role in places}
+            listed = {(n, role): dict(found[n][role].get("costs", {})) for n, role in places}
+            costs = {
+                place: {f: float(c) for f, c in each.items()} for place, each in listed.items()
+            }
             choice = cls(formats, costs, content.get("budget"), content.get("made_from"))
         except OSError as error:
             raise DataError(f"{path}: {error.strerror}") from None
@@ -61,7 +66,7 @@ class Choice:
         if kind != KIND or len(found) != config.num_hidden_layers:
             raise DataError(f"{path}: is no choice of formats for this model")
         for (layer, role), format in formats.items():
-            if format not in ("iq2_xxs", "q2_k", "q4_k", exact):
+            if format not in (*READ[role], exact):
                 raise DataError(f"{path}: {role} of layer {layer} cannot be stored as {format!r}")
         return choice
 

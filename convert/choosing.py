@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from ds4mlx.convert.allocation import choose, made_of
+from ds4mlx.convert.allocation import Basis, choose
 from ds4mlx.convert.choice import CHOICE, Choice
 from ds4mlx.convert.importance import Importance
 from ds4mlx.convert.moments import Moments
@@ -24,6 +24,16 @@ class Wanted(NamedTuple):
     sensitivity: str | Path | None
     choice: str | Path | None
 
+    def check(self, recipe: str | None) -> None:
+        """DataError for what the recipe has no use for, or lacks."""
+        if recipe != "q2-auto":
+            if any(each is not None for each in self):
+                raise DataError("a budget, sensitivities and a choice are for recipe q2-auto only")
+        elif (self.budget is None) == (self.choice is None):
+            raise DataError("recipe q2-auto needs a budget or a choice to follow, and not both")
+        elif self.choice is not None and self.sensitivity is not None:
+            raise DataError("a choice is followed as it is, whatever the sensitivities are")
+
 
 def chosen(
     wanted: Wanted,
@@ -38,12 +48,9 @@ def chosen(
 
     What an interrupted conversion has chosen, from all the same, is not chosen again.
     """
+    wanted.check(recipe)
     if recipe != "q2-auto":
-        if any(each is not None for each in wanted):
-            raise DataError("a budget, sensitivities or a choice are for recipe q2-auto only")
         return None
-    if (wanted.budget is None) == (wanted.choice is None):
-        raise DataError("recipe q2-auto needs either a budget of bytes or a choice to follow")
     entries = [entry for found in source.inventory.values() for entry in found]
     exact = source.exact(next(entry for entry in entries if entry.kind == "experts"))
     if wanted.budget is None:
@@ -54,9 +61,9 @@ def chosen(
     else:
         path = Path(wanted.sensitivity).expanduser()
         steep = Sensitivity.read(path, source.config.num_hidden_layers)
-    made = made_of(source, importance, moments, steep, wanted.budget)
+    basis = Basis(source, importance, moments, steep, wanted.budget)
     if (target / CHOICE).exists():
         kept = Choice.read(target / CHOICE, source.config, exact)
-        if kept.made_from == made:
+        if kept.made_from == basis.digest(kept):
             return kept
-    return choose(source, importance, moments, steep, wanted.budget, progress)
+    return choose(basis, progress)

@@ -63,7 +63,9 @@ def convert(
     recipe: one of RECIPES; "official" unless told, and always "keep" for GGUF. imatrix: a file of
     importances that steers the 2- and 4-bit recipes. moments: a file of second moments, with which
     those recipes round with error feedback. mtp: a GGUF file with the MTP block of a GGUF
-    source. budget, sensitivity, choice: what `q2-auto` needs, see `Wanted`. release: "april" or "0731", where the source does not say.
+    source. budget, choice: for the recipe "q2-auto", the bytes that all weight files may take, or a
+    file of an earlier choice to follow. sensitivity: for a budget, a file that says how much each
+    layer matters; all alike without one. release: "april" or "0731", where the source does not say.
     max_memory: bytes that one chunk of rows may take when decoded (default 32 MiB; a few such
     exist at a time). dry_run: only plan. overwrite: replace an earlier conversion in `dst`.
     keep_download: leave what was downloaded in the hub's cache; otherwise each file is fetched to
@@ -123,7 +125,7 @@ def ready(target: Path, source: Path, plan: str, overwrite: bool) -> bool:
         return False
     if finished and read_manifest(target)["plan"] != plan:
         raise DataError(
-            f"{target}: holds a model of another source, recipe or release; use --overwrite"
+            f"{target}: holds a model of another source, or made by other options; use --overwrite"
         )
     if finished:
         (target / JOURNAL).unlink(missing_ok=True)

@@ -42,12 +42,20 @@ class RowMaker(Protocol):
 
 
 class Encoder:
-    """Encodes rows of a source's entries; importances and moments steer what the quantisers keep."""
+    """Encodes rows of a source's entries; importances and moments steer what the quantisers keep.
+
+    together: the most matrices of a stack that are rounded together.
+    """
 
     def __init__(
-        self, source: Source, importance: Importance | None = None, moments: Moments | None = None
+        self,
+        source: Source,
+        importance: Importance | None = None,
+        moments: Moments | None = None,
+        together: int | None = None,
     ):
         self.source, self.importance, self.moments = source, importance, moments
+        self._together = together
         self._stacked: dict[tuple[str, str, int], Rows] = {}  # of one stack
 
     def rows(self, format: str, entry: Entry, expert: int, rows: slice) -> Rows:
@@ -70,7 +78,8 @@ class Encoder:
         Where a stack begins and ends depends on nothing that an interruption changes.
         """
         if (format, entry.name, expert) not in self._stacked:
-            count = 1 if ".w2." in entry.name else stacked(entry)  # of down each has its own
+            most = self._together or experts(entry)
+            count = 1 if ".w2." in entry.name else min(stacked(entry), most)  # down: each its own
             first, whole = expert - expert % count, slice(0, entry.shape[-2])
             those = range(first, min(first + count, experts(entry)))
             stack = mx.stack([self._values(entry, each, whole) for each in those])

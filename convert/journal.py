@@ -54,8 +54,8 @@ class Journal:
             self.append({"plan": plan})
         elif entries[0].get("plan") != plan:
             raise DataError(
-                f"{self.path.parent}: holds an unfinished conversion of another source, recipe or "
-                "release; finish that one or use --overwrite"
+                f"{self.path.parent}: holds an unfinished conversion of another source, or by other "
+                "options; finish that one or use --overwrite"
             )
         for entry in entries[1:]:
             (self.done if "header" in entry else self.progress)[entry["file"]] = entry

@@ -226,7 +226,7 @@ def test_a_finished_directory_is_left_alone(small_source, tmp_path, capsys):
 def test_another_recipe_needs_overwrite(small_source, tmp_path):
     convert(small_source, tmp_path / "out", progress=False)
     (tmp_path / "out" / "notes.txt").write_text("mine")
-    with pytest.raises(DataError, match="another source, recipe or release; use --overwrite"):
+    with pytest.raises(DataError, match="another source, or made by other options; use"):
         convert(small_source, tmp_path / "out", "f32", progress=False)
     convert(small_source, tmp_path / "out", "f32", overwrite=True, progress=False)
     convert(small_source, tmp_path / "fresh", "f32", progress=False)
@@ -271,7 +271,7 @@ def test_a_full_disk_is_seen_before_anything_is_written(small_source, tmp_path, 
 
 @pytest.mark.parametrize("recipe", ["q9", "keep"])
 def test_unknown_recipes(small_source, tmp_path, recipe):
-    with pytest.raises(DataError, match="there are: official, q2, q2-q4, q4, bf16, f32"):
+    with pytest.raises(DataError, match="there are: official, q2, q2-q4, q4, q2-auto, bf16, f32"):
         convert(small_source, tmp_path / "out", recipe, progress=False)
     assert not (tmp_path / "out").exists()
 

@@ -16,14 +16,17 @@ from moments import arrays_for, written
 
 from ds4mlx import DataError
 from ds4mlx.cli.main import run
-from ds4mlx.convert import convert, feedback, verify
-from ds4mlx.convert.allocation import ROUNDED, least
-from ds4mlx.convert.choice import CHOICE, ROLES
-from ds4mlx.convert.sensitivity import Sensitivity, write_sensitivity
+from ds4mlx.convert import convert, dequantize, feedback, quantize, verify
+from ds4mlx.convert.allocation import ROUNDED, error, least
+from ds4mlx.convert.choice import CHOICE, READ, ROLES
+from ds4mlx.convert.encoder import Encoder
+from ds4mlx.convert.moments import Moments
+from ds4mlx.convert.official import OfficialSource
+from ds4mlx.convert.quantise import decode
+from ds4mlx.convert.quantise_fed import quantise_fed
+from ds4mlx.convert.sensitivity import write_sensitivity
 from ds4mlx.custom_kernels.products.experts import DOWN, UP
 from ds4mlx.engine import machine
-from ds4mlx.evaluation.scoring import logit_blocks
-from ds4mlx.evaluation.sensitivity import NOISE, Noisy, noise, sensitivities
 from ds4mlx.weights.directory import MANIFEST
 
 LAYERS = 3
@@ -70,9 +73,9 @@ def test_the_least_of_all_that_fit(seed):
         before = best
 
 
-def test_kernels_read_all_that_is_chosen():
-    assert {*ROUNDED["gate_up"], "mxfp4"} <= set(UP.formats)
-    assert {*ROUNDED["down"], "mxfp4"} <= set(DOWN.formats)
+def test_kernels_read_all_that_may_be_chosen():
+    for role, kernels in (("gate_up", UP), ("down", DOWN)):
+        assert {*ROUNDED[role]} <= {*READ[role]} and {*READ[role], "mxfp4"} == {*kernels.formats}
 
 
 # Converting
@@ -145,6 +148,68 @@ def test_what_is_written(source, half):
     assert str(plan.choice).count("*") == 1 + 2 * LAYERS
 
 
+def opened(source):
+    """The source, and its experts by name."""
+    found = OfficialSource(source)
+    entries = (entry for listed in found.inventory.values() for entry in listed)
+    return found, {entry.name: entry for entry in entries if entry.kind == "experts"}
+
+
+def test_what_a_format_costs(source, calibrated, half):
+    """Its share of what comes out, squared, as second moments predict it; times the sensitivity."""
+    found, entries = opened(source)
+    moments, shares = Moments(calibrated["moments"]), []
+    for part, expert in product(ROLES["gate_up"], range(2)):
+        entry = entries[f"layers.1.ffn.experts.{part}.weight"]
+        rows, columns = entry.shape[-2:]
+        moment, values = moments.of(entry, expert), found.values(entry, expert, 0, rows)
+        planes = quantise_fed(mx.array(values), "iq2_xxs", moment)[0]
+        gap = np.array(decode("iq2_xxs", planes)).reshape(rows, columns) - values
+        h = np.array(moment.h) - feedback.DAMPING * np.eye(columns)
+        shares.append(np.trace(gap @ h @ gap.T) / np.trace(values @ h @ values.T))
+    costs = half[2].choice.costs[1, "gate_up"]
+    assert costs["iq2_xxs"] == pytest.approx(4 * np.mean(shares), rel=1e-3)
+    assert costs["mxfp4"] == 0
+
+
+def test_without_moments_the_weights_count(source):
+    found, entries = opened(source)
+    entry = entries["layers.0.ffn.experts.w2.weight"]
+    values = [found.values(entry, n, 0, entry.shape[-2]) for n in range(2)]
+    shares = [
+        np.square(dequantize(quantize(w, "Q2_K")) - w).sum() / np.square(w).sum() for w in values
+    ]
+    assert error(Encoder(found), entry, "q2_k") == pytest.approx(np.mean(shares), rel=1e-3)
+
+
+def test_experts_that_are_rounded_together(source, calibrated):
+    """No more than are wanted; and from where all of a layer's would begin, after an interruption."""
+    found, entries = opened(source)
+    entry = entries["layers.0.ffn.experts.w1.weight"]
+    sides = found, None, Moments(calibrated["moments"])
+    for together, want in ((None, {0, 1}), (1, {1})):
+        encoder = Encoder(*sides, together=together)
+        encoder.rows("iq2_xxs", entry, 1, slice(0, entry.shape[-2]))
+        assert {expert for _, _, expert in encoder._stacked} == want
+
+
+def test_a_choice_is_kept_for_the_same_only(source, calibrated, half, tmp_path):
+    """What lies in the target is told by a cost that no choosing gives."""
+    content = json.loads((half[0] / CHOICE).read_text())
+    content["layers"][0]["down"]["costs"]["q2_k"] = 77.0
+    (tmp_path / "target").mkdir()
+
+    def kept(budget):
+        (tmp_path / "target" / CHOICE).write_text(json.dumps(content))
+        sides = {"budget": budget, **calibrated, "dry_run": True, "progress": False}
+        costs = convert(source, tmp_path / "target", "q2-auto", **sides).choice.costs
+        return costs[0, "down"]["q2_k"] == 77.0
+
+    assert kept(half[1]) and not kept(half[1] + 1)
+    content["layers"][0]["down"]["format"] = "q4_k"  # edited: no longer what was chosen
+    assert not kept(half[1])
+
+
 def test_the_same_bytes_again(source, calibrated, half, tmp_path):
     target, _, _ = half
     sides = {"moments": calibrated["moments"], "progress": False}
@@ -172,37 +237,21 @@ def test_budgets_that_leave_nothing_to_choose(source, bounds, tmp_path, which, c
         convert(source, tmp_path, "q2-auto", budget=bounds[which] + change, progress=False)
 
 
-def steep(content):
-    return json.dumps({"kind": "ds4mlx sensitivity 1", **content})
+def test_moments_of_another_model(source, bounds, tmp_path):
+    arrays = arrays_for(source)
+    arrays["layers.0.w1"] = arrays["layers.0.w1"][:-1, :-1].copy()
+    sides = {"moments": written(tmp_path / "other", arrays), "progress": False}
+    with pytest.raises(DataError, match=r"other: .*these are moments of another model"):
+        convert(source, tmp_path / "out", "q2-auto", budget=sum(bounds) // 2, **sides)
 
 
-ONE = {role: {"nats": 1.0} for role in ROLES}
-WRONG = {
-    "no JSON": ("{", "is no file of sensitivities"),
-    "another kind": (json.dumps({"kind": "x", "layers": [ONE] * LAYERS}), "is no file of"),
-    "a layer too few": (
-        steep({"layers": [ONE] * (LAYERS - 1)}),
-        "is of a model with 2 layers, not 3",
-    ),
-    "no down": (steep({"layers": [{"gate_up": {"nats": 1}}] * LAYERS}), "is no file of"),
-    "nothing matters": (steep({"layers": [{**ONE, "down": {"nats": 0}}] * LAYERS}), "is no file"),
-    "not finite": (steep({"layers": [{**ONE, "down": {"nats": "nan"}}] * LAYERS}), "is no file"),
-}
-
-
-@pytest.mark.parametrize("kind", WRONG)
-def test_sensitivities_that_are_refused(tmp_path, kind):
-    text, why = WRONG[kind]
-    (tmp_path / "steep").write_text(text)
-    with pytest.raises(DataError, match=f"steep: {why}"):
-        Sensitivity.read(tmp_path / "steep", LAYERS)
-
-
-@pytest.mark.parametrize("change", ["{", "q9_k", "ds4mlx choice 9", "cut"])
+@pytest.mark.parametrize("change", ["{", "q9_k", "iq2_xxs", "much", "ds4mlx choice 9", "cut"])
 def test_choices_that_are_refused(source, half, tmp_path, change):
     content = json.loads((half[0] / CHOICE).read_text())
-    if change == "q9_k":
+    if change in ("q9_k", "iq2_xxs"):  # no kernel reads down in the latter
         content["layers"][1]["down"]["format"] = change
+    if change == "much":
+        content["layers"][1]["down"]["costs"]["q2_k"] = change
     content["kind"] = change if "9" in change and change != "q9_k" else content["kind"]
     content["layers"] = content["layers"][: 1 if change == "cut" else None]
     (tmp_path / "odd").write_text("{" if change == "{" else json.dumps(content))
@@ -214,6 +263,9 @@ def test_choices_that_are_refused(source, half, tmp_path, change):
 USAGE = {
     "nothing to go by": ["--recipe", "q2-auto"],
     "both": ["--recipe", "q2-auto", "--budget", "1G", "--choice", "x"],
+    "both, another recipe": ["--recipe", "q2", "--budget", "1G", "--choice", "x"],
+    "sensitivities, another recipe": ["--recipe", "q2", "--sensitivity", "x"],
+    "sensitivities and a choice": ["--recipe", "q2-auto", "--choice", "x", "--sensitivity", "x"],
     "another recipe": ["--recipe", "q2", "--budget", "1G"],
     "no size": ["--recipe", "q2-auto", "--budget", "much"],
 }
@@ -231,45 +283,3 @@ def test_wrong_usage(source, tmp_path, kind):
 )
 def test_sizes(text, number):
     assert machine.size(text) == number
-
-
-# Measuring
-
-
-IDS = list(range(3, 40))
-
-
-def test_the_noise_is_as_large_as_it_is_said_to_be(stored_model):
-    stack = stored_model.layers[0].ffn.experts.w1
-    x, experts = mx.random.normal((200, 1, 1, stack.shape[-1])), mx.zeros((200, 1), mx.int32)
-    exact, noisy = np.array(stack(x, experts)), np.array(Noisy(stack, 1)(x, experts))
-    found = np.square(noisy - exact).sum() / np.square(exact).sum()
-    assert found == pytest.approx(NOISE, rel=0.1)
-
-
-def test_it_is_only_where_and_while_it_should_be(small_model):
-    def logits():
-        return np.concatenate([np.array(each) for _, each in logit_blocks(small_model, IDS)])
-
-    before = logits()
-    with noise(small_model, (1, "down")):
-        inside, parts = logits(), small_model.layers[1].ffn.experts
-        assert isinstance(parts.w2, Noisy) and not isinstance(parts.w1, Noisy)
-    assert not np.array_equal(inside, before) and np.array_equal(logits(), before)
-
-
-def test_every_place_matters(small_model):
-    found = sensitivities(small_model, [IDS, IDS[:9]])
-    assert [*found] == [*product(range(LAYERS), ROLES)]
-    for mean in found.values():
-        assert mean.value > 0 and mean.count == len(IDS) + 9
-    again = sensitivities(small_model, [IDS, IDS[:9]])
-    assert again == found
-
-
-def test_the_command(embedded_dir, tmp_path):
-    (tmp_path / "text.txt").write_text("What matters is measured. " * 4)
-    words = ["-m", embedded_dir, "--prompts", tmp_path / "text.txt", "-o", tmp_path / "steep"]
-    assert run(["sensitivity", *map(str, words), "--max-tokens", "12"]) == 0
-    found = Sensitivity.read(tmp_path / "steep", 5)
-    assert len(found.nats) == 10 and found.fingerprint

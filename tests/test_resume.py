@@ -131,7 +131,7 @@ def test_an_unfinished_conversion_of_something_else(small_source, tmp_path, chan
     die(small_source, tmp_path, changes // 2)
     arguments = ["convert", str(small_source), str(tmp_path), "--recipe", "f32"]
     assert run(arguments) == 1
-    assert "unfinished conversion of another source, recipe or release" in capsys.readouterr().err
+    assert "unfinished conversion of another source, or by other options" in capsys.readouterr().err
     assert run([*arguments, "--overwrite"]) == 0
     assert verify(tmp_path, small_source, progress=False)
 

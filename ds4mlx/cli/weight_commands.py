@@ -22,20 +22,23 @@ def convert(
         ),
     ] = None,
     imatrix: Annotated[
-        Path | None, typer.Option(help="Importances for q2 and its kin, and q4: .dat or GGUF.")
+        Path | None, typer.Option(help="Importances for q2, q2-q4, q2-auto and q4: .dat or GGUF.")
     ] = None,
     moments: Annotated[
         Path | None,
         typer.Option(help="Second moments for the same: see imatrix --moments."),
     ] = None,
     budget: Annotated[
-        str | None, typer.Option(help="Bytes that q2-auto may take, such as 100GB.")
+        str | None,
+        typer.Option(help="For q2-auto: the bytes that all weights may take, such as 110GB."),
     ] = None,
     sensitivity: Annotated[
-        Path | None, typer.Option(help="How much layers matter, for q2-auto: see sensitivity.")
+        Path | None,
+        typer.Option(help="For --budget: how much layers matter, from ds4mlx sensitivity."),
     ] = None,
     choice: Annotated[
-        Path | None, typer.Option(help="The choice.json of an earlier q2-auto, to follow.")
+        Path | None,
+        typer.Option(help="For q2-auto: the choice.json of an earlier conversion, to follow."),
     ] = None,
     mtp: Annotated[
         Path | None, typer.Option(help="GGUF file with the MTP block of a GGUF source.")
@@ -57,23 +60,22 @@ def convert(
     In every recipe but bf16 and f32 all tensors other than the routed experts keep the source's values
     bit for bit. Routed experts: official and keep, the source's values; q2, gate and up IQ2_XXS, down
     Q2_K; q2-q4, the same but Q4_K in the last 6 layers; q2-auto, as q2 with better formats where they
-    help most in a --budget, or what a --choice says; q4, Q4_K. --dry-run lists it for a source.
+    help most within a --budget, or as a --choice says; q4, Q4_K. --dry-run lists it for a source.
 
     \b
     ds4mlx convert deepseek-ai/DeepSeek-V4-Flash ~/models/v4-q2 --recipe q2
     """
     from ds4mlx.convert import convert as run
+    from ds4mlx.convert.choosing import Wanted
     from ds4mlx.convert.recipes import RECIPES
 
     if recipe not in (None, *RECIPES):
         raise typer.BadParameter(
             f"{recipe!r} is not one of {', '.join(RECIPES)}", param_hint="--recipe"
         )
-    if (recipe == "q2-auto") != ((budget is None) != (choice is None)):
-        raise typer.BadParameter(
-            "goes with --budget or --choice, and they with it", param_hint="--recipe q2-auto"
-        )
-    limit = None if max_memory is None else arg.size(max_memory)
+    limit, most = (None if text is None else arg.size(text) for text in (max_memory, budget))
+    with arg.checked():
+        Wanted(most, sensitivity, choice).check(recipe)
     try:
         plan = run(
             src,
@@ -82,7 +84,7 @@ def convert(
             imatrix=imatrix,
             moments=moments,
             mtp=mtp,
-            budget=None if budget is None else arg.size(budget),
+            budget=most,
             sensitivity=sensitivity,
             choice=choice,
             release=release,
