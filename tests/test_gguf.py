@@ -226,7 +226,7 @@ def test_inspect(q2_dir, capsys):
 
 @pytest.mark.parametrize(
     ("source", "recipe", "offered"),
-    [(DS4_Q2, "q2", "keep"), (EMBEDDED, "keep", "official, q2, q2-q4, q4, bf16, f32")],
+    [(DS4_Q2, "q2", "keep"), (EMBEDDED, "keep", "official, q2, q2-q4, q4, q2-auto, bf16, f32")],
 )
 def test_recipes_of_each_kind_of_source(tmp_path, capsys, source, recipe, offered):
     assert command(["convert", str(source), str(tmp_path / "dir"), "--recipe", recipe]) == 1

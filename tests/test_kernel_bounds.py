@@ -35,7 +35,7 @@ def taken(count=8, rows=128, columns=128, topk=2, stored="mxfp4", dtype=mx.float
         ({"rows": 192}, {"rows": 160}),
         ({"columns": 192}, {"columns": 160}),
         ({"columns": 192, "tokens": 9}, {"columns": 192, "tokens": 9, "dtype": mx.bfloat16}),
-        ({"stored": "iq2_xxs"}, {"stored": "q2_k"}),
+        ({"stored": "q2_k"}, {"stored": "q8_0"}),
         ({"dtype": mx.bfloat16}, {"dtype": mx.float16}),
         ({"tokens": 1}, {"tokens": 0}),
     ],
