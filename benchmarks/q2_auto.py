@@ -4,7 +4,8 @@ Sensitivities are measured on the text of the calibration, which is in none of t
 `two_bits.py`. For every number of last layers whose experts stay exact, beside the others in `q2`, the
 least expected cost is found for the bytes that the main layers then take. The draft block, which
 follows the last layer and is a sixth of all experts here, is not counted, as it is not measured
-either. Differences are paired by blocks of 64 tokens.
+either. Differences are paired by blocks of 64 tokens. `allocation.py` measures the costs that are
+expected here.
 
     DS4MLX_OPENBLAS=1 python benchmarks/q2_auto.py [--source DIR] [--work DIR] [--results FILE]
 """
@@ -44,8 +45,18 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     bench = Bench(arguments.source, arguments.work, arguments.sequences)
-    result: dict = {"device": device(), "tokens of the sensitivities": TOKENS, "at equal bytes": {}}
     costs = expected(bench)
+    result: dict = {
+        "device": device(),
+        "tokens of the sensitivities": TOKENS,
+        "expected cost alone": {
+            f"{role} of layer {layer} in {format}": round(cost, 5)
+            for (layer, role), each in costs.items()
+            for format, cost in each.items()
+            if cost
+        },
+        "at equal bytes": {},
+    }
     for late in arguments.late:
         name = f"the last {late} layers exact"
         result["at equal bytes"][name] = compare(bench, costs, late)

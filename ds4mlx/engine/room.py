@@ -25,8 +25,8 @@ from ds4mlx.store.policy import Policy
 from ds4mlx.weights.directory import ModelDirectory
 
 FLOAT = mx.float32.size
-# Tokens of a chunk of a prompt. Twice as many are read a sixth faster on an H100, and take 3.7 GB of
-# scratch instead of 2.0.
+# Tokens of a chunk of a prompt. Twice as many are read an eighth faster on an H200, and take more scratch
+# than a machine should need.
 PREFILL_STEP = 2048
 SAVES = 2  # saves that wait for the disk
 
