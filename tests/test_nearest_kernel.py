@@ -67,6 +67,20 @@ def test_all_that_is_stored_has_an_even_number_of_minuses():
     assert np.array_equal(np.abs(values), levels)
 
 
+def test_odd_values_are_stored_as_by_the_reference():
+    """Zeros of either sign, weights of 0, values of any size, and scales of 0 or almost 0."""
+    x = np.random.default_rng(6).standard_normal((9, 1, 8)).astype(np.float32)
+    x[0], x[1], x[2, 0, 3] = 0.0, -0.0, -0.0
+    x[3, 0, 1], x[4, 0, 2], x[5, 0, 4] = 1e18, -1e18, 1e-30
+    scale = mx.array([1, 1, 1, 1, 1, 1, 0, 1e-45, np.inf], mx.float32)
+    for w in (mx.ones((1, 8)), mx.zeros((1, 8))):
+        want = iq2_nearest.plain(mx.array(x), scale, w)
+        with on_metal():
+            got = iq2_nearest.by_kernel(mx.array(x), scale, w)
+        for a, b in zip(got, want, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
 def test_feedback_by_kernel():
     """The same bytes but for choices that rounding decides."""
     w = mx.random.normal((6, 256), key=mx.random.key(5))

@@ -1,5 +1,7 @@
 """Prompts by chunks of any lengths, and what a chunk of Flash has in memory, on any machine."""
 
+import gc
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -13,7 +15,9 @@ from ds4mlx.custom_kernels.recording import recording
 from ds4mlx.engine import room
 from ds4mlx.engine.prefill import prefill_chunk
 from ds4mlx.model.batch import Batch
+from ds4mlx.model.pace import Pace
 from ds4mlx.state.blank import fill_blank
+from ds4mlx.state.step import Step
 
 IDS = (7 * np.arange(300) % 288).tolist()
 LATE = (
@@ -35,6 +39,19 @@ def test_lengths_change_from_chunk_to_chunk(small_model, whole, cuts):
         logits = prefill_chunk(small_model, IDS[start:end], state, end == 300)
     np.testing.assert_allclose(np.array(logits), whole[1], atol=1e-4)
     assert state.offset == 300
+
+
+def test_a_chunk_leaves_its_arrays_to_no_collector(small_model):
+    """Its steps are gone when it ends, without a search for circles."""
+    state = small_model.make_cache()
+    gc.collect()
+    gc.disable()
+    try:
+        prefill_chunk(small_model, IDS, state, True)
+        left = [each for each in gc.get_objects() if type(each) in (Pace, Step)]
+    finally:
+        gc.enable()
+    assert left == []
 
 
 def test_it_gives_what_a_call_gives(small_model, whole):
