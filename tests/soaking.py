@@ -43,6 +43,8 @@ WORDS = [
 ]
 TALKS = ["chat", "messages", "responses"]
 CLIENTS, MOST = 8, 10
+# Tokens of an answer in JSON, which may have 65 of white space at each of four places.
+ROOM = 320
 # What the process may take for states beside the weights, and files in the store.
 MEMORY, STORED = "540M", "8M"
 # Words of a new question; the longest are saved in the store.
@@ -111,7 +113,7 @@ class Load:
         for _ in range(2):
             form = schema_of(protocol, marked(mark))
             reading = self.random.choice([streamed, whole])
-            text = await reading(self.port, protocol, body_of(protocol, talk, 60, **form))
+            text = await reading(self.port, protocol, body_of(protocol, talk, ROOM, **form))
             assert json.loads(text) == {"mark": mark}, (protocol, mark, text)
             talk += [{"role": "assistant", "content": text}, {"role": "user", "content": "Again."}]
 
@@ -119,7 +121,7 @@ class Load:
         mark = self._mark()
         function = {"name": "note", "parameters": marked(mark)}
         tools = {"tools": [{"type": "function", "function": function}], "tool_choice": "required"}
-        body = body_of("chat", f"Note {mark}.", 80, parallel_tool_calls=False, **tools)
+        body = body_of("chat", f"Note {mark}.", ROOM, parallel_tool_calls=False, **tools)
         status, told = await ask(self.port, "POST", PATHS["chat"], body)
         assert status == 200, told
         (call,) = told["choices"][0]["message"]["tool_calls"]
@@ -128,7 +130,7 @@ class Load:
     async def _chain(self):
         """A response that is kept, gone on from, and forgotten."""
         mark = self._mark()
-        body = body_of("responses", f"{mark} {self._words()}", 60)
+        body = body_of("responses", f"{mark} {self._words()}", ROOM)
         body |= schema_of("responses", marked(mark))
         for _ in range(2):
             status, told = await ask(self.port, "POST", PATHS["responses"], body)
