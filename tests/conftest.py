@@ -47,6 +47,11 @@ settings.register_profile("repeatable", deadline=None, derandomize=True)
 settings.register_profile("search", deadline=None, max_examples=1000)
 settings.load_profile("repeatable")
 
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
 # The smallest model with all three kinds of attention: for tests that take many steps.
 SMALL = {
     "hidden_size": 128,

@@ -54,7 +54,7 @@ WARM = 1 / 6
 
 
 class Load:
-    """Clients that ask until a time, or so many questions, and what went wrong."""
+    """Clients that ask until a time, and what went wrong."""
 
     def __init__(self, port, seed=1):
         self.port, self.random = port, random.Random(seed)
@@ -68,24 +68,21 @@ class Load:
             body = body_of("chat", self._known(task), MOST)
             self.known[task] = await whole(self.port, "chat", body)
 
-    async def run(self, seconds, questions=None, watched=None):
+    async def run(self, seconds, watched=None):
         """All clients at once. watched: the process whose memory is noted."""
         self.begun, self.until = time.monotonic(), time.monotonic() + seconds
-        self.left = questions
         clients = [self._client() for _ in range(CLIENTS)]
         await asyncio.gather(*clients, *([self._watch(watched)] if watched else []))
 
     @property
     def over(self):
         """Whether no more is to be asked."""
-        return time.monotonic() > self.until or self.left == 0
+        return time.monotonic() > self.until
 
     async def _client(self):
         kinds = [self._ask_known] * 3 + [self._ask_new] * 4 + [self._call, self._look]
         kinds += [self._cancel] * 2 + [self._chain]
         while not self.over:
-            if self.left is not None:
-                self.left -= 1
             kind = self.random.choice(kinds)
             try:
                 await asyncio.wait_for(kind(), 120)

@@ -1,7 +1,6 @@
 """A server under mixed load for long: nothing is lost, nothing goes to somebody else, nothing grows."""
 
 import asyncio
-import math
 
 import pytest
 import serving
@@ -10,8 +9,9 @@ import soaking
 from ds4mlx.store import KVStore
 
 
+@pytest.mark.long
 def test_a_mixed_load_is_answered_as_it_should_be(embedded, tmp_path):
-    """In little memory over a small store."""
+    """For two minutes, in little memory over a small store."""
     model, tokenizer = embedded
     with (
         KVStore(tmp_path, 8 << 20, model, tokenizer=tokenizer) as store,
@@ -21,11 +21,11 @@ def test_a_mixed_load_is_answered_as_it_should_be(embedded, tmp_path):
 
         async def main():
             await load.learn(soaking.KNOWN[:2])
-            await load.run(math.inf, questions=10)
+            await load.run(120)
             return await soaking.until_idle(server.port)
 
         told = asyncio.run(main())
-        assert load.wrong == [] and sum(load.counts.values()) == 10
+        assert load.wrong == [] and set(load.counts) >= {"ask_known", "ask_new", "cancel"}
         assert not server.app.state.service.turns and told["store_bytes"] <= 8 << 20
 
 

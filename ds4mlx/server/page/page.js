@@ -98,6 +98,7 @@ async function receive(mine, body) {
         mine.turn.add(choice.delta);
         mine.finish = choice.finish_reason ? choice : mine.finish;
         mine.turn.say(pace.told());
+        if (pace.pieces === 2) watch(); // the first piece of text: the figures have changed
       }
       if (chunk.usage) mine.turn.say(figures(chunk, mine.finish));
       if (running === mine) show(mine);
