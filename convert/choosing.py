@@ -8,6 +8,7 @@ from ds4mlx.convert.allocation import Basis, choose
 from ds4mlx.convert.choice import CHOICE, Choice
 from ds4mlx.convert.importance import Importance
 from ds4mlx.convert.moments import Moments
+from ds4mlx.convert.recipes import choose_recipe
 from ds4mlx.convert.sensitivity import Sensitivity
 from ds4mlx.convert.sources import Source
 from ds4mlx.errors import DataError
@@ -49,7 +50,7 @@ def chosen(
     What an interrupted conversion has chosen, from all the same, is not chosen again.
     """
     wanted.check(recipe)
-    if recipe != "q2-auto":
+    if choose_recipe(recipe, source) != "q2-auto":
         return None
     entries = [entry for found in source.inventory.values() for entry in found]
     exact = source.exact(next(entry for entry in entries if entry.kind == "experts"))

@@ -8,7 +8,6 @@ from functools import cached_property
 
 from ds4mlx.convert.choice import Choice
 from ds4mlx.convert.encoder import Encoder
-from ds4mlx.convert.gguf_source import GGUFSource
 from ds4mlx.convert.importance import Importance
 from ds4mlx.convert.moments import Moments
 from ds4mlx.convert.quantise import QUANTISERS, quantisers_version
@@ -91,7 +90,7 @@ class Plan:
     ):
         self.source, self.importance, self.keep_download = source, importance, keep_download
         self.moments, self.choice = moments, choice
-        self.recipe = choose_recipe(recipe, source, isinstance(source, GGUFSource))
+        self.recipe = choose_recipe(recipe, source)
         self.release = release or source.config.release
         self.encoder = Encoder(source, importance, moments)
         self.files = [

@@ -2,6 +2,7 @@
 
 from ds4mlx.config import ModelConfig
 from ds4mlx.convert.choice import Choice, place_of
+from ds4mlx.convert.gguf_source import GGUFSource
 from ds4mlx.convert.sources import Source
 from ds4mlx.errors import DataError
 from ds4mlx.formats import FORMATS
@@ -16,8 +17,9 @@ LATE = 6
 FITS_BF16 = ("F8_E4M3", "I8", "BF16")
 
 
-def choose_recipe(recipe: str | None, source: Source, gguf: bool) -> str:
+def choose_recipe(recipe: str | None, source: Source) -> str:
     """The recipe asked for, or the source's default; DataError if the source has no such recipe."""
+    gguf = isinstance(source, GGUFSource)
     offered = ("keep",) if gguf else RECIPES[:-1]
     recipe = recipe or offered[0]
     if recipe not in offered:

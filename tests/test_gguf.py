@@ -226,10 +226,15 @@ def test_inspect(q2_dir, capsys):
 
 @pytest.mark.parametrize(
     ("source", "recipe", "offered"),
-    [(DS4_Q2, "q2", "keep"), (EMBEDDED, "keep", "official, q2, q2-q4, q4, q2-auto, bf16, f32")],
+    [
+        (DS4_Q2, "q2", "keep"),
+        (DS4_Q2, "q2-auto --choice choice.json", "keep"),
+        (EMBEDDED, "keep", "official, q2, q2-q4, q4, q2-auto, bf16, f32"),
+    ],
 )
 def test_recipes_of_each_kind_of_source(tmp_path, capsys, source, recipe, offered):
-    assert command(["convert", str(source), str(tmp_path / "dir"), "--recipe", recipe]) == 1
+    words = ["convert", str(source), str(tmp_path / "dir"), "--recipe", *recipe.split()]
+    assert command(words) == 1
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: ") and lines[0].endswith(offered)
     assert not (tmp_path / "dir").exists()
