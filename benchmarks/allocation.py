@@ -9,7 +9,6 @@ the results have are not measured again.
     DS4MLX_OPENBLAS=1 python benchmarks/allocation.py [--source DIR] [--work DIR] [--results FILE]
 """
 
-import argparse
 import json
 from functools import cached_property
 from itertools import product
@@ -21,13 +20,12 @@ from calibration import opened
 from device import device
 from safetensors.numpy import load_file
 from training_text import SOURCES, source
-from two_bits import SEQUENCES, Bench, compared, kl_blocks, mean_of
+from two_bits import Bench, compared, kl_blocks, mean_of, options
 
 from ds4mlx.convert.feedback import Moment
 from ds4mlx.convert.importance import Importance, imatrix_name
 from ds4mlx.convert.quantise import decode, quantise
 from ds4mlx.convert.quantise_fed import quantise_fed
-from ds4mlx.engine.default_model import EMBEDDED
 from ds4mlx.evaluation.scoring import logit_blocks
 from ds4mlx.evaluation.weights import replace_values
 from ds4mlx.formats import FORMATS
@@ -119,11 +117,7 @@ class Subject:
 
 def main() -> None:
     """Measure the costs, choose, compare; every figure is kept as it comes."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--source", type=Path, default=EMBEDDED, help="official checkpoint")
-    parser.add_argument("--work", type=Path, default=Path("two-bits-work"), help="scratch folder")
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--sequences", type=int, default=SEQUENCES, help="of each text, at most")
+    parser = options(__doc__, RESULTS)
     parser.add_argument("--late", type=int, nargs="*", default=(0, 1, 2), help="exact layers")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)

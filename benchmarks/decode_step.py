@@ -12,6 +12,7 @@ from itertools import pairwise
 
 import mlx.core as mx
 from device import device
+from shapes import numbers
 
 from ds4mlx.bench.synth import RECIPES, config_like, synth_model
 from ds4mlx.bench.whole_model import synthetic_state
@@ -36,10 +37,6 @@ def medians(model: Model, states: list[DecodeState]) -> dict[str, float]:
     build, submit, wait = (statistics.median(part) for part in zip(*rows[WARM:], strict=True))
     total = statistics.median(sum(row) for row in rows[WARM:])
     return {"build": build, "submit": submit, "wait": wait, "total": total}
-
-
-def numbers(text: str) -> list[int]:
-    return [int(each) for each in text.split(",")]
 
 
 def main() -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import mlx.core as mx
 from device import device
+from shapes import numbers
 
 from ds4mlx.bench.synth import config_like, synth_model
 from ds4mlx.bench.whole_model import WARM, Asked, Fill, bench, synthetic_state
@@ -86,11 +87,6 @@ def main() -> None:
     if arguments.plain:
         with dispatch.plain_operations():
             keep("plain", row(model, arguments.prompts[0], "real"))
-
-
-def numbers(text: str) -> list[int]:
-    """Numbers with commas between them, perhaps none."""
-    return [int(each) for each in text.split(",") if each]
 
 
 def row(model: Model, depth: int, fill: Fill, batch: int = 1) -> dict:

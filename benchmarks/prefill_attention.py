@@ -14,6 +14,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 from device import device
+from shapes import numbers
 
 from ds4mlx.custom_kernels.cases import chunk_attention as attention_cases
 from ds4mlx.custom_kernels.cases import chunk_scores as scores_cases
@@ -42,11 +43,6 @@ def main() -> None:
                 print(json.dumps(row), flush=True)
             if arguments.results:
                 arguments.results.write_text(json.dumps(found, indent=1) + "\n")
-
-
-def numbers(text: str) -> list[int]:
-    """Numbers with commas between them."""
-    return [int(each) for each in text.split(",")]
 
 
 def milliseconds(call: Callable[[], object], times: int) -> float:

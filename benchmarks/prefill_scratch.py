@@ -14,6 +14,7 @@ from pathlib import Path
 
 import mlx.core as mx
 from device import device
+from shapes import numbers
 
 from ds4mlx.bench.synth import config_like, synth_model
 from ds4mlx.bench.whole_model import synthetic_state
@@ -39,11 +40,6 @@ def main() -> None:
                 print(json.dumps(found["rows"][-1]), flush=True)
                 if arguments.results:
                     arguments.results.write_text(json.dumps(found, indent=1) + "\n")
-
-
-def numbers(text: str) -> list[int]:
-    """Numbers with commas between them."""
-    return [int(each) for each in text.split(",")]
 
 
 def row(model: Model, depth: int, chunk: int) -> dict:

@@ -10,20 +10,18 @@ expected here.
     DS4MLX_OPENBLAS=1 python benchmarks/q2_auto.py [--source DIR] [--work DIR] [--results FILE]
 """
 
-import argparse
 import json
 from collections.abc import Mapping
 from pathlib import Path
 
 from calibration import opened
 from device import device
-from two_bits import SEQUENCES, Bench, compared, mean_of
+from two_bits import Bench, compared, mean_of, options
 
 from ds4mlx.convert import convert
 from ds4mlx.convert.allocation import least
 from ds4mlx.convert.choice import ROLES, Choice, Place
 from ds4mlx.convert.sensitivity import write_sensitivity
-from ds4mlx.engine.default_model import EMBEDDED
 from ds4mlx.evaluation.sensitivity import sensitivities
 from ds4mlx.formats import FORMATS
 from ds4mlx.text.prompts import read_sequences
@@ -36,11 +34,7 @@ Costs = Mapping[Place, Mapping[str, float]]
 
 def main() -> None:
     """Measure, and keep every figure as it comes."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--source", type=Path, default=EMBEDDED, help="official checkpoint")
-    parser.add_argument("--work", type=Path, default=Path("two-bits-work"), help="scratch folder")
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--sequences", type=int, default=SEQUENCES, help="of each text, at most")
+    parser = options(__doc__, RESULTS)
     parser.add_argument("--late", type=int, nargs="*", default=(1, 2, 3), help="exact layers")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)

@@ -115,14 +115,20 @@ def kl_blocks(reference: np.ndarray, logits: np.ndarray) -> list[float]:
     return [float(f"{each:.6g}") for each in whole]
 
 
-def main() -> None:
-    """Measure what is missing, and keep it."""
-    parser = argparse.ArgumentParser(description=__doc__)
+def options(description: str | None, results: Path) -> argparse.ArgumentParser:
+    """What every benchmark that compares conversions takes; results: where it keeps its own."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--source", type=Path, default=EMBEDDED, help="official checkpoint")
     parser.add_argument("--work", type=Path, default=Path("two-bits-work"), help="scratch folder")
-    parser.add_argument("--before", type=Path, help="measure this conversion, as the one before")
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--results", type=Path, default=results)
     parser.add_argument("--sequences", type=int, default=SEQUENCES, help="of each text, at most")
+    return parser
+
+
+def main() -> None:
+    """Measure what is missing, and keep it."""
+    parser = options(__doc__, RESULTS)
+    parser.add_argument("--before", type=Path, help="measure this conversion, as the one before")
     parser.add_argument(
         "--only", nargs="*", default=VARIANTS, help="variants to measure, those of q4 too"
     )

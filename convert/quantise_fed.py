@@ -58,8 +58,8 @@ def quantise_stack(
     All rows go through each step together, as they have nothing to do with each other.
     """
     keep_float32()
-    planes = FED[format](stack.flatten(0, 1), moment)
-    each = [{p: a[i] for p, a in _parted(planes, len(stack)).items()} for i in range(len(stack))]
+    planes = _parted(FED[format](stack.flatten(0, 1), moment), len(stack))
+    each = [{p: a[i] for p, a in planes.items()} for i in range(len(stack))]
     losses = [
         mx.stack(_loss(FORMATS[format].decode(one) - values, values, moment))
         for one, values in zip(each, stack, strict=True)
@@ -70,7 +70,7 @@ def quantise_stack(
             raise DataError(
                 f"values up to {float(mx.abs(values).max()):.3g} are too large for {format}"
             )
-    arrays = {p: np.array(a) for p, a in _parted(planes, len(stack)).items()}
+    arrays = {p: np.array(a) for p, a in planes.items()}
     return [({p: a[i] for p, a in arrays.items()}, loss) for i, loss in enumerate(sums)]
 
 

@@ -6,6 +6,7 @@ import shutil
 import signal
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 # Before NumPy and MLX are loaded: plain values are multiplied in a fifth of the time where there is
@@ -23,7 +24,7 @@ from hypothesis import settings
 from ds4mlx import Model, ModelConfig, load
 from ds4mlx.bench.synthetic_state import SMALL as SMALL_STATE
 from ds4mlx.convert import convert
-from ds4mlx.custom_kernels import self_check
+from ds4mlx.custom_kernels import dialect, self_check
 from ds4mlx.engine.decoding import Decoding
 from ds4mlx.engine.default_model import EMBEDDED
 from ds4mlx.engine.sequence import Sequence
@@ -287,3 +288,16 @@ def endless(talker):
 
     with serving.serving(*talker, max_batch=2, max_queue=1) as server:
         yield server
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """The kernels launched, by name."""
+    names, make = Counter(), dialect.Kernel.make
+
+    def noted(self, where):
+        names[self.name] += 1
+        return make(self, where)
+
+    monkeypatch.setattr(dialect.Kernel, "make", noted)
+    return names

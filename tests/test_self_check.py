@@ -3,14 +3,13 @@
 import json
 import subprocess
 import sys
-from collections import Counter
 
 import mlx.core as mx
 import pytest
 from spoiling import executor_only, on_metal, spoiled
 
 from ds4mlx import load
-from ds4mlx.custom_kernels import comparisons, dialect, dispatch, self_check, verdicts
+from ds4mlx.custom_kernels import comparisons, dispatch, self_check, verdicts
 from ds4mlx.custom_kernels.cases.base import normal, relative
 from ds4mlx.custom_kernels.first_use import prepare
 from ds4mlx.custom_kernels.layer import hyper_post, router
@@ -41,19 +40,6 @@ def first_use(monkeypatch, tmp_path):
     new_process()
     yield tmp_path / "ds4mlx" / "kernels"
     new_process()
-
-
-@pytest.fixture
-def launched(monkeypatch):
-    """The kernels launched, by name."""
-    names, make = Counter(), dialect.Kernel.make
-
-    def noted(self, where):
-        names[self.name] += 1
-        return make(self, where)
-
-    monkeypatch.setattr(dialect.Kernel, "make", noted)
-    return names
 
 
 def merge():
