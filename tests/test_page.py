@@ -81,6 +81,7 @@ def set_options(page, **fields):
 
 
 def test_thinking_and_answer_come_piece_by_piece(page):
+    set_options(page, temperature="0")
     page.evaluate(RECORD)
     answer = say(page, ADD)
     seen = page.evaluate(SEEN)
