@@ -139,7 +139,7 @@ def test_exit_codes(end, code, message, monkeypatch, capsys):
     def ended(*_):
         raise end
 
-    monkeypatch.setattr("ds4mlx.cli.arguments.find_model", ended)
+    monkeypatch.setattr("ds4mlx.cli.opening.find_model", ended)
     assert run(["generate", "a"]) == code
     assert capsys.readouterr() == ("", message)
 

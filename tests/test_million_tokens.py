@@ -11,8 +11,9 @@ from spoiling import on_metal
 from ds4mlx.config import ModelConfig
 from ds4mlx.custom_kernels import dispatch
 from ds4mlx.custom_kernels.recording import recording
-from ds4mlx.model.attention import Context, Selection, attention_of
+from ds4mlx.model.attention import Context, Selection
 from ds4mlx.model.batch import Batch
+from ds4mlx.model.compressed_attention import attention_of
 from ds4mlx.model.rope import frequencies, rotary_tables
 from ds4mlx.state.row_forms import StateForm
 from ds4mlx.state.step import Step

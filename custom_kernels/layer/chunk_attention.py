@@ -13,6 +13,7 @@ from ds4mlx.custom_kernels import dialect, dispatch
 from ds4mlx.custom_kernels.codes.tables import bits
 from ds4mlx.custom_kernels.dialect import Kernel
 from ds4mlx.custom_kernels.layer import chunk_attention_text as text
+from ds4mlx.custom_kernels.layer import chunk_attention_tiles as operands
 from ds4mlx.custom_kernels.layer.attention import RATIOS, WIDEST, readable
 from ds4mlx.custom_kernels.layer.attention_text import FOURS, ROW
 from ds4mlx.custom_kernels.layer.plain import Angles, rotate
@@ -54,10 +55,10 @@ def kernel(dtype: mx.Dtype, shared: int) -> Kernel:
     """The kernel for activations of a type; shared: see `Plan`."""
     inputs = ["q", "window", "rows", "chosen", "place", "sink", "cosines", "sines"]
     if dtype == mx.float32:
-        name, own, only = f"{NAME}_f32", text.FLOAT, {}
+        name, own, only = f"{NAME}_f32", operands.FLOAT, {}
     else:
-        only = {"metal": text.METAL_BF16, "cuda": text.CUDA_BF16}
-        name, own = f"{NAME}_bf16", text.BF16
+        only = {"metal": operands.METAL_BF16, "cuda": operands.CUDA_BF16}
+        name, own = f"{NAME}_bf16", operands.BF16
     header = FOURS + ROW + own + text.HEADER
     return Kernel(name, inputs, ["out"], text.BODY, header, **only, shared=shared)
 

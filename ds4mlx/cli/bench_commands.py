@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from ds4mlx.cli import arguments as arg
+from ds4mlx.cli import opening
 from ds4mlx.cli.terminal import note, progress
 
 if TYPE_CHECKING:
@@ -129,11 +130,11 @@ def bench(
     asked = Measurement(depths, gen, ctx, fill, as_json, csv, plain, plot, batch, count_for, draft)
     arg.check_output(csv)
     arg.check_output(plot)
-    directory = ModelDirectory.open(arg.find_model(model))
+    directory = ModelDirectory.open(opening.find_model(model))
     weights = sum((directory.path / file).stat().st_size for file in directory.files)
     tokens = gen + 4 * (draft or 0)  # rounds may begin and end beyond what is measured
     check_room(directory.config, max(depths), tokens, ctx, weights, batch)
-    return _report(*arg.open_model(model, adapter=adapter), asked)
+    return _report(*opening.open_model(model, adapter=adapter), asked)
 
 
 def synth(

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from ds4mlx.cli import arguments as arg
+from ds4mlx.cli import opening
 
 app = typer.Typer(no_args_is_help=True, help="Look at, check and thin the disk KV store.")
 
@@ -31,7 +32,7 @@ def ls(
     """List the stored prefixes, newest first, with their hits."""
     from ds4mlx.store import admin
 
-    catalogue = admin.open_directory(arg.kv_place(kv_dir))
+    catalogue = admin.open_directory(opening.kv_place(kv_dir))
     prefixes, sums = admin.entries(catalogue, boundaries), admin.totals(catalogue)
     if as_json:
         listed = [asdict(entry) for entry in prefixes]
@@ -62,7 +63,7 @@ def show(
     """Show a stored prefix: its segments, boundaries, hits, and its text if that was kept."""
     from ds4mlx.store import admin
 
-    catalogue = admin.open_directory(arg.kv_place(kv_dir))
+    catalogue = admin.open_directory(opening.kv_place(kv_dir))
     record = admin.find(catalogue, key)
     details = admin.details(catalogue, record)
     if as_json:
@@ -93,7 +94,7 @@ def verify(kv_dir: Directory = None, as_json: arg.Json = False) -> None:
     """Read every byte of the store and check it; exit code 1 if something is damaged."""
     from ds4mlx.store import admin
 
-    catalogue = admin.open_directory(arg.kv_place(kv_dir))
+    catalogue = admin.open_directory(opening.kv_place(kv_dir))
     faults = admin.check(catalogue)
     if as_json:
         print(json.dumps({"faults": faults, "total": admin.totals(catalogue)}, indent=1))
@@ -119,7 +120,7 @@ def prune(
 
     limit = None if budget is None else arg.size(budget)
     seconds = None if older_than is None else older_than * DAY
-    freed = admin.prune(admin.open_directory(arg.kv_place(kv_dir)), limit, seconds)
+    freed = admin.prune(admin.open_directory(opening.kv_place(kv_dir)), limit, seconds)
     print(f"{freed:,} bytes deleted")
 
 
@@ -131,7 +132,7 @@ def clear(
     """Delete everything that the store has written; asks first, and leaves other files alone."""
     from ds4mlx.store import admin
 
-    place = arg.kv_place(kv_dir)
+    place = opening.kv_place(kv_dir)
     sums = admin.totals(admin.open_directory(place))
     if not yes:
         if not sys.stdin.isatty():

@@ -11,6 +11,7 @@ import typer
 
 from ds4mlx import blas
 from ds4mlx.cli import arguments as arg
+from ds4mlx.cli import opening
 from ds4mlx.cli.terminal import progress
 
 
@@ -81,11 +82,11 @@ def evaluate(
     if mx.default_device() == mx.cpu and not blas.is_fast() and sys.stderr.isatty():
         print("note: several times slower without OpenBLAS (package libopenblas0)", file=sys.stderr)
     arg.check_output(save_logits)
-    path = arg.find_model(model)
+    path = opening.find_model(model)
     directory = ModelDirectory.open(path)
     opened = partial(open_to_measure, dtype=dtype, rounding=rounding)
     subject = suite.Subject(*opened(path, adapter=adapter), suite.Sizes(ctx, scale))
-    arg.announce(model)
+    opening.announce(model)
     report = suite.Report(str(path), directory.recipe, dtype, rounding)
     asked = any(option is not None for option in (text, reference, vectors, save_logits))
     parts = part or ([] if asked else list(Part))
@@ -129,10 +130,10 @@ def sensitivity(
     if output.resolve() == prompts.resolve():
         raise typer.BadParameter("would replace the prompts", param_hint="--output")
     arg.check_output(output)
-    found = ModelDirectory.open(arg.find_model(model))
+    found = ModelDirectory.open(opening.find_model(model))
     tokenizer, release = Tokenizer.from_dir(found.path), found.config.release
     sequences = [s.tolist() for s in read_sequences(prompts, tokenizer, release, ctx, max_tokens)]
-    arg.announce(model)
+    opening.announce(model)
     dtype = "float32" if mx.default_device() == mx.cpu else "bfloat16"
     measured = sensitivities(open_to_measure(found.path, dtype, "official")[0], sequences)
     tokens = sum(map(len, sequences))

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 import typer
 
 from ds4mlx.cli import arguments as arg
+from ds4mlx.cli import opening
 from ds4mlx.cli.serve import PORT
 from ds4mlx.errors import DataError
 
@@ -80,8 +81,8 @@ def _check_same(served: str, wanted: str | None, adapter: Path | None, port: int
             f"a server runs on port {port}, and does not say which adapter it has: choose another "
             "port with --port, or leave --adapter out"
         )
-    if wanted is not None and arg.model_name(wanted) != served:
+    if wanted is not None and opening.model_name(wanted) != served:
         raise DataError(
-            f"the server on port {port} has {served} and not {arg.model_name(wanted)}: choose "
+            f"the server on port {port} has {served} and not {opening.model_name(wanted)}: choose "
             "another port with --port, or leave -m out"
         )

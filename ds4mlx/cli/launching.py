@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from ds4mlx.cli import arguments as arg
+from ds4mlx.cli import opening
 from ds4mlx.cli.clients import FOLDER, KEY, KEY_VARIABLE, Client, Served, Setup
 from ds4mlx.cli.terminal import note
 from ds4mlx.errors import DataError
@@ -100,7 +100,7 @@ def _end(server: subprocess.Popen[str]) -> None:
 
 def planned(model: str | None, port: int, ctx: int | None) -> Served:
     """The server that would be started."""
-    return Served(url_of(port), arg.model_name(model), arg.context(model, ctx))
+    return Served(url_of(port), opening.model_name(model), opening.context(model, ctx))
 
 
 def find(client: Client) -> str:

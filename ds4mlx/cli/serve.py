@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from ds4mlx.cli import arguments as arg
+from ds4mlx.cli import opening
 from ds4mlx.cli import steered as steering
 from ds4mlx.errors import DataError
 
@@ -99,13 +100,13 @@ def serve(
     _log_to_stderr()
     limits = Limits()
     with process.open_socket(host, port) as opened:
-        ctx = arg.context(model, ctx, dtype)
-        loaded = arg.open_model(model, dtype, context=ctx, adapter=adapter)
-        opened_store = arg.open_store(kv_dir, kv, kv_budget, kv_text, loaded, model)
+        ctx = opening.context(model, ctx, dtype)
+        loaded = opening.open_model(model, dtype, context=ctx, adapter=adapter)
+        opened_store = opening.open_store(kv_dir, kv, kv_budget, kv_text, loaded, model)
         with steered(loaded[0]), opened_store as store:
             app = create_app(
                 *loaded,
-                name=arg.model_name(model),
+                name=opening.model_name(model),
                 store=store,
                 context=ctx,
                 max_batch=max_batch,

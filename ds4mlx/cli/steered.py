@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from ds4mlx.cli import arguments as arg
+from ds4mlx.cli import opening
 from ds4mlx.cli.terminal import note
 
 if TYPE_CHECKING:
@@ -108,7 +109,7 @@ def _read(named: str | None, file: Path, operation: str | None, site: str | None
     if site is not None:
         with arg.checked():
             check_site(site)
-    config = ModelDirectory.open(arg.find_model(named)).config
+    config = ModelDirectory.open(opening.find_model(named)).config
     try:
         return load_steering(file, config, operation, site)
     except Unstated as error:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ds4mlx.cli import arguments as arg
+from ds4mlx.cli import opening
 from ds4mlx.cli import steered as steering
 from ds4mlx.cli.terminal import progress
 
@@ -108,8 +109,8 @@ def generate(
 
     with contextlib.ExitStack() as stack:
         log = stack.enter_context(arg.output(logprobs))
-        loaded, tokenizer = arg.open_model(model, context=length, adapter=adapter)
-        opened = arg.open_store(kv_dir, kv, kv_budget, kv_text, (loaded, tokenizer), model)
+        loaded, tokenizer = opening.open_model(model, context=length, adapter=adapter)
+        opened = opening.open_store(kv_dir, kv, kv_budget, kv_text, (loaded, tokenizer), model)
         store = stack.enter_context(opened)
         stack.enter_context(steered(loaded))
         responses = stream_generate(
@@ -167,11 +168,13 @@ def chat(
     from ds4mlx.cli.chat import Chat, interact
     from ds4mlx.engine.conversation import Conversation
 
-    loaded = arg.open_model(model, adapter=adapter)
-    opened = arg.open_store(kv_dir, kv, kv_budget, kv_text, loaded, model)
+    loaded = opening.open_model(model, adapter=adapter)
+    opened = opening.open_store(kv_dir, kv, kv_budget, kv_text, loaded, model)
     with steered(loaded[0]), opened as store:
         conversation = Conversation(*loaded, sampler, think, system, store, think_budget)
         try:
-            interact(Chat(conversation, max_tokens, arg.shown(reasoning)), arg.model_name(model))
+            interact(
+                Chat(conversation, max_tokens, arg.shown(reasoning)), opening.model_name(model)
+            )
         finally:
             conversation.keep("shutdown")

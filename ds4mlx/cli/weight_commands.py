@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from ds4mlx.cli import arguments as arg
+from ds4mlx.cli import opening
 
 GOES_ON = "interrupted; the same command goes on from here"
 
@@ -116,7 +117,7 @@ def merge(
     from ds4mlx.convert import merge as run
 
     try:
-        run(arg.find_model(model), adapter, dst, overwrite=overwrite)
+        run(opening.find_model(model), adapter, dst, overwrite=overwrite)
     except KeyboardInterrupt:
         print(GOES_ON, file=sys.stderr)
         raise typer.Exit(130) from None
@@ -214,13 +215,13 @@ def imatrix(
     if per_expert is not None and moments is None:
         raise typer.BadParameter("is a part of --moments", param_hint="--per-expert")
     try:
-        path = arg.find_model(model)
-        arg.announce(model)
+        path = opening.find_model(model)
+        opening.announce(model)
         report = collect(
             path,
             prompts,
             output,
-            lambda: arg.open_model(str(path))[0],
+            lambda: opening.open_model(str(path))[0],
             moments=moments,
             per_expert=per_expert,
             length=ctx,

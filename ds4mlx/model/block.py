@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import mlx.core as mx
 
 from ds4mlx.config import ModelConfig
-from ds4mlx.model.attention import attention_of
 from ds4mlx.model.batch import Batch
+from ds4mlx.model.compressed_attention import attention_of
 from ds4mlx.model.hyper import HyperConnection
 from ds4mlx.model.linear import RMSNorm
 from ds4mlx.model.module import Module

@@ -15,10 +15,10 @@ from mlx.utils import tree_flatten
 from ds4mlx.config import ModelConfig
 from ds4mlx.custom_kernels import dispatch
 from ds4mlx.errors import DataError
-from ds4mlx.model.attention import SparseAttention
 from ds4mlx.model.batch import Batch
 from ds4mlx.model.block import Block
 from ds4mlx.model.call import Call, Layers
+from ds4mlx.model.compressed_attention import SparseAttention
 from ds4mlx.model.draft import MTP
 from ds4mlx.model.fused.choice import MOST_STEPPED
 from ds4mlx.model.fused.step import TracedStep, step_outputs

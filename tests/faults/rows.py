@@ -2,7 +2,7 @@
 
 import mlx.core as mx
 
-from ds4mlx.model import attention, indexer
+from ds4mlx.model import compressed_attention, indexer
 from ds4mlx.model.compressor import Compressor
 from faults.listing import change, fault, with_ratio
 
@@ -117,9 +117,9 @@ def indexer_queries_not_rotated(patch, model):
 
 @fault
 def indexer_reads_unnormed_query_latent(patch, model):
-    contexts = attention.SparseAttention.contexts
+    contexts = compressed_attention.SparseAttention.contexts
     patch.setattr(
-        attention.SparseAttention,
+        compressed_attention.SparseAttention,
         "contexts",
         lambda self, x, qr, batch, states: contexts(self, x, self.wq_a(x), batch, states),
     )

@@ -11,7 +11,8 @@ from ds4mlx.custom_kernels.layer.index_select import index_select
 from ds4mlx.custom_kernels.layer.rows import NewRows, Pooling, new_rows
 from ds4mlx.custom_kernels.products.columns import Columns, side_by_side
 from ds4mlx.custom_kernels.products.dense_matvec import dense_matvec
-from ds4mlx.model.attention import Attention, SparseAttention
+from ds4mlx.model.attention import Attention
+from ds4mlx.model.compressed_attention import SparseAttention
 from ds4mlx.model.fused.sequences import Held, Sequences, compressors_of
 from ds4mlx.model.linear import Matrix
 from ds4mlx.state.row_forms import StateForm

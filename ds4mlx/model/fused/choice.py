@@ -7,9 +7,10 @@ from contextvars import ContextVar
 from ds4mlx.custom_kernels import dispatch
 from ds4mlx.custom_kernels.products.dense_matvec_text import STRUCTS as DENSE
 from ds4mlx.custom_kernels.products.experts import DOWN, UP
-from ds4mlx.model.attention import Attention, HeavyAttention, SparseAttention
+from ds4mlx.model.attention import Attention
 from ds4mlx.model.batch import Batch
 from ds4mlx.model.block import Block
+from ds4mlx.model.compressed_attention import HeavyAttention, SparseAttention
 from ds4mlx.model.fused.sequences import compressors_of
 from ds4mlx.model.linear import GroupedLinear, Linear, Matrix, Projection
 from ds4mlx.model.moe import MoE

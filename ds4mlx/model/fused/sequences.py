@@ -7,8 +7,9 @@ import mlx.core as mx
 
 from ds4mlx.custom_kernels.layer.buffers import Grown, Recent
 from ds4mlx.custom_kernels.layer.rows import NewRows
-from ds4mlx.model.attention import Attention, HeavyAttention, SparseAttention
+from ds4mlx.model.attention import Attention
 from ds4mlx.model.block import Block
+from ds4mlx.model.compressed_attention import HeavyAttention, SparseAttention
 from ds4mlx.model.compressor import Compressor
 
 
