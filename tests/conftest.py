@@ -184,6 +184,12 @@ def small_model(small_dir):
 
 
 @pytest.fixture(scope="session")
+def exact_small(small_dir):
+    """The small model without rounding, of which no sum in another order makes another row."""
+    return quick(load(small_dir, dtype=mx.float32, rounding="none")[0])
+
+
+@pytest.fixture(scope="session")
 def stored_model(small_dir):
     """The small model with its weights as they are stored, which kernels multiply by."""
     return load(small_dir, dtype=mx.float32)[0]

@@ -27,34 +27,34 @@ def state_after(model, count) -> DecodeState:
     return state
 
 
-def test_sequences_of_one_call_get_the_logits_of_each_alone(small_model):
+def test_sequences_of_one_call_get_the_logits_of_each_alone(exact_small):
     """Prefill, then decode, at different lengths and depths, across rows of both compressors."""
     depths, lengths = (0, 3, 130, 255), (140, 1, 126, 5)
     pieces = [IDS[d : d + n] for d, n in zip(depths, lengths, strict=True)]
-    states = [state_after(small_model, depth) for depth in depths]
-    alone = [state_after(small_model, depth) for depth in depths]
-    together = small_model([pieces[0].tolist(), *map(mx.array, pieces[1:])], cache=states)
+    states = [state_after(exact_small, depth) for depth in depths]
+    alone = [state_after(exact_small, depth) for depth in depths]
+    together = exact_small([pieces[0].tolist(), *map(mx.array, pieces[1:])], cache=states)
     for logits, piece, state in zip(together, pieces, alone, strict=True):
-        assert np.abs(np.array(logits) - run(small_model, piece, state)).max() <= 1e-5
+        assert np.abs(np.array(logits) - run(exact_small, piece, state)).max() <= 5e-5
     for token in (7, 9):
         tokens = mx.array([token, 1, 2, 3])
-        logits = small_model.step(tokens, states)
+        logits = exact_small.step(tokens, states)
         assert logits.shape == (4, 288)
         for row, token_id, state in zip(logits, tokens.tolist(), alone, strict=True):
-            want = run(small_model, [token_id], state)[0]
-            assert np.abs(np.array(row) - want).max() <= 1e-5
+            want = run(exact_small, [token_id], state)[0]
+            assert np.abs(np.array(row) - want).max() <= 5e-5
     assert [state.offset for state in states] == [state.offset for state in alone]
     assert [list(s.records) for s in states] == [list(s.records) for s in alone]
 
 
-def test_a_rectangle_and_a_list_without_states(small_model):
-    rectangle = small_model(mx.array(IDS[:40].reshape(2, 20)))
-    lists = small_model([IDS[:20], IDS[20:40].tolist()])
+def test_a_rectangle_and_a_list_without_states(exact_small):
+    rectangle = exact_small(mx.array(IDS[:40].reshape(2, 20)))
+    lists = exact_small([IDS[:20], IDS[20:40].tolist()])
     assert rectangle.shape == (2, 20, 288) and [row.shape for row in lists] == [(20, 288)] * 2
     for row, each, ids in zip(rectangle, lists, IDS[:40].reshape(2, 20), strict=True):
-        want = run(small_model, ids)
-        assert np.abs(np.array(row) - want).max() <= 1e-5
-        assert np.abs(np.array(each) - want).max() <= 1e-5
+        want = run(exact_small, ids)
+        assert np.abs(np.array(row) - want).max() <= 5e-5
+        assert np.abs(np.array(each) - want).max() <= 5e-5
 
 
 REFUSED = {

@@ -65,24 +65,24 @@ def test_every_shape_and_type_is_as_said(small_dir):
         assert all(a == b for a, b in sized if isinstance(b, int)), name
 
 
-def test_several_sequences_at_their_own_depths(small_model):
-    states = [small_model.make_cache() for _ in range(2)]
+def test_several_sequences_at_their_own_depths(exact_small):
+    states = [exact_small.make_cache() for _ in range(2)]
     names = "layers.1.attn.rows", "layers.1.streams", "layers.1.attn.indexer", "logits"
-    with small_model.trace(*names) as t:
-        small_model([IDS[:20], IDS[20:71]], cache=states)
-        small_model.step([5, 6], states)
+    with exact_small.trace(*names) as t:
+        exact_small([IDS[:20], IDS[20:71]], cache=states)
+        exact_small.step([5, 6], states)
     assert [rows.shape for rows in t["layers.1.attn.rows"]] == [(5, 128), (13, 128)]
     assert [each.shape[0] for each in t["layers.1.streams"]] == [21, 52]
     for number, ids in enumerate(([*IDS[:20], 5], [*IDS[20:71], 6])):
-        with small_model.trace(*names) as alone:
-            run(small_model, ids)
+        with exact_small.trace(*names) as alone:
+            run(exact_small, ids)
         for name in alone:
             one, other = t[name][number], alone[name][0]
             if name.endswith("chosen"):
                 one, other = ascending(np.array(one)), ascending(np.array(other))
             assert near(one, other, 1e-5), name
-    with small_model.trace("layers.1.streams", "layers.1.attn.rows") as t:
-        small_model(mx.array(IDS[:40].reshape(2, 20)))
+    with exact_small.trace("layers.1.streams", "layers.1.attn.rows") as t:
+        exact_small(mx.array(IDS[:40].reshape(2, 20)))
     assert t["layers.1.streams"].shape[:2] == (2, 20) and t["layers.1.attn.rows"].shape[:2] == (
         2,
         5,
