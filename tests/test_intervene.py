@@ -8,6 +8,7 @@ from test_taps import graph
 
 from ds4mlx import DataError, load
 from ds4mlx.evaluation.weights import decode_weights
+from ds4mlx.model.taps import listened
 from ds4mlx.research import (
     ablate,
     ablate_experts,
@@ -21,6 +22,7 @@ from ds4mlx.research import (
     project_out,
     scale,
 )
+from ds4mlx.state.changes import changes as in_force
 
 IDS = np.random.default_rng(5).integers(0, 288, 400)
 
@@ -194,6 +196,27 @@ def test_several_compose_in_their_order_and_leave(small_model, tmp_path):
         run(small_model, IDS[:20])
     assert (run(small_model, IDS[:20]) == usual).all()
     assert graph(small_model(tokens), tmp_path / "after") == before
+
+
+def test_a_block_that_a_generator_holds_open_ends_by_itself(small_model):
+    """Whichever of two blocks ends first, the other one goes on, and nothing is left of either."""
+    ids = IDS[:20]
+    usual, other = run(small_model, ids), {"layers.1.ffn.out": ablate()}
+    once = changed(small_model, other, ids)
+    both = changed(small_model, {**other, "layers.0.ffn.out": scale(2)}, ids)
+
+    def held(block):
+        with block:
+            yield
+
+    inner = held(small_model.intervene(other))
+    with small_model.intervene({"layers.0.ffn.out": scale(2)}), small_model.trace("logits"):
+        next(inner)
+        assert (run(small_model, ids) == both).all()
+        assert in_force() == "nameless"
+    assert (run(small_model, ids) == once).all() and in_force() == "nameless"
+    inner.close()
+    assert (run(small_model, ids) == usual).all() and not listened() and in_force() == ""
 
 
 def test_a_function_is_told_where_it_is(small_model):

@@ -121,14 +121,17 @@ _listeners: ContextVar[tuple[Listener, ...]] = ContextVar("listeners", default=(
 
 @contextlib.contextmanager
 def listening(listener: Listener) -> Iterator[None]:
-    """Inside the block the listener hears what this thread's models make, after those before it."""
-    before = _listeners.set((*_listeners.get(), listener))
+    """Inside the block the listener hears what this thread's models make, after those before it.
+
+    It takes only itself away at the end, since a generator may hold a block open beyond those around it.
+    """
+    _listeners.set((*_listeners.get(), listener))
     name = listener.changes
     try:
         with contextlib.nullcontext() if name is None else changing(name):
             yield
     finally:
-        _listeners.reset(before)
+        _listeners.set(tuple(each for each in _listeners.get() if each is not listener))
 
 
 def begin(batch: Batch) -> None:
