@@ -210,6 +210,38 @@ def test_what_was_sealed_elsewhere_says_nothing(foreign):
     assert unseal(foreign) == ""
 
 
+CALLS = """See.
+
+<｜DSML｜tool_calls>
+<｜DSML｜invoke name="f">
+<｜DSML｜parameter name="x" string="true">1</｜DSML｜parameter>
+</｜DSML｜invoke>
+<｜DSML｜invoke name="g">
+</｜DSML｜invoke>
+</｜DSML｜tool_calls>"""
+
+
+@pytest.mark.parametrize("before", ["See.", ""])
+def test_an_answer_that_is_cut_anywhere_in_its_calls_shows_no_markup(before):
+    """Behind the first call too, where a further one or the end of them all was begun."""
+    text = before + CALLS.removeprefix("See.")
+
+    async def remember(ids, sampled):
+        assert sampled in text
+
+    async def read(length):
+        answer = Answer(lambda: None)
+        for event in [START, Piece(text[:length], False), ended("length")]:
+            answer.arrived(event)
+        turn = Turn("an id", answer, Completion("none"), remember)
+        told = [event.text async for event in turn if isinstance(event, Content)]
+        return "".join(told), turn.message["content"], len(turn.message["tool_calls"])
+
+    ends = [asyncio.run(read(length)) for length in range(len(before), len(text) + 1)]
+    assert all(told == content == before for told, content, _ in ends[3:])
+    assert {calls for *_, calls in ends} == {0, 1, 2}
+
+
 def test_signs_of_life_come_where_text_is_held_back():
     """A list in a call is told when all of it is there."""
     opening = ["\n\n<｜DSML｜tool_calls>\n", '<｜DSML｜invoke name="f">\n']

@@ -9,16 +9,16 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from starlette.types import Receive
 
 from ds4mlx.chat.streaming import Completion, Content, Delta
-from ds4mlx.chat.tokens import DSML
 from ds4mlx.engine.request import Ended, Failed, Piece, Started, TokenProbs
 from ds4mlx.engine.scheduler import Answer
 from ds4mlx.errors import DataError
+from ds4mlx.server.cut_calls import without_begun
 from ds4mlx.server.errors import refusal_of
 
 LOG = logging.getLogger("ds4mlx")
@@ -124,7 +124,7 @@ class Turn:
         """What is known with this event, and was not before it."""
         if isinstance(event, Ended) and self.completion is not None:
             last = self.completion.finish()
-            return [*(last if event.reason == "stop" else self._cut(last))]
+            return [*(last if event.reason == "stop" else without_begun(self.message, last))]
         if not isinstance(event, Piece):
             return []
         tokens: list[Event] = [Tokens(event.tokens, event.thinking)] if event.tokens else []
@@ -136,18 +136,6 @@ class Turn:
         self._text.append(text)
         return [Content(text)] if text else []
 
-    def _cut(self, last: list[Delta]) -> list[Delta]:
-        """The last deltas of an answer that was cut, without the markup of calls that it began.
-
-        At an end of its own that is the model's mistake, and shown; here nobody has made one.
-        """
-        message = self.message
-        message["content"] = _before_calls(message["content"])
-        cut = [
-            replace(d, text=_before_calls(d.text)) if isinstance(d, Content) else d for d in last
-        ]
-        return [delta for delta in cut if not isinstance(delta, Content) or delta.text]
-
     async def _remember(self) -> None:
         """Note how calls were written. An answer without that is whole, only its replay is not."""
         if self.completion is None or not self.completion.sampled:
@@ -157,16 +145,6 @@ class Turn:
             await self.remember(ids, self.completion.sampled)
         except (DataError, OSError) as error:
             LOG.warning("%s: the text of its calls was not kept: %s", self.id, error)
-
-
-def _before_calls(text: str) -> str:
-    """A text up to an opening of official calls, or to the beginning of one that ends it."""
-    whole = f"\n\n<{DSML}tool_calls>"
-    before = text.partition(whole)[0]
-    if len(before) < len(text):
-        return before
-    ends = (length for length in range(len(whole) - 1, 2, -1) if text.endswith(whole[:length]))
-    return text[: len(text) - next(ends, 0)]
 
 
 async def paced(answer: AsyncIterator[Any], seconds: float) -> AsyncGenerator[Any, None]:

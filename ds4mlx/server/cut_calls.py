@@ -1,0 +1,40 @@
+"""What is told at the end of an answer that was cut while it wrote calls.
+
+At an end of its own, markup without an end is the model's mistake, and shown; here nobody has made
+one.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+from ds4mlx.chat.streaming import Content, Delta
+from ds4mlx.chat.tokens import DSML
+
+
+def without_begun(message: dict[str, Any], last: list[Delta]) -> list[Delta]:
+    """The last deltas of an answer without the markup of calls that it began; so is its message then."""
+    before = _before_further_calls if message["tool_calls"] else _before_calls
+    message["content"] = before(message["content"])
+    cut = [replace(d, text=before(d.text)) if isinstance(d, Content) else d for d in last]
+    return [delta for delta in cut if not isinstance(delta, Content) or delta.text]
+
+
+def _before_calls(text: str) -> str:
+    """A text up to an opening of official calls, or to the beginning of one that ends it."""
+    return _before(text, f"\n\n<{DSML}tool_calls>", 3)
+
+
+def _before_further_calls(text: str) -> str:
+    """The text of a message with calls, up to what was begun behind them: a call, or their end."""
+    return _before(_before(text, f"<{DSML}", 1), f"</{DSML}", 1).removesuffix("\n\n")
+
+
+def _before(text: str, mark: str, least: int) -> str:
+    """A text up to a mark, or to so many of its first characters, or more, where it ends with them."""
+    before = text.partition(mark)[0]
+    if len(before) < len(text):
+        return before
+    ends = (
+        length for length in range(len(mark) - 1, least - 1, -1) if text.endswith(mark[:length])
+    )
+    return text[: len(text) - next(ends, 0)]
