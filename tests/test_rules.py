@@ -179,8 +179,9 @@ def test_json_may_be_spaced_but_not_without_end(tokenizer):
     ],
 )
 def test_what_cannot_be_followed_is_refused_by_name(schema, named):
-    with pytest.raises(DataError, match=f"the JSON schema .*({named})"):
+    with pytest.raises(DataError, match=f"the JSON schema .*({named})") as refused:
         json_schema(schema)
+    assert str(refused.value).count("the JSON schema") == 1
 
 
 def nested(depth):

@@ -330,6 +330,20 @@ def test_completions(client, served):
     assert "".join(chunk.choices[0].text for chunk in chunks) == choice.text and done == "[DONE]"
 
 
+@pytest.mark.parametrize("prompt", ["def add(a, b):", "🐍🐍🐍🐍🐍🐍"])
+def test_the_tokens_of_a_text_stand_where_they_are_in_it(client, served, prompt):
+    asked = {"model": "x", "prompt": prompt, "max_tokens": 12, "temperature": 0}
+    asked |= {"echo": True, "logprobs": 0}
+    whole = client.completions.create(**asked).choices[0]
+    chunks = [json.loads(data) for data in events(served, "/v1/completions", asked)[:-1]]
+    parts = [chunk["choices"][0]["logprobs"] or {"text_offset": []} for chunk in chunks]
+    offsets = whole.logprobs.text_offset
+    assert offsets == [at for part in parts for at in part["text_offset"]]
+    assert offsets[0] == len(prompt) and offsets[-1] < len(whole.text)
+    for at, token in zip(offsets, whole.logprobs.tokens, strict=True):
+        assert "\ufffd" in token or whole.text.startswith(token, at)
+
+
 def test_texts_of_clients_open_no_turn(client):
     """A special token in a text is as many tokens as its letters make."""
     counts = [

@@ -49,6 +49,8 @@ def json_schema(schema: Any, name: str = "the JSON schema") -> Rule:
         text.encode()
         checked(schema, text, name)
         return Rule(schema_grammar(text, _OPTIONS), name)
+    except DataError:
+        raise
     except RecursionError:
         raise DataError(f"{name} is nested too deeply") from None
     except (TypeError, ValueError) as error:
