@@ -39,7 +39,7 @@ async def completions(request: HttpRequest) -> Response:
     whole = await whole_unless_gone(turn, request.receive)
     if whole is None:
         return gone()
-    last = text.frame(text.echo + whole.message["content"], list(whole.tokens), ended=whole.ended)
+    last = text.frame(whole.message["content"], list(whole.tokens), text.echo, whole.ended)
     return JSONResponse(last | text.figures(whole.ended))
 
 
@@ -97,17 +97,17 @@ class _Text:
         self._length = 0
 
     def frame(
-        self, text: str, tokens: list[TokenProbs], ended: Ended | None = None
+        self, text: str, tokens: list[TokenProbs], echo: str = "", ended: Ended | None = None
     ) -> dict[str, Any]:
-        """A chunk, or the whole answer but for its usage."""
+        """A chunk, or the whole answer but for its usage. echo: text before that of the tokens."""
         choice = {
             "index": 0,
-            "text": text,
+            "text": echo + text,
             "finish_reason": ended and finish_of(ended, False),
             "stop_reason": ended and cause_of(ended),
-            "logprobs": text_logprobs(tokens, self._length),
+            "logprobs": text_logprobs(tokens, self._length + len(echo)),
         }
-        self._length += len(text)
+        self._length += len(echo + text)
         return self._head | {"choices": [choice]}
 
     def figures(self, ended: Ended) -> dict[str, Any]:
@@ -118,7 +118,7 @@ class _Text:
         """Every event of the stream; an error is the last."""
         tokens: list[TokenProbs] = []
         if self.echo:
-            yield event(self.frame(self.echo, []))
+            yield event(self.frame("", [], self.echo))
         async for each in self._turn:
             if isinstance(each, KeepAlive):
                 yield comment("the answer goes on")
@@ -131,7 +131,7 @@ class _Text:
                 yield event(OPENAI.body(refusal_of(each.error, 500), ""))
                 return
             elif isinstance(each, Ended):
-                yield event(self.frame("", tokens, each))
+                yield event(self.frame("", tokens, ended=each))
                 if include_usage:
                     yield event(self._head | {"choices": []} | self.figures(each))
                 yield event("[DONE]")

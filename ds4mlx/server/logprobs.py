@@ -1,5 +1,7 @@
 """Log-probabilities in OpenAI's two shapes."""
 
+import codecs
+from collections.abc import Iterator
 from typing import Any
 
 from ds4mlx.engine.request import TokenProbs
@@ -21,14 +23,20 @@ def text_logprobs(tokens: list[TokenProbs], offset: int) -> dict[str, Any] | Non
     """Those of completions; offset: characters before the first token."""
     if not tokens:
         return None
-    texts = [_text(token.text_bytes) for token in tokens]
-    offsets = [offset + sum(map(len, texts[:at])) for at in range(len(texts))]
     return {
-        "tokens": texts,
+        "tokens": [_text(token.text_bytes) for token in tokens],
         "token_logprobs": [token.logprob for token in tokens],
         "top_logprobs": [{_text(text): logprob for text, logprob in token.top} for token in tokens],
-        "text_offset": offsets,
+        "text_offset": list(_offsets(tokens, offset)),
     }
+
+
+def _offsets(tokens: list[TokenProbs], offset: int) -> Iterator[int]:
+    """Characters before each token; those that it is a part of come with their last token."""
+    read = codecs.getincrementaldecoder("utf-8")("replace").decode
+    for token in tokens:
+        yield offset
+        offset += len(read(token.text_bytes))
 
 
 def _entry(text: bytes, logprob: float) -> dict[str, Any]:
