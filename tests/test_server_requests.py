@@ -6,6 +6,7 @@ from pydantic import ValidationError
 from ds4mlx.chat import encode_segments
 from ds4mlx.errors import DataError
 from ds4mlx.server import messages_request, responses_request
+from ds4mlx.server.errors import refusal_of
 from ds4mlx.server.kept_responses import KeptResponses
 from ds4mlx.server.offered import Tool, of_messages, of_responses
 from ds4mlx.server.response_object import listed_items
@@ -320,6 +321,27 @@ def test_which_tool_is_to_be_called():
 def test_wrong_types_are_refused(schema, body):
     with pytest.raises(ValidationError):
         schema.model_validate({"messages": [{"role": "user", "content": "?"}], **body})
+
+
+@pytest.mark.parametrize(
+    ("body", "place", "fault"),
+    [
+        ({"stop": [""]}, "stop.0", "String should have at least 1 character"),
+        ({"stop": ["a"] * 65}, "stop", "List should have at most 64 items"),
+        ({"stop": "a" * 1025}, "stop", "String should have at most 1024 characters"),
+        ({"stop": 5}, "stop", "Input should be a valid string or a valid list"),
+        ({"input": ["x"]}, "input.0", "Input should be a valid dictionary"),
+        ({"tool_choice": 3}, "tool_choice", "Input should be a valid string or a valid dictionary"),
+        ({"text": {"format": {"type": "xml"}}}, "text.format.type", "Input should be 'text'"),
+    ],
+)
+def test_what_is_wrong_with_one_of_several_forms_is_said_of_the_one_that_was_meant(
+    body, place, fault
+):
+    with pytest.raises(ValidationError) as wrong:
+        ResponsesRequest.model_validate(body)
+    refusal = refusal_of(wrong.value)
+    assert refusal.param == place and refusal.message.startswith(f"{place}: {fault}")
 
 
 def kept(number, before=(), size=10):

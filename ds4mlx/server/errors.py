@@ -5,6 +5,7 @@ out of both.
 """
 
 import logging
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,8 @@ from ds4mlx.errors import DataError
 LOG = logging.getLogger("ds4mlx")
 # Seconds after which to come back, where nothing says when there will be room.
 RETRY = 5
+# Pydantic's name of one of several types that a field may have.
+_FORM = re.compile(r"(constrained-)?str|(list|dict)\[.*\]")
 _TYPES = {
     401: "authentication_error",
     403: "permission_error",
@@ -98,10 +101,27 @@ def _overflow(error: TooLong) -> str:
 
 
 def _of_validation(error: ValidationError) -> Refusal:
-    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-    place = ".".join(str(part) for part in first["loc"])
-    message = f"{place}: {first['msg']}" if place else first["msg"]
+    """What is wrong with the first field. Where it may have several forms, pydantic says of each
+    why it is none; the one that was meant is that in which the fault lies deepest."""
+    errors = error.errors(include_url=False, include_input=False, include_context=False)
+    field = [fault for fault in errors if fault["loc"][:1] == errors[0]["loc"][:1]]
+    key = max(map(_depth, field))
+    said = dict.fromkeys(fault["msg"] for fault in field if _depth(fault) == key)
+    first, *others = said
+    message = " or ".join([first, *(other.removeprefix("Input should be ") for other in others)])
+    place = ".".join(_place(next(fault for fault in field if _depth(fault) == key)))
+    message = f"{place}: {message}" if place else message
     return Refusal(400, message, code="invalid_type", param=place or None)
+
+
+def _depth(fault: Any) -> tuple[int, bool]:
+    """How deep it lies; of those at one place, a value of the right type that will not do is deeper."""
+    return len(_place(fault)), not fault["type"].endswith("_type")
+
+
+def _place(fault: Any) -> list[str]:
+    """Keys and indices on the way to it, without pydantic's names of forms."""
+    return [str(part) for part in fault["loc"] if not _FORM.fullmatch(str(part))]
 
 
 def _openai_body(refusal: Refusal, request_id: str) -> dict[str, Any]:
