@@ -2,6 +2,7 @@
 
 import gc
 import http.client
+import json
 import random
 import resource
 import socket
@@ -250,6 +251,30 @@ def test_the_own_origin_is_served(target):
 )
 def test_only_plain_json_is_taken(target, headers):
     assert target.ask("POST", "/v1/completions", GOOD, **headers)[0] == 415
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "allowed"),
+    [
+        ("GET", "/v1/chat/completions", 405, {"POST"}),
+        ("HEAD", "/v1/messages", 405, {"POST"}),
+        ("OPTIONS", "/v1/responses", 405, {"POST"}),
+        ("DELETE", "/v1/models", 405, {"GET", "HEAD"}),
+        ("POST", "/v1/responses/resp_1", 405, {"GET", "HEAD", "DELETE"}),
+        ("DELETE", "/", 405, {"GET", "HEAD"}),
+        ("GET", "/v1/chat/completions/", 404, None),
+        ("GET", "/v1/embeddings", 404, None),
+        ("HEAD", "/", 200, None),
+        ("GET", "/../app.py", 404, None),
+    ],
+)
+def test_a_path_says_which_methods_it_has(target, method, path, status, allowed):
+    body = b"{}" if method == "POST" else None
+    code, headers, raw = target.ask(method, path, body)
+    assert code == status
+    if allowed:
+        assert {name.strip() for name in headers["Allow"].split(",")} == allowed
+        assert method == "HEAD" or f"has no {method}" in json.loads(raw)["error"]["message"]
 
 
 def test_half_surrogate_pairs_are_mended(target):

@@ -8,7 +8,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.routing import BaseRoute, Mount, Route
+from starlette.routing import BaseRoute, Route
 from starlette.staticfiles import StaticFiles
 
 from ds4mlx.engine.rules import prepare
@@ -86,11 +86,14 @@ def create_app(
         prepare(tokenizer)  # or the first answer with a rule would stop all others for a second
     figures = Metrics(scheduler)
     app = Starlette(
-        routes=[*ROUTES, Mount("/", StaticFiles(directory=PAGE, html=True))],
+        routes=ROUTES,
         middleware=_middleware(Doors(key, hosts, origins), figures),
         exception_handlers={HTTPException: not_served, Exception: not_served},
         lifespan=_lifespan,
     )
+    # Not a route, which would take every method of every path from those that have only some.
+    app.router.default = StaticFiles(directory=PAGE, html=True)
+    app.router.redirect_slashes = False
     app.state.service, app.state.metrics = service, figures
     return app
 
