@@ -137,7 +137,7 @@ def test_mtp_logits(decoded_model, decoded_official, stored, mode, chunks):
 def test_last_logits_are_the_last_of_the_call(decoded_model, stored):
     ids = mx.array(stored["s129/ids"].astype(np.int32))[None]
     last = decoded_model.last_logits(ids, decoded_model.make_cache())
-    assert np.abs(np.array(last) - np.array(decoded_model(ids))[:, -1]).max() <= 1e-5
+    assert np.abs(np.array(last) - np.array(decoded_model(ids))[:, -1]).max() <= 5e-5
 
 
 def test_bf16_stays_near_the_exact_model(tiny_dir, stored):

@@ -142,15 +142,15 @@ def test_a_listener_hears_its_own_thread_alone(small_model):
     assert other == [[4]] and heard.calls == [6]
 
 
-def test_a_listener_that_raises_leaves_the_state(small_model):
+def test_a_listener_that_raises_leaves_the_state(exact_small):
     def refuse(name, value):
         raise DataError(name)
 
-    state = small_model.make_cache()
-    mx.eval(small_model.streams(mx.array(IDS[None, :9]), state))
+    state = exact_small.make_cache()
+    mx.eval(exact_small.streams(mx.array(IDS[None, :9]), state))
     refusing = Heard(lambda name: name == "layers.2.ffn.out", refuse)
     with listening(refusing), pytest.raises(DataError, match=r"^layers\.2\.ffn\.out$"):
-        small_model(mx.array(IDS[None, :4]), state)
+        exact_small(mx.array(IDS[None, :4]), state)
     assert state.offset == 9
-    want = run(small_model, IDS[:13])[9:]
-    assert np.abs(run(small_model, IDS[9:13], state) - want).max() <= 1e-5
+    want = run(exact_small, IDS[:13])[9:]
+    assert np.abs(run(exact_small, IDS[9:13], state) - want).max() <= 5e-5
