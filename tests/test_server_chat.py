@@ -227,6 +227,28 @@ def test_the_choice_of_tools_is_obeyed(client):
     assert not free.message.tool_calls and free.message.content
 
 
+@pytest.mark.parametrize("mode", ["required", "auto"])
+def test_only_tools_that_are_allowed_are_called(client, mode):
+    """The prompt offers all of them, so that it stays the same."""
+    some = [{"type": "function", "function": {"name": "list_files"}}]
+    allowed = {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": some}}
+    asked = PLAIN | {"tools": [TOOL, OTHER], "max_tokens": 30}
+    asked["messages"] = [{"role": "user", "content": "Read the file a.py."}]
+    free = client.chat.completions.create(**asked, tool_choice="auto")
+    kept = client.chat.completions.create(**asked, tool_choice=allowed)
+    assert kept.usage.prompt_tokens == free.usage.prompt_tokens
+    calls = kept.choices[0].message.tool_calls or []
+    assert {call.function.name for call in calls} <= {"list_files"}
+    assert calls or mode == "auto"
+    allowed["allowed_tools"]["tools"] = []
+    asked["tool_choice"] = allowed
+    if mode == "auto":
+        assert not client.chat.completions.create(**asked).choices[0].message.tool_calls
+    else:
+        with pytest.raises(openai.BadRequestError, match="none is offered"):
+            client.chat.completions.create(**asked)
+
+
 def test_tools_of_other_types_are_passed_over(client):
     tools = [{"type": "web_search"}, {"type": "custom", "custom": {"name": "x"}}, TOOL]
     asked = PLAIN | {"max_tokens": 2}
@@ -278,6 +300,7 @@ def test_answers_in_json(client, form):
         ({"logit_bias": {"5": 1}}, 400, "logit_bias"),
         ({"tool_choice": "sometimes"}, 400, "tool_choice"),
         ({"tool_choice": "required"}, 400, "none is offered"),
+        ({"tool_choice": {"type": "allowed_tools"}}, 400, "a list of tools"),
         ({"tools": [TOOL, TOOL]}, 400, "read_file"),
         ({"reasoning_effort": "some"}, 400, "some"),
         ({"response_format": {"type": "xml"}}, 400, "xml"),

@@ -6,6 +6,7 @@ from pydantic import ValidationError
 from ds4mlx.chat import encode_segments
 from ds4mlx.errors import DataError
 from ds4mlx.server import messages_request, responses_request
+from ds4mlx.server.constraints import Allowed
 from ds4mlx.server.errors import refusal_of
 from ds4mlx.server.kept_responses import KeptResponses
 from ds4mlx.server.offered import Tool, of_messages, of_responses
@@ -290,9 +291,13 @@ def test_which_tool_is_to_be_called():
     ]
     assert choice({"type": "function", "name": "f"}) == ("f",)
     assert choice({"type": "custom", "name": "g", "namespace": "n"}) == ("n__g",)
-    assert choice({"type": "allowed_tools", "mode": "required", "tools": []}) == "required"
+    some = [{"type": "function", "name": "f"}, {"type": "mcp"}, {"name": "g", "namespace": "n"}]
+    allowed = {"type": "allowed_tools", "mode": "required", "tools": some}
+    assert choice(allowed) == Allowed(frozenset({"f", "n__g"}), "required")
     assert choice({"type": "web_search_preview"}) == "auto"
-    for wanted in ("any", {"type": "function", "name": "h"}, {"type": "function", "name": 3}):
+    unreadable = [allowed | {"mode": "any"}, allowed | {"tools": None}, {"type": "allowed_tools"}]
+    unreadable += ["any", {"type": "function", "name": "h"}, {"type": "function", "name": 3}]
+    for wanted in unreadable:
         with pytest.raises(DataError, match="tool_choice"):
             choice(wanted)
     messages = {"messages": [{"role": "user", "content": "?"}]}

@@ -4,6 +4,7 @@ The prompt is the same with and without one: what the tokens may be is all that 
 history keeps its prefix.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 from ds4mlx.engine.rules import Rule
@@ -12,29 +13,42 @@ from ds4mlx.engine.tool_rules import no_calls, tool_calls
 from ds4mlx.errors import DataError
 
 
+@dataclass(frozen=True)
+class Allowed:
+    """A choice of calls of some tools only. names: theirs in the prompt. mode: auto or required."""
+
+    names: frozenset[str]
+    mode: str
+
+
 def rule_of(
     tools: list[dict[str, Any]],
-    choice: str | tuple[str],
+    choice: str | tuple[str] | Allowed,
     parallel: bool | None,
     schema: dict[str, Any] | bool | None,
 ) -> Rule | None:
     """The rule, None where the answer is free.
 
-    tools: OpenAI's list of those offered. choice: auto, none, required, or a tool's name in a tuple.
+    tools: OpenAI's list of those offered. choice: auto, none, required, a tool's name in a tuple,
+    or those that are allowed.
     parallel: False for one call at most. schema: of the answer's text; True for any JSON object. A
     call that is required leaves no text to have a schema; one that is not may come instead of it.
     Raises DataError, naming what cannot be obeyed.
     """
+    some = tools
+    if isinstance(choice, Allowed):
+        some = [tool for tool in tools if tool["function"]["name"] in choice.names]
+        choice = choice.mode
     named = choice[0] if isinstance(choice, tuple) else None
     if named is not None or choice == "required":
-        if not tools:
+        if not some:
             raise DataError("a tool must be called, and none is offered")
-        return tool_calls(tools, required=True, name=named, single=parallel is False)
-    if choice == "none" or not tools:
+        return tool_calls(some, required=True, name=named, single=parallel is False)
+    if choice == "none" or not some:
         if schema is not None:
             return json_object() if schema is True else json_schema(schema)
         return no_calls() if tools else None
-    if schema is None and parallel is not False:
+    if schema is None and parallel is not False and len(some) == len(tools):
         return None
     schema = {"type": "object"} if schema is True else schema
-    return tool_calls(tools, single=parallel is False, schema=schema)
+    return tool_calls(some, single=parallel is False, schema=schema)

@@ -9,6 +9,7 @@ from typing import Any
 
 from ds4mlx.chat import fields
 from ds4mlx.errors import DataError
+from ds4mlx.server.constraints import Allowed
 from ds4mlx.server.efforts import USUAL, level
 from ds4mlx.server.errors import Refusal
 from ds4mlx.server.offered import Offered, joined
@@ -43,10 +44,11 @@ def format_of(body: InputTokensRequest) -> Object | bool | None:
     return wanted.schema_
 
 
-def choice_of(body: InputTokensRequest, offered: Offered) -> str | tuple[str]:
-    """auto, none, required, or the one tool to call; DataError for one that is not there.
+def choice_of(body: InputTokensRequest, offered: Offered) -> str | tuple[str] | Allowed:
+    """auto, none, required, the one tool to call, or those that are allowed.
 
-    A choice of a tool that OpenAI's servers would carry out says nothing here.
+    DataError for one to call that is not there. A choice of a tool that OpenAI's servers would carry
+    out says nothing here.
     """
     wanted = body.tool_choice
     if isinstance(wanted, str):
@@ -57,8 +59,15 @@ def choice_of(body: InputTokensRequest, offered: Offered) -> str | tuple[str]:
     if wanted and kind in ("function", "custom"):
         inner = wanted["function"] if isinstance(wanted.get("function"), dict) else wanted
         return (offered.named(inner.get("name"), inner.get("namespace")),)
-    is_required = wanted and kind == "allowed_tools" and wanted.get("mode") == "required"
-    return "required" if is_required else "auto"
+    return _allowed(wanted) if wanted and kind == "allowed_tools" else "auto"
+
+
+def _allowed(wanted: Object) -> Allowed:
+    mode, tools = wanted.get("mode"), wanted.get("tools")
+    if mode not in ("auto", "required") or not isinstance(tools, list):
+        raise DataError("tool_choice needs auto or required as its mode, and a list of tools")
+    named = [tool for tool in tools if isinstance(tool, dict) and isinstance(tool.get("name"), str)]
+    return Allowed(frozenset(joined(tool.get("namespace"), tool["name"]) for tool in named), mode)
 
 
 def tools_of(body: InputTokensRequest, items: Iterable[Object]) -> list[Object]:
