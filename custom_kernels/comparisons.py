@@ -10,6 +10,7 @@ from functools import cache
 from importlib import import_module
 from inspect import signature
 from pkgutil import iter_modules
+from types import ModuleType
 
 import mlx.core as mx
 
@@ -67,15 +68,23 @@ def comparisons(target: dialect.Target) -> tuple[Comparison, ...]:
 
 def every_case() -> Iterator[tuple[str, Case]]:
     """("small" or "wide", case) of all files, those that want forms once there are any."""
-    for info in iter_modules(cases.__path__):
-        module = import_module(f"{cases.__name__}.{info.name}")
+    for file in case_files():
         for width in ("small", "wide"):
-            make = getattr(module, width, None)
-            if make is None:
-                continue
-            wants = "forms" in signature(make).parameters
-            own = () if wants and not _forms else make(*_forms[:wants])
-            yield from ((width, case) for case in own)
+            yield from ((width, case) for case in cases_of(file, width))
+
+
+def case_files() -> list[ModuleType]:
+    """The modules in `cases/`."""
+    return [import_module(f"{cases.__name__}.{info.name}") for info in iter_modules(cases.__path__)]
+
+
+def cases_of(file: ModuleType, width: str) -> list[Case]:
+    """The cases of a file at "small" or "wide" sizes; none if it wants forms and there are none yet."""
+    make = getattr(file, width, None)
+    if make is None:
+        return []
+    wants = "forms" in signature(make).parameters
+    return [] if wants and not _forms else list(make(*_forms[:wants]))
 
 
 def _launched(case: Case, target: dialect.Target) -> tuple[str, ...]:

@@ -12,28 +12,13 @@ from spoiling import (
     executor_only,
     fault_ids,
     handed_to_metal,
-    named,
     on_metal,
 )
 
 from ds4mlx.custom_kernels import dialect, dispatch
 from ds4mlx.custom_kernels.cases import chunk_attention as cases
-from ds4mlx.custom_kernels.cases.base import TOLERANCE
 from ds4mlx.custom_kernels.cases.chunk_attention import Chunk
 from ds4mlx.state.row_forms import forms
-
-
-@pytest.mark.parametrize("case", named(cases.small(forms)))
-def test_small(case):
-    """Checked for races, stray accesses, and bytes that are never written."""
-    with on_metal(), options_of(checked=True):
-        assert case.error() <= TOLERANCE[case.dtype]
-
-
-@pytest.mark.parametrize("case", named(cases.wide(forms)))
-def test_wide(case):
-    with on_metal():
-        assert case.error() <= TOLERANCE[case.dtype]
 
 
 def of(ratio, chunk, coded=True, dtype=mx.bfloat16, sizes=cases.TINY):

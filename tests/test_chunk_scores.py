@@ -12,7 +12,6 @@ from spoiling import (
     executor_only,
     fault_ids,
     handed_to_metal,
-    named,
     on_metal,
 )
 
@@ -23,19 +22,6 @@ from ds4mlx.custom_kernels.layer import chunk_scores
 from ds4mlx.state.row_forms import forms
 
 BF16, F32 = mx.bfloat16, mx.float32
-
-
-@pytest.mark.parametrize("case", named(cases.small(forms)))
-def test_small(case):
-    """Checked for races, stray accesses, and bytes that are never written."""
-    with on_metal(), options_of(checked=True):
-        assert case.error() <= TOLERANCE[case.dtype]
-
-
-@pytest.mark.parametrize("case", named(cases.wide(forms)))
-def test_wide(case):
-    with on_metal():
-        assert case.error() <= TOLERANCE[case.dtype]
 
 
 def of(coded=True, dtype=BF16, sizes=(21, 128), start=611, length=3, many=2):

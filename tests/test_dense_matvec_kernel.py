@@ -32,18 +32,6 @@ def metal():
         yield
 
 
-@pytest.mark.parametrize("case", named(cases.small()))
-def test_small(case):
-    """Checked for races, stray accesses, and bytes that are never written."""
-    with options_of(checked=True):
-        assert case.error() <= TOLERANCE[case.dtype]
-
-
-@pytest.mark.parametrize("case", named(cases.wide()))
-def test_wide(case):
-    assert case.error() <= TOLERANCE[case.dtype]
-
-
 @pytest.fixture
 def tiled(monkeypatch):
     """Matrix units are used on Metal too, for any number of rows of bfloat16."""

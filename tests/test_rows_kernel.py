@@ -6,45 +6,25 @@ from functools import partial
 import mlx.core as mx
 import numpy as np
 import pytest
-from metalsim import check, options_of
+from metalsim import check
 from spoiling import (
     assert_caught,
     assert_two_each,
     executor_only,
     fault_ids,
     handed_to_metal,
-    named,
     on_metal,
 )
 
 from ds4mlx.custom_kernels.cases import rows as cases
-from ds4mlx.custom_kernels.cases.base import TOLERANCE
 from ds4mlx.custom_kernels.layer import rows
-from ds4mlx.state.row_forms import PackedIndexRows, PackedKVRows, PlainRows
-
-
-def forms(width, index, rope, dtype, coded):
-    if coded:
-        return PackedKVRows(width, rope, dtype), PackedIndexRows(index)
-    return PlainRows(width, dtype), PlainRows(index, dtype)
+from ds4mlx.state.row_forms import forms
 
 
 @pytest.fixture(autouse=True)
 def metal():
     with on_metal():
         yield
-
-
-@pytest.mark.parametrize("case", named(cases.small(forms)))
-def test_small(case):
-    """Checked for races, stray accesses, and bytes that are never written."""
-    with options_of(checked=True):
-        assert case.error() <= TOLERANCE[case.dtype]
-
-
-@pytest.mark.parametrize("case", named(cases.wide(forms)))
-def test_wide(case):
-    assert case.error() <= TOLERANCE[case.dtype]
 
 
 def of(ratio, position, coded=True, dtype=mx.bfloat16, **where):
