@@ -109,6 +109,22 @@ def test_no_more_is_held_back_than_a_stop_may_need(text, stops):
         assert waiting == "" or any(stop.startswith(waiting) for stop in stops)
 
 
+@given(st.text("ab\n<", max_size=20), st.text("ab\n<", max_size=9), st.data())
+def test_stops_are_looked_for_up_to_a_text_only(text, rest, data):
+    until, strings = "\n\n<!", st.text("ab\n<!", min_size=1, max_size=4)
+    stops = data.draw(st.lists(strings, min_size=1, max_size=3))
+    for whole in (text + until + rest, text):
+        cuts = sorted(data.draw(st.lists(st.integers(0, len(whole)), max_size=10)))
+        hold, shown = StopStrings(stops, until), ""
+        for start, end in zip([0, *cuts], [*cuts, len(whole)], strict=True):
+            shown += "" if hold.reached else hold.add(whole[start:end])
+        shown += "" if hold.reached else hold.finish()
+        plain = StopStrings(stops)
+        before = plain.add(text) + plain.finish()
+        assert hold.found == plain.found
+        assert shown == (before if plain.reached else whole)
+
+
 def test_a_stop_across_tokens(answer):
     seen = answer("one two three four", stop=["o thr"])
     assert text_of(seen) == "one tw"

@@ -249,6 +249,18 @@ def test_only_tools_that_are_allowed_are_called(client, mode):
             client.chat.completions.create(**asked)
 
 
+@pytest.mark.parametrize("stop", ["\n", "<", "tool_calls", "list"])
+def test_a_stop_text_is_not_looked_for_in_calls(client, stop):
+    """Nobody sees how calls are written, and an answer must not lose them."""
+    asked = PLAIN | {"tools": [TOOL, OTHER], "tool_choice": "required", "max_tokens": 60}
+    asked |= {"parallel_tool_calls": False}
+    choice = client.chat.completions.create(**asked, stop=stop).choices[0]
+    assert choice.message.tool_calls and choice.finish_reason == "tool_calls"
+    text = client.chat.completions.create(**PLAIN, tools=[TOOL], tool_choice="none", stop="\n")
+    assert "\n" not in text.choices[0].message.content
+    assert text.choices[0].model_extra["stop_reason"] == "\n"
+
+
 def test_tools_of_other_types_are_passed_over(client):
     tools = [{"type": "web_search"}, {"type": "custom", "custom": {"name": "x"}}, TOOL]
     asked = PLAIN | {"max_tokens": 2}

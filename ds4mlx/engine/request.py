@@ -49,7 +49,8 @@ class Request:
     """One prompt, and how it is to be continued.
 
     max_tokens: None goes on as far as the context reaches, 0 only fills the cache. stop: texts that
-    end the answer and do not appear in it. thinking: the effort that the prompt was written for.
+    end the answer and do not appear in it. until: what begins the part of an answer in which they are
+    not looked for, its calls. thinking: the effort that the prompt was written for.
     thinking_budget: most tokens of a thought. rule: what the answer must obey. logprobs: how many
     alternatives are told with every token; None tells no probabilities at all. label: for the log.
     """
@@ -58,6 +59,7 @@ class Request:
     max_tokens: int | None = None
     sampler: Sampler = field(default_factory=Sampler)
     stop: tuple[str, ...] = ()
+    until: str = ""
     thinking: str = "none"
     thinking_budget: int | None = None
     rule: Any = None

@@ -59,6 +59,7 @@ class Running:
             tokenizer,
             sampler=request.sampler,
             stop=request.stop,
+            until=request.until,
             max_tokens=job.most,
             rule=request.rule,
             thinking_budget=request.thinking_budget,

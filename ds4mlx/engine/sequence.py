@@ -30,8 +30,8 @@ class Sequence:
     """Tokens from position `first` on, of which `state` has taken some, and how they go on.
 
     sampler: greedy if not given. stop: texts that end the answer and do not appear in it; inside a
-    thought, from the token <think> to </think>, they are not looked for. The end-of-sentence token
-    ends the answer wherever it comes.
+    thought, from the token <think> to </think>, they are not looked for, nor from the beginning of
+    `until` on. The end-of-sentence token ends the answer wherever it comes.
     rule: what the answer must obey, from the end of a thought on; the thought is then always
     closed. thinking_budget: how many tokens may be drawn in thoughts before </think> is forced.
     guard: end an answer that goes round in circles.
@@ -47,6 +47,7 @@ class Sequence:
         *,
         sampler: Sampler | None = None,
         stop: str | abc.Sequence[str] = (),
+        until: str = "",
         max_tokens: int = 100,
         first: int = 0,
         rule: Rule | None = None,
@@ -56,7 +57,7 @@ class Sequence:
         self.tokens, self.state, self.first = list(tokens), state, first
         self.sampler = sampler or Sampler(temperature=0)
         self.seed = secrets.randbits(64) if self.sampler.seed is None else self.sampler.seed
-        self.stops = StopStrings([stop] if isinstance(stop, str) else stop)
+        self.stops = StopStrings([stop] if isinstance(stop, str) else stop, until)
         self.max_tokens = max_tokens
         self.text = ""
         self.reason: str | None = None
@@ -138,6 +139,7 @@ class Sequence:
             self.reason = "length"
         if self.reason and not self.stops.reached:
             text += self._rest()
+            self.reason = "stop" if self.stops.reached else self.reason
         self.text += text
         return text
 

@@ -10,6 +10,8 @@ from typing import Any
 from ds4mlx.chat.streaming import Content, Delta
 from ds4mlx.chat.tokens import DSML
 
+CALLS_OPENING = f"\n\n<{DSML}tool_calls>"
+
 
 def without_begun(message: dict[str, Any], last: list[Delta]) -> list[Delta]:
     """The last deltas of an answer without the markup of calls that it began; so is its message then."""
@@ -21,7 +23,7 @@ def without_begun(message: dict[str, Any], last: list[Delta]) -> list[Delta]:
 
 def _before_calls(text: str) -> str:
     """A text up to an opening of official calls, or to the beginning of one that ends it."""
-    return _before(text, f"\n\n<{DSML}tool_calls>", 3)
+    return _before(text, CALLS_OPENING, 3)
 
 
 def _before_further_calls(text: str) -> str:

@@ -17,6 +17,7 @@ from ds4mlx.engine.sampling import Sampler
 from ds4mlx.engine.scheduler import Scheduler
 from ds4mlx.server.answering import Turn
 from ds4mlx.server.bodies import Bodies
+from ds4mlx.server.cut_calls import CALLS_OPENING
 from ds4mlx.server.kept_responses import KeptResponses
 from ds4mlx.server.roles import settled
 
@@ -68,6 +69,7 @@ class Service:
             max_tokens=question.max_tokens,
             sampler=question.sampler,
             stop=question.stop,
+            until=CALLS_OPENING if question.tools else "",
             thinking=thinking,
             thinking_budget=question.thinking_budget,
             rule=question.rule,
