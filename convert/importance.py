@@ -104,8 +104,8 @@ def _dat_entry(raw: bytes, position: int) -> tuple[str, int, np.ndarray, int]:
         raise ValueError(f"a name of {length} bytes")
     name = raw[position + 4 : position + 4 + length].decode()
     calls, count = struct.unpack_from("<ii", raw, position + 4 + length)
-    if count < 0:
-        raise ValueError(f"{name} has {count} values")
+    if min(calls, count) < 0:
+        raise ValueError(f"{name} has {count} values of {calls} calls")
     start = position + 12 + length
     return name, calls, np.frombuffer(raw, "<f4", count, start), start + 4 * count
 
@@ -120,6 +120,8 @@ def _from_gguf(path: Path) -> dict[str, np.ndarray]:
             sums, counts = file.floats(name + SUMS), file.floats(name + COUNTS).reshape(-1, 1)
             if len(counts) not in (1, len(sums)):
                 raise DataError(f"{path}: {name} has {len(counts)} counts for {len(sums)} sums")
+            if not (np.isfinite(counts).all() and (counts >= 0).all()):
+                raise DataError(f"{path}: {name} has counts that are negative or not finite")
             # an expert that no token reached matters as little as possible, evenly
             with np.errstate(all="ignore"):  # what is not finite is refused later
                 stacks[name] = np.where(counts > 0, sums / np.maximum(counts, 1), 1.0)

@@ -28,6 +28,8 @@ from ds4mlx.weights.tensor_file import TensorFile
 KIND = "ds4mlx moments 1"
 # Tokens a column that a layer's matrix needs, and that an expert's own needs to help more than harm.
 LEAST, ENOUGH = 4, 16
+# How much larger rounded sums may be than exact ones.
+ROUNDED = np.float32(1.01)
 
 
 class Moments:
@@ -76,7 +78,11 @@ class Moments:
             values = np.frombuffer(raw, np.float32)
             if not np.isfinite(values).all():
                 raise DataError(f"{self.path}: {name} has values that are not finite")
-            if name.endswith(".w1") and not values.any():
+            if name.endswith(".counts") and (values < 0).any():
+                raise DataError(f"{self.path}: {name} has numbers of tokens below 0")
+            none = name.endswith(".w1") and not values.any()
+            square = name.endswith((".w1", ".w2"))
+            if none or (square and not _sums(values.reshape(info.shape[-2:]))):
                 raise DataError(f"{self.path}: {name} is no matrix of second moments")
         if running.hexdigest() != self._checksums.get(name):
             raise DataError(f"{self.path}: {name} is damaged: it does not match its checksum")
@@ -137,6 +143,15 @@ class Moments:
             f"{text}\ndown: second moments for the {enough:,} of "
             f"{len(layers) * config.n_routed_experts:,} experts that met {needed:,} tokens or more"
         )
+
+
+def _sums(values: np.ndarray) -> bool:
+    """Whether they can be sums of x x^T: no two columns go together more than each with itself."""
+    energy = values.diagonal()
+    if not (energy >= 0).all():
+        return False
+    size = np.sqrt(energy)
+    return bool((np.abs(values) <= np.multiply.outer(size * ROUNDED, size)).all())
 
 
 def tensor_shapes(config: ModelConfig, per_expert: bool) -> dict[str, tuple[int, ...]]:

@@ -82,6 +82,13 @@ def counts_of_others(path):
     return gguf_file(path, {f"{STACK}.in_sum2": sums, f"{STACK}.counts": counts})
 
 
+def spoiled_counts(count):
+    """A file in which one expert met so many tokens."""
+    counts = np.array([[4.0], [count]], np.float32)
+    arrays = {f"{STACK}.in_sum2": VALUES.reshape(2, 4), f"{STACK}.counts": counts}
+    return lambda path: gguf_file(path, arrays)
+
+
 def another_kind(path):
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_tensor("a", np.ones(4, np.float32))
@@ -103,6 +110,10 @@ BAD = {
     "are negative or not finite": lambda p: legacy(record(STACK, 1, [np.nan] * 8)),
     f"tensor {STACK}.counts is missing": no_counts,
     f"{STACK} has 3 counts for 2 sums": counts_of_others,
+    "has 8 values of -1 calls": lambda p: legacy(record(STACK, -1, VALUES)),
+    f"{STACK} has counts that are negative": spoiled_counts(-1.0),
+    "counts that are negative or not finite": spoiled_counts(np.nan),
+    "has counts that are negative or not finite": spoiled_counts(np.inf),
     "is a GGUF file, but no imatrix": another_kind,
 }
 

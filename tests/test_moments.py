@@ -249,6 +249,9 @@ def spoiled(arrays, path):
     turned = bytearray(raw)
     turned[-5000] ^= 1
     empty = {**arrays, "layers.0.w1": 0 * arrays["layers.0.w1"]}
+    negative = {**arrays, "layers.1.w1": -arrays["layers.1.w1"]}
+    beyond = {**arrays, "layers.1.w1": arrays["layers.1.w1"] + 1e9 * np.eye(256, k=1)}
+    uncounted = {**arrays, "layers.1.counts": -arrays["layers.1.counts"]}
     files = {
         "truncated": raw[:-100],
         "truncated inside its header": raw[:300],
@@ -264,6 +267,9 @@ def spoiled(arrays, path):
         "tensor layers.1.w1 is missing": (lacking, 5000),
         "moments of 1,023 tokens are too few for 256 columns": (arrays, 1023),
         "layers.0.w1 is no matrix of second moments": (empty, 5000),
+        "layers.1.w1 is no matrix of second moments": (negative, 5000),
+        "w1 is no matrix of second moments": (beyond, 5000),
+        "layers.1.counts has numbers of tokens below 0": (uncounted, 5000),
     }.items():
         floats = {key: np.asarray(each, np.float32) for key, each in changed.items()}
         files[name] = written(path / "one", floats, tokens).read_bytes()
