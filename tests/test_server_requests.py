@@ -9,6 +9,7 @@ from ds4mlx.server import messages_request, responses_request
 from ds4mlx.server.constraints import Allowed
 from ds4mlx.server.errors import refusal_of
 from ds4mlx.server.kept_responses import KeptResponses
+from ds4mlx.server.messages_in import known_messages
 from ds4mlx.server.offered import Tool, of_messages, of_responses
 from ds4mlx.server.response_object import listed_items
 from ds4mlx.server.roles import settled
@@ -272,6 +273,21 @@ def test_tools_without_a_name_are_refused():
     for tool in ({"type": "function"}, {"type": "namespace"}, {"type": "custom", "name": []}):
         with pytest.raises(DataError, match="needs text as its name"):
             of_responses([tool])
+
+
+def test_a_history_of_another_model_is_taken_in_chat():
+    """What only that model can read says nothing; a custom tool's call is a call."""
+    sealed = {"type": "reasoning.encrypted", "data": "gAAA", "index": 1}
+    said = {"type": "reasoning.text", "text": "See.", "signature": None}
+    custom = {"name": "patch", "input": "*** Begin"}
+    answer = {"role": "assistant", "content": None, "reasoning_details": [said, sealed]}
+    answer["tool_calls"] = [{"id": "c", "type": "custom", "custom": custom}]
+    function = {"name": "patch", "arguments": '{"input": "*** Begin"}'}
+    plain = {"role": "assistant", "content": "", "reasoning_content": "See."}
+    plain["tool_calls"] = [{"id": "c", "type": "function", "function": function}]
+    rest = [{"role": "tool", "tool_call_id": "c", "content": "ok"}]
+    asked = [{"role": "user", "content": "?"}]
+    assert prompt(known_messages([*asked, answer, *rest])) == prompt([*asked, plain, *rest])
 
 
 def test_which_tool_is_to_be_called():

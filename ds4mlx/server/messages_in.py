@@ -54,10 +54,22 @@ def _message(message: dict[str, Any]) -> dict[str, Any]:
         kept["content"] = [_only(part, _PART) for part in kept["content"]]
     if isinstance(kept.get("tool_calls"), list):
         kept["tool_calls"] = [_call(call) for call in kept["tool_calls"]]
+    if isinstance(kept.get("reasoning_details"), list):
+        kept["reasoning_details"] = [d for d in kept["reasoning_details"] if not _is_sealed(d)]
     return kept
 
 
+def _is_sealed(detail: Any) -> bool:
+    """Whether it is a part of a thought that only the model can read which had it."""
+    return isinstance(detail, dict) and detail.get("type") == "reasoning.encrypted"
+
+
 def _call(call: Any) -> Any:
+    """A call; that of a custom tool as the other protocols tell it."""
+    custom = call.get("custom") if isinstance(call, dict) else None
+    if isinstance(custom, dict):
+        function = {"name": custom.get("name"), "arguments": {"input": custom.get("input")}}
+        return {"id": call.get("id"), "type": "function", "function": function}
     kept = _only(call, _CALL)
     if isinstance(kept, dict) and "function" in kept:
         kept["function"] = _only(kept["function"], _FUNCTION)
