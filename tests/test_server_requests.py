@@ -170,6 +170,19 @@ def test_what_other_models_have_left_is_no_obstacle():
     assert "<tool_result>all</tool_result>" in told
 
 
+def test_a_call_without_arguments_is_taken_in_every_protocol():
+    user = {"role": "user", "content": "?"}
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    expected = prompt([user, {"role": "assistant", "content": "", "tool_calls": [call]}])
+    call["function"]["arguments"] = None
+    chat = [user, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    assert prompt(known_messages(chat)) == expected
+    use = {"type": "tool_use", "id": "c", "name": "f", "input": None}
+    assert prompt_of_messages(messages=[user, {"role": "assistant", "content": [use]}]) == expected
+    item = {"type": "function_call", "call_id": "c", "name": "f", "arguments": None}
+    assert prompt_of_items([user, item]) == expected
+
+
 @pytest.mark.parametrize(
     "content", [3, [3], [{"type": "text", "text": 3}], [{"type": ["text"]}], [{}], {"type": "text"}]
 )

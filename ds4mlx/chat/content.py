@@ -53,9 +53,9 @@ def read_content(content: Any, role: str, where: str, strict: bool) -> Content:
 
 
 def read_call(name: Any, arguments: Any, call_id: Any, where: str, strict: bool) -> Call:
-    """A call; its arguments are an object, or JSON text that should be one."""
-    if isinstance(arguments, dict):
-        arguments = fields.as_json(arguments, where)
+    """A call; its arguments are an object, JSON text that should be one, or None for no arguments."""
+    if arguments is None or isinstance(arguments, dict):
+        arguments = fields.as_json(arguments or {}, where)
     elif not isinstance(arguments, str):
         raise DataError(f"{where} needs arguments, as JSON text or as an object")
     elif strict:
