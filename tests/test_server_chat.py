@@ -329,9 +329,13 @@ def test_a_prompt_that_is_too_long(client):
     most = client.models.retrieve("ds4-tiny").context_window
     with pytest.raises(openai.BadRequestError) as refused:
         client.completions.create(model="x", prompt=[5] * (most + 7))
-    assert refused.value.code == "context_length_exceeded"
+    assert (refused.value.code, refused.value.param) == ("context_length_exceeded", "prompt")
     assert f"prompt is too long: {most + 7} tokens > {most - 1} maximum" in refused.value.message
     assert f"maximum context length is {most - 1} tokens" in refused.value.message
+    words = [{"role": "user", "content": "x = 1\n" * most}]
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.chat.completions.create(model="x", messages=words)
+    assert (refused.value.code, refused.value.param) == ("context_length_exceeded", "messages")
 
 
 def test_models(client):

@@ -192,7 +192,7 @@ def test_a_prompt_that_is_too_long_says_so(embedded):
     short = serving.serving(*embedded, context=100)
     with short as server, pytest.raises(openai.BadRequestError) as caught:
         ask(of(server), input="x = 1\n" * 100)
-    assert caught.value.code == "context_length_exceeded"
+    assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "input")
     assert "> 99 maximum" in str(caught.value)
 
 

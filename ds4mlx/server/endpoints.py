@@ -13,6 +13,8 @@ from ds4mlx.server.service import Service
 Endpoint = Callable[[Request], Awaitable[Response]]
 # What an answer to somebody who has left is called in logs; nobody reads it.
 _LEFT = 499
+# The fields that hold a prompt, where they are not `messages`.
+_PROMPTS = {"/v1/completions": "prompt", "/v1/responses": "input"}
 
 
 def service_of(request: Request) -> Service:
@@ -28,7 +30,8 @@ def endpoint(function: Endpoint) -> Endpoint:
         try:
             return await function(request)
         except Exception as error:  # noqa: BLE001 - whatever it is, it has a shape here
-            return _told(request, refusal_of(error))
+            prompt = _PROMPTS.get(request.url.path, "messages")
+            return _told(request, refusal_of(error, prompt=prompt))
 
     return answer
 

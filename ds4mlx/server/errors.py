@@ -68,17 +68,18 @@ class Dialect:
         return JSONResponse(body, self.status(refusal), refusal.headers)
 
 
-def refusal_of(error: BaseException, status: int = 400) -> Refusal:
+def refusal_of(error: BaseException, status: int = 400, prompt: str = "messages") -> Refusal:
     """What to tell a client about an error. status: that of a DataError of no special kind.
 
     Before an answer those are the client's fault, 400; in the middle of one they are ours, 500.
+    prompt: the field of the request that holds its prompt.
     """
     if isinstance(error, Refusal):
         return error
     if isinstance(error, ValidationError):
         return _of_validation(error)
     if isinstance(error, TooLong):
-        return Refusal(400, _overflow(error), code="context_length_exceeded", param="messages")
+        return Refusal(400, _overflow(error), code="context_length_exceeded", param=prompt)
     if isinstance(error, Busy):
         wait = max(1, round(error.retry_after))
         return Refusal(429, str(error), code="rate_limit_exceeded", retry_after=wait)
