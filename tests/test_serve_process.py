@@ -112,6 +112,17 @@ def test_a_port_that_is_taken(talker_dir, capsys):
     assert capsys.readouterr().err.startswith(f"error: cannot listen on 127.0.0.1:{port}: ")
 
 
+def test_a_context_beyond_the_model_s_own_is_cut(talker_dir):
+    with Serving("-m", str(talker_dir), "--ctx", "70000") as serving:
+        connection = http.client.HTTPConnection("127.0.0.1", serving.port, timeout=5)
+        connection.request("GET", "/v1/models")
+        (model,) = json.load(connection.getresponse())["data"]
+        assert model["context_window"] == model["max_model_len"] == 65536
+        _, _, err = serving.end(signal.SIGTERM)
+    said = "note: a context of 70,000 tokens is cut to the model's own, 65,536"
+    assert err.splitlines().count(said) == 1
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

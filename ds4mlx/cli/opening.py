@@ -126,7 +126,8 @@ def activations(dtype: Dtype | None) -> mx.Dtype:
 def context(named: str | None, wanted: int | None, dtype: Dtype | None = None) -> int:
     """How many tokens a server of a model takes: those wanted, else as many as fit here.
 
-    Raises DataError where they do not fit; nothing is loaded.
+    More than the model's own are cut to them, which is said. Raises DataError where they do not fit;
+    nothing is loaded.
     """
     from ds4mlx.engine import room
     from ds4mlx.weights.directory import ModelDirectory
@@ -134,6 +135,8 @@ def context(named: str | None, wanted: int | None, dtype: Dtype | None = None) -
     directory = ModelDirectory.open(find_model(named))
     most = directory.config.max_position_embeddings
     asked = None if wanted is None else min(wanted, most)
+    if asked != wanted:
+        note(f"note: a context of {wanted:,} tokens is cut to the model's own, {most:,}")
     plan = room.plan(directory.config, directory, asked, activations(dtype), saving=True)
     plan.check()
     return plan.largest_context() if asked is None else asked
