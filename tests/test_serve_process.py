@@ -134,6 +134,16 @@ def test_a_context_beyond_the_model_s_own_is_cut(talker_dir):
         (["--kv-budget", "much"], "much"),
         (["--cors", "--max-batch", "0"], "--max-batch"),
         (["--cors", "https://page.example", "--max-batch", "0"], "--max-batch"),
+        (["--cors", "http://[::1]:3000", "--max-batch", "0"], "--max-batch"),
+        (["--cors", "vscode-webview://0c1b", "--max-batch", "0"], "--max-batch"),
+        *(
+            (["--cors", wrong], "is no origin")
+            for wrong in (
+                *("page.example", "localhost:3000", "https://page.example/", "http://a b", ""),
+                *("https://page.example/x", "https://page.example:443", "HTTPS://page.example"),
+                *("https://you@page.example", "https://*.page.example", "https://page.example:x"),
+            )
+        ),
     ],
 )
 def test_wrong_usage_is_said_before_a_model_is_loaded(options, words, capsys):

@@ -2,6 +2,7 @@
 
 import importlib.util
 import logging
+import re
 import sys
 from typing import Annotated
 
@@ -14,6 +15,22 @@ from ds4mlx.errors import DataError
 
 PORT = 8765
 MOST_TOGETHER = 8
+# As browsers write origins, which they never do with the usual port of a scheme.
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?")
+_USUAL_PORT = re.compile(r"http://.*:80|https://.*:443")
+
+
+def _origin(given: str | None) -> str | None:
+    """What may stand behind --cors: what a page's request may have as its Origin, or any."""
+    if given in (None, "*", "null"):
+        return given
+    if not _ORIGIN.fullmatch(given) or _USUAL_PORT.fullmatch(given):
+        raise typer.BadParameter(
+            f"{given!r} is no origin as browsers send it: a scheme and a host, such as "
+            "https://page.example or http://localhost:3000, in lower case, with no usual port and "
+            "nothing behind"
+        )
+    return given
 
 
 def serve(
@@ -44,6 +61,7 @@ def serve(
         str | None,
         typer.Option(
             metavar="[ORIGIN]",
+            callback=_origin,
             help="Let web pages of this origin ask; without one, all pages.",
         ),
     ] = None,
