@@ -25,7 +25,7 @@ import mlx.core as mx
 from ds4mlx import Model, ModelConfig
 from ds4mlx.chat import encode_messages
 from ds4mlx.chat.tokens import EOS
-from ds4mlx.cli import arguments
+from ds4mlx.cli import opening
 from ds4mlx.cli.clients import CLIENTS
 from ds4mlx.cli.main import run
 from ds4mlx.engine.chat_tokenizer import ChatTokenizer
@@ -120,8 +120,8 @@ def serve():
     model.identity = "scripted"
     mx.eval(model.parameters())
     running.Sequence = Scripted
-    arguments.open_model = lambda *_, **__: (model, ChatTokenizer.from_dir(EMBEDDED))
-    arguments.context = lambda *_: CONTEXT
+    opening.open_model = lambda *_, **__: (model, ChatTokenizer.from_dir(EMBEDDED))
+    opening.context = lambda *_: CONTEXT
     return run(["serve", "--port", str(PORT)])
 
 
