@@ -7,6 +7,7 @@ import argparse
 import json
 import sys
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 
 import mlx.core as mx
@@ -20,8 +21,11 @@ from device import device
 
 from ds4mlx import load
 from ds4mlx.convert import convert
+from ds4mlx.state.rounding import Rounding
 
 SEQUENCE = "s129"
+# What the references call them.
+MODES: dict[Rounding, str] = {"none": "exact", "official": "kvsim"}
 
 
 def main() -> None:
@@ -33,8 +37,8 @@ def main() -> None:
         make_checkpoint.make(f"{scratch}/official", 7, "tiny")
         convert(f"{scratch}/official", f"{scratch}/converted", progress=False)
         rows = [row for dtype in ("float32", "bfloat16") for row in compare(scratch, dtype)]
-    result = {"device": device(), "mlx": mx.__version__, "rows": rows}
-    print(f"{result['device']}, MLX {mx.__version__}")
+    result = {"device": device(), "mlx": version("mlx"), "rows": rows}
+    print(f"{result['device']}, MLX {result['mlx']}")
     for row in rows:
         print("  ".join(f"{key} {value}" for key, value in row.items()))
     if arguments.results:
@@ -45,7 +49,7 @@ def compare(scratch: str, dtype: str) -> list[dict]:
     """One row for each rounding and way of feeding the tokens."""
     found, stored = [], reference.arrays()
     ids = stored[f"{SEQUENCE}/ids"]
-    for rounding, mode in (("none", "exact"), ("official", "kvsim")):
+    for rounding, mode in MODES.items():
         model, _ = load(f"{scratch}/converted", getattr(mx, dtype), rounding)
         want = stored[f"{SEQUENCE}/{mode}/logits"].astype(np.float64)
         for way, lengths in (("prefill", []), ("decode", [1] * len(ids))):

@@ -99,6 +99,7 @@ def profile(model: Model, depth: int) -> dict[str, float]:
     """Milliseconds of a decoded token by part, waiting after each; the rest is the head and the embedding."""
     cache, token = synthetic_state(model, depth), mx.array([[1]])
     clock = Clock()
+    begun = time.perf_counter()
     with listening(clock):
         for step in range(WARM + GENERATED):
             if step == WARM:

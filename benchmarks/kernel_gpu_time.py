@@ -19,7 +19,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 import mlx.core as mx
 
@@ -133,7 +133,7 @@ def launch(formats: str, combinations: list[tuple[int, int]]) -> None:
         module.ROWS, module.GROUPS = kept
 
 
-def launches(formats: list[str]) -> Iterator[tuple[ModuleType, Callable[[int], mx.array]]]:
+def launches(formats: list[str]) -> Iterator[tuple[Any, Callable[[int], mx.array]]]:
     """(module, call) of every kernel of experts at Flash's shapes, or of those in some formats."""
     for pair in (pair for pair in PAIRS if not formats or pair[0] in formats):
         layer = Experts(pair, 1)

@@ -94,9 +94,9 @@ class Scripted(Sequence):
         thought = "I look.</think>" if self.thinking else ""
         self.script = None if options.get("rule") else tokenizer.encode(thought + answer + EOS)
 
-    def draw(self, logits, unread=0):
+    def draw(self, logits, unread=0, proposal=None):
         if self.script is None:
-            return super().draw(logits, unread)
+            return super().draw(logits, unread, proposal)
         place = min(self.drawn + unread, len(self.script) - 1)
         return mx.array([self.script[place]], mx.int32)
 

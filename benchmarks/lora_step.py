@@ -60,11 +60,12 @@ def main() -> None:
     asked = parser.parse_args()
     config, name = shapes(asked.layers, asked.small)
     model = synth_model(config, asked.recipe)
-    weights = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
+    weights = sum(array.nbytes for array in dict(tree_flatten(model.parameters())).values())
     add_lora(model, asked.rank, routed=asked.routed)
     model.train()
     ids = mx.random.randint(0, config.vocab_size, (1, asked.tokens + 1), key=mx.random.key(1))
     rows = measured(model, ids, asked.steps)
+    learnt = dict(tree_flatten(model.trainable_parameters()))
     report = {
         "device": device(),
         "shapes": name,
@@ -72,7 +73,7 @@ def main() -> None:
         "tokens": asked.tokens,
         "rank": asked.rank,
         "adapted": "attention, shared expert" + (", routed experts" if asked.routed else ""),
-        "trained_parameters": sum(a.size for _, a in tree_flatten(model.trainable_parameters())),
+        "trained_parameters": sum(a.size for a in learnt.values()),
         "weight_bytes": weights,
         "first_seconds": rows[0]["seconds"],
         "seconds": statistics.median(row["seconds"] for row in rows[1:] or rows),

@@ -45,13 +45,15 @@ def main() -> None:
 def row(model: Model, depth: int, chunk: int) -> dict:
     """Gigabytes and milliseconds of a chunk that is read after `depth` tokens."""
     state, ids = synthetic_state(model, depth), [1 + i % 1000 for i in range(chunk)]
+    held, begun, seconds = 0, 0.0, 0.0
     for _ in range(2):
         mx.synchronize()
         mx.clear_cache()
         mx.reset_peak_memory()
         held, begun = mx.get_active_memory(), time.perf_counter()
         prefill(model, ids, state, step=chunk + depth)
-        seconds, peak = time.perf_counter() - begun, mx.get_peak_memory()
+        seconds = time.perf_counter() - begun
+    peak = mx.get_peak_memory()
     return {
         "depth": depth,
         "chunk": chunk,

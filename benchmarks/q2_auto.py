@@ -13,6 +13,7 @@ expected here.
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from calibration import opened
 from device import device
@@ -61,7 +62,7 @@ def main() -> None:
 def expected(bench: Bench) -> Costs:
     """What every format is expected to cost at every place; any budget shows it."""
     official = bench.converted("official", "official")
-    files = {**steered(bench), "sensitivity": measured(bench, official)}
+    files: dict[str, Any] = {**steered(bench), "sensitivity": measured(bench, official)}
     budget = sum(file.stat().st_size for file in official.glob("*.safetensors")) - 1
     plan = convert(bench.source, official, "q2-auto", budget=budget, dry_run=True, **files)
     assert plan.choice is not None
@@ -79,7 +80,7 @@ def measured(bench: Bench, official: Path) -> Path:
     return path
 
 
-def steered(bench: Bench) -> dict[str, Path]:
+def steered(bench: Bench) -> dict[str, Any]:
     """What importances and moments a conversion is given."""
     return {"imatrix": bench.calibration.importance, "moments": bench.calibration.moments}
 

@@ -13,6 +13,7 @@ import json
 import math
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -84,7 +85,8 @@ class Bench:
         """Float32 (tokens, vocabulary) by sequence, kept beside the directory."""
         kept = directory.with_suffix(f".{self.sequences}.npz")
         if not kept.exists():
-            np.savez(kept, **self.logits_of(opened(directory)[0]))
+            found: dict[str, Any] = {**self.logits_of(opened(directory)[0])}
+            np.savez(kept, **found)
         with np.load(kept) as stored:
             return dict(stored)
 
