@@ -28,6 +28,7 @@ TOOL = {
         },
     },
 }
+PATCH = {"type": "custom", "custom": {"name": "patch", "description": "Changes a file."}}
 OTHER = {"type": "function", "function": {"name": "list_files", "parameters": {"type": "object"}}}
 
 
@@ -262,11 +263,32 @@ def test_a_stop_text_is_not_looked_for_in_calls(client, stop):
 
 
 def test_tools_of_other_types_are_passed_over(client):
-    tools = [{"type": "web_search"}, {"type": "custom", "custom": {"name": "x"}}, TOOL]
+    tools = [{"type": "web_search"}, {"type": None}, TOOL]
     asked = PLAIN | {"max_tokens": 2}
     answer = client.chat.completions.create(**asked, tools=tools)
     offered = client.chat.completions.create(**asked, tools=[TOOL])
     assert answer.usage.prompt_tokens == offered.usage.prompt_tokens
+
+
+def test_a_custom_tool_is_called_with_a_text(client, served):
+    """Whole and in pieces; and its call is known when it comes back."""
+    asked = PLAIN | {"tools": [TOOL, PATCH], "max_tokens": 200, "parallel_tool_calls": False}
+    asked["tool_choice"] = {"type": "custom", "custom": {"name": "patch"}}
+    whole = client.chat.completions.create(**asked)
+    (call,) = whole.choices[0].message.tool_calls
+    assert (call.type, call.custom.name) == ("custom", "patch") and call.custom.input
+    assert whole.choices[0].finish_reason == "tool_calls"
+    data = [json.loads(each) for each in events(served, "/v1/chat/completions", asked)[:-1]]
+    deltas = [c["choices"][0]["delta"].get("tool_calls") for c in data]
+    (first,), *rest = filter(None, deltas)
+    assert first.pop("id").startswith("call") and len(rest) > 1
+    assert first == {"index": 0, "type": "custom", "custom": {"name": "patch", "input": ""}}
+    assert all(each.keys() == {"index", "custom"} for (each,) in rest)
+    assert "".join(each["custom"]["input"] for (each,) in rest) == call.custom.input
+    history = [*QUESTION, whole.choices[0].message.model_dump()]
+    history.append({"role": "tool", "tool_call_id": call.id, "content": "done"})
+    answer = client.chat.completions.create(**asked | {"messages": history, "max_tokens": 1})
+    assert answer.usage.prompt_tokens_details.cached_tokens >= whole.usage.total_tokens - 1
 
 
 @pytest.mark.parametrize(
@@ -314,6 +336,9 @@ def test_answers_in_json(client, form):
         ({"tool_choice": "required"}, 400, "none is offered"),
         ({"tool_choice": {"type": "allowed_tools"}}, 400, "a list of tools"),
         ({"tools": [TOOL, TOOL]}, 400, "read_file"),
+        ({"tools": [TOOL, {"type": "custom", "custom": {"name": "read_file"}}]}, 400, "read_file"),
+        ({"tools": [{"type": "function"}]}, 400, "tools.0 needs a function"),
+        ({"tools": [TOOL, {"type": "custom", "custom": {}}]}, 400, "tools.1.custom needs a name"),
         ({"reasoning_effort": "some"}, 400, "some"),
         ({"response_format": {"type": "xml"}}, 400, "xml"),
     ],

@@ -12,6 +12,7 @@ from ds4mlx.chat.streaming import CallArguments, CallEnd, CallStart, Completion,
 from ds4mlx.engine.answers import Answer
 from ds4mlx.engine.request import Ended, Failed, Piece, Started, Stopping, TokenProbs
 from ds4mlx.server.answering import KeepAlive, Tokens, Turn
+from ds4mlx.server.chat_calls import CallPieces, whole_call
 from ds4mlx.server.messages_events import MessageWriter
 from ds4mlx.server.offered import Offered, Tool
 from ds4mlx.server.partial_json import InputReader
@@ -145,6 +146,11 @@ def test_a_custom_tool_is_called_with_its_text():
     assert (call["type"], call["input"], call["name"]) == ("custom_tool_call", "a\n", "patch")
     deltas = [e["delta"] for e in events if e["type"].endswith("input.delta")]
     assert deltas == ["a", "\n"]
+    pieces = CallPieces(offered())
+    begun, *more = [piece for delta in PATCH if (piece := pieces.add(delta)) is not None]
+    custom = {"name": "patch", "input": ""}
+    assert begun == {"index": 0, "id": "call_3", "type": "custom", "custom": custom}
+    assert more == [{"index": 0, "custom": {"input": text}} for text in ("a", "\n")]
 
 
 def test_logprobs_stand_by_the_text_they_belong_to():
@@ -196,6 +202,14 @@ def test_the_text_of_a_custom_call_is_read_from_any_fragments(text, escapes, cut
 def test_a_custom_call_without_its_text_is_told_as_json(raw):
     reader = InputReader()
     assert reader.add(raw) == "" and reader.finish() == reader.text == raw
+    told = [CallStart(0, "call_3", "patch"), CallArguments(0, raw), CallEnd(0)]
+    pieces = CallPieces(offered())
+    assert [pieces.add(delta) for delta in told][1:] == [
+        None,
+        {"index": 0, "custom": {"input": raw}},
+    ]
+    call = {"id": "call_3", "function": {"name": "patch", "arguments": raw}}
+    assert whole_call(call, offered())["custom"] == {"name": "patch", "input": raw}
 
 
 @given(st.text())

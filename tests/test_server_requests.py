@@ -10,7 +10,7 @@ from ds4mlx.server.constraints import Allowed
 from ds4mlx.server.errors import refusal_of
 from ds4mlx.server.kept_responses import KeptResponses
 from ds4mlx.server.messages_in import known_messages
-from ds4mlx.server.offered import Tool, of_messages, of_responses
+from ds4mlx.server.offered import Tool, of_chat, of_messages, of_responses
 from ds4mlx.server.response_object import listed_items
 from ds4mlx.server.roles import settled
 from ds4mlx.server.schemas_messages import CountRequest, MessagesRequest
@@ -265,6 +265,11 @@ def test_tools_of_every_type_are_taken():
     assert offered.find("mcp__patch") == Tool("patch", "mcp__", True)
     assert offered.find("docs__find") == Tool("find", "docs")
     assert offered.find("made_up") == Tool("made_up")
+    nested = [{"type": "custom", "custom": {"name": "sql", "description": "Asks."}}]
+    nested[0]["custom"]["format"] = {"type": "grammar", "grammar": grammar}
+    for custom in (of_chat(nested), of_responses(nested), of_chat(tools[1:2])):
+        assert custom.find("sql") == Tool("sql", None, True)
+        assert custom.functions == [offered.functions[1]]
 
 
 def test_tools_of_anthropic_s_own_kinds_are_taken():

@@ -9,12 +9,14 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from ds4mlx.chat.streaming import CallArguments, CallStart, Content, Reasoning
+from ds4mlx.chat.streaming import Content, Reasoning
 from ds4mlx.engine.request import Ended, Failed, TokenProbs
 from ds4mlx.server.answering import KeepAlive, Tokens, Turn, Whole, whole_unless_gone
+from ds4mlx.server.chat_calls import CallPieces, whole_call
 from ds4mlx.server.endpoints import endpoint, gone, service_of
 from ds4mlx.server.errors import OPENAI, Refusal, refusal_of
 from ds4mlx.server.logprobs import chat_logprobs
+from ds4mlx.server.offered import Offered, of_chat
 from ds4mlx.server.questions import question_of
 from ds4mlx.server.schemas_openai import ChatRequest
 from ds4mlx.server.sse import Stream, comment, event
@@ -26,14 +28,16 @@ async def chat_completions(request: Request) -> Response:
     """POST: a conversation's next message."""
     service = service_of(request)
     body = await service.bodies.read(request, ChatRequest)
-    question = await run_in_threadpool(question_of, body)
+    offered = of_chat(body.tools or ())
+    question = await run_in_threadpool(question_of, body, offered)
     turn = await service.ask(question, "chatcmpl-")
     model = body.model or service.name
     if body.stream:
         options = body.stream_options
-        return Stream(_Chunks(turn, model).events(bool(options and options.include_usage)), turn)
+        chunks = _Chunks(turn, model, offered)
+        return Stream(chunks.events(bool(options and options.include_usage)), turn)
     whole = await whole_unless_gone(turn, request.receive)
-    return JSONResponse(_completion(turn, model, whole)) if whole else gone()
+    return JSONResponse(_completion(turn, model, whole, offered)) if whole else gone()
 
 
 @endpoint
@@ -46,8 +50,9 @@ async def end_thinking(request: Request) -> Response:
     return JSONResponse({"id": turn.id, "object": "chat.completion.thinking", "ended": True})
 
 
-def _completion(turn: Turn, model: str, whole: Whole) -> dict[str, Any]:
-    message, calls = whole.message, whole.message["tool_calls"]
+def _completion(turn: Turn, model: str, whole: Whole, offered: Offered) -> dict[str, Any]:
+    message = whole.message
+    calls = [whole_call(call, offered) for call in message["tool_calls"]]
     told: dict[str, Any] = {"role": "assistant", "content": message["content"], "refusal": None}
     if message.get("reasoning_content"):
         told["reasoning_content"] = message["reasoning_content"]
@@ -74,8 +79,8 @@ def _completion(turn: Turn, model: str, whole: Whole) -> dict[str, Any]:
 class _Chunks:
     """A turn as the chunks of a stream."""
 
-    def __init__(self, turn: Turn, model: str):
-        self._turn, self._calls = turn, False
+    def __init__(self, turn: Turn, model: str, offered: Offered):
+        self._turn, self._calls = turn, CallPieces(offered)
         self._tokens: list[TokenProbs] = []  # those whose text is yet to come
         self._frame = {"id": turn.id, "object": "chat.completion.chunk"}
         self._frame |= {"created": int(time.time()), "model": model}
@@ -102,14 +107,8 @@ class _Chunks:
             return {"reasoning_content": each.text}
         if isinstance(each, Content):
             return {"content": each.text}
-        if isinstance(each, CallStart):
-            self._calls = True
-            function = {"name": each.name, "arguments": ""}
-            call = {"index": each.index, "id": each.id, "type": "function", "function": function}
-            return {"tool_calls": [call]}
-        if isinstance(each, CallArguments):
-            return {"tool_calls": [{"index": each.index, "function": {"arguments": each.text}}]}
-        return None
+        call = self._calls.add(each)
+        return {"tool_calls": [call]} if call else None
 
     def _end(self, ended: Ended, include_usage: bool) -> list[ServerSentEvent]:
         finish = finish_of(ended, bool(self._turn.message["tool_calls"]))

@@ -1,11 +1,9 @@
-"""Messages and tools of chat clients, less what says nothing to the model.
+"""Messages of chat clients, less what says nothing to the model.
 
 The encoding refuses keys that it would lose; a server meets clients that send keys of their own.
 """
 
 from typing import Any
-
-from ds4mlx.server.errors import Refusal
 
 _MESSAGE = ("role", "content", "name", "tool_calls", "tool_call_id", "function_call", "refusal")
 _MESSAGE += ("reasoning_content", "reasoning", "reasoning_text", "reasoning_details", "prefix")
@@ -17,35 +15,6 @@ _PART += ("id", "tool_use_id")
 def known_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The messages with the keys that are read; what is no object is left for the encoding."""
     return [_message(message) for message in messages]
-
-
-def functions_of(tools: list[dict[str, Any]] | None) -> list[dict[str, Any]]:
-    """The tools that the model can call. Those of other types are passed over, not refused.
-
-    Raises Refusal for a function without a name, or two of one name.
-    """
-    offered = [_function(tool, at) for at, tool in enumerate(tools or ()) if _is_function(tool)]
-    names = [tool["function"]["name"] for tool in offered]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise Refusal(400, f"two tools have the name {twice[:80]!r}", param="tools")
-    return offered
-
-
-def _is_function(tool: dict[str, Any]) -> bool:
-    return tool.get("type", "function") == "function"
-
-
-def _function(tool: dict[str, Any], at: int) -> dict[str, Any]:
-    function = tool.get("function")
-    where = f"tools.{at}"
-    if not isinstance(function, dict):
-        raise Refusal(400, f"{where} needs a function, an object", param=where)
-    if not isinstance(function.get("name"), str) or not function["name"]:
-        raise Refusal(400, f"{where}.function needs a name", param=where)
-    if not isinstance(function.get("parameters", {}), dict | None):
-        raise Refusal(400, f"{where}.function.parameters must be an object", param=where)
-    return {"type": "function", "function": _without(function, ("cache_control",))}
 
 
 def _message(message: dict[str, Any]) -> dict[str, Any]:
@@ -80,7 +49,3 @@ def _only(value: Any, keys: tuple[str, ...]) -> Any:
     if not isinstance(value, dict):
         return value
     return {key: inner for key, inner in value.items() if key in keys}
-
-
-def _without(value: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
-    return {key: inner for key, inner in value.items() if key not in keys}

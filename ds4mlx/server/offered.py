@@ -10,6 +10,7 @@ from typing import Any
 
 from ds4mlx.chat import fields
 from ds4mlx.errors import DataError
+from ds4mlx.server.errors import Refusal
 from ds4mlx.server.schemas_openai import Object
 
 _COMMAND = {"type": "object", "properties": {"command": {"type": "string"}}}
@@ -58,12 +59,14 @@ class Offered:
     def add(self, tool: Tool, description: Any, parameters: Any) -> None:
         """Offers a tool; of two with one name the first."""
         name = joined(tool.namespace, tool.name)
-        if name in self.tools:
-            return
-        self.tools[name] = tool
         function = {"name": name, "description": description, "parameters": parameters}
-        kept = {key: value for key, value in function.items() if value is not None}
-        self.functions.append({"type": "function", "function": kept})
+        self.take(tool, {key: value for key, value in function.items() if value is not None})
+
+    def take(self, tool: Tool, function: Object) -> None:
+        """Offers a tool as this function, whose name leads to it."""
+        if function["name"] not in self.tools:
+            self.tools[function["name"]] = tool
+            self.functions.append({"type": "function", "function": function})
 
     def find(self, name: str) -> Tool:
         """The tool of a call; a name that was not offered stands for itself."""
@@ -82,6 +85,40 @@ def joined(namespace: Any, name: str) -> str:
     if not isinstance(namespace, str) or not namespace:
         return name
     return f"{namespace}{name}" if namespace.endswith("_") else f"{namespace}__{name}"
+
+
+def of_chat(tools: Iterable[Object]) -> Offered:
+    """The tools of chat. Those of other types than function and custom are passed over.
+
+    Raises Refusal for a tool without a name, or two of one name.
+    """
+    offered = Offered()
+    for at, tool in enumerate(tools):
+        kind = tool.get("type", "function")
+        if kind not in ("function", "custom"):
+            continue
+        inner = _of_chat(tool, kind, f"tools.{at}")
+        if inner["name"] in offered.tools:
+            message = f"two tools have the name {inner['name'][:80]!r}"
+            raise Refusal(400, message, param="tools")
+        if kind == "custom":
+            offered.add(Tool(inner["name"], is_custom=True), _custom_text(inner), _INPUT)
+        else:
+            kept = {key: value for key, value in inner.items() if key != "cache_control"}
+            offered.take(Tool(inner["name"]), kept)
+    return offered
+
+
+def _of_chat(tool: Object, kind: str, where: str) -> Object:
+    """What a tool of chat says under its kind, with a name; a custom one may say it at the top."""
+    inner = tool.get(kind, tool if kind == "custom" else None)
+    if not isinstance(inner, dict):
+        raise Refusal(400, f"{where} needs a {kind}, an object", param=where)
+    if not isinstance(inner.get("name"), str) or not inner["name"]:
+        raise Refusal(400, f"{where}.{kind} needs a name", param=where)
+    if not isinstance(inner.get("parameters", {}), dict | None):
+        raise Refusal(400, f"{where}.{kind}.parameters must be an object", param=where)
+    return inner
 
 
 def of_messages(tools: Iterable[Object]) -> Offered:
@@ -110,12 +147,13 @@ def of_responses(tools: Iterable[Object]) -> Offered:
 
 
 def _add_response(offered: Offered, tool: Any, where: str, namespace: str | None) -> None:
-    if not isinstance(tool, dict) or tool.get("type") not in ("function", "custom"):
+    kind = tool.get("type") if isinstance(tool, dict) else None
+    if kind not in ("function", "custom"):
         return
     # Chat's clients nest what Responses has at the top.
-    inner: Object = tool["function"] if isinstance(tool.get("function"), dict) else tool
+    inner: Object = tool[kind] if isinstance(tool.get(kind), dict) else tool
     name = fields.field(inner, "name", str, where)
-    if tool["type"] == "custom":
+    if kind == "custom":
         offered.add(Tool(name, namespace, True), _custom_text(inner), _INPUT)
     else:
         offered.add(Tool(name, namespace), inner.get("description"), inner.get("parameters"))
@@ -124,7 +162,8 @@ def _add_response(offered: Offered, tool: Any, where: str, namespace: str | None
 def _custom_text(tool: Object) -> str | None:
     """The description of a custom tool, with the grammar that its text should follow."""
     form = tool.get("format")
-    definition = form.get("definition") if isinstance(form, dict) else None
+    grammar = form.get("grammar", form) if isinstance(form, dict) else None
+    definition = grammar.get("definition") if isinstance(grammar, dict) else None
     parts = [
         tool.get("description"),
         definition and f"The input follows this grammar:\n{definition}",

@@ -7,15 +7,16 @@ from ds4mlx.engine.sampling import Sampler
 from ds4mlx.server.constraints import Allowed, rule_of
 from ds4mlx.server.efforts import USUAL, level
 from ds4mlx.server.errors import Refusal
-from ds4mlx.server.messages_in import functions_of, known_messages
+from ds4mlx.server.messages_in import known_messages
+from ds4mlx.server.offered import Offered
 from ds4mlx.server.schemas_openai import ChatRequest, Common
 from ds4mlx.server.service import Question
 
 
-def question_of(body: ChatRequest) -> Question:
+def question_of(body: ChatRequest, offered: Offered) -> Question:
     """The question. Raises Refusal, naming the field, for what this server does not do."""
     check_choices(body)
-    tools = functions_of(body.tools)
+    tools = offered.functions
     longest = body.max_completion_tokens
     return Question(
         messages=known_messages(body.messages),
@@ -96,7 +97,7 @@ def _choice(choice: str | dict[str, Any] | None) -> str | tuple[str] | Allowed:
         return _allowed(allowed if isinstance(allowed, dict) else {})
     name = _name(choice)
     if name is None:
-        raise Refusal(400, "tool_choice needs the name of a function", param="tool_choice")
+        raise Refusal(400, "tool_choice needs the name of a tool", param="tool_choice")
     return (name,)
 
 
@@ -116,8 +117,8 @@ def _allowed(allowed: dict[str, Any]) -> Allowed:
 
 
 def _name(tool: dict[str, Any]) -> str | None:
-    function = tool.get("function")
-    name = function.get("name") if isinstance(function, dict) else None
+    inner = tool.get("custom" if tool.get("type") == "custom" else "function")
+    name = inner.get("name") if isinstance(inner, dict) else None
     return name if isinstance(name, str) else None
 
 
