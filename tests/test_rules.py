@@ -11,7 +11,7 @@ import pytest
 from ds4mlx import DataError
 from ds4mlx.chat import parse_completion
 from ds4mlx.chat.tokens import DSML
-from ds4mlx.engine.rules import Rule
+from ds4mlx.engine.rules import Rule, RuleError
 from ds4mlx.engine.schemas import json_object, json_schema
 from ds4mlx.engine.tool_rules import no_calls, tool_calls
 from ds4mlx.text.tokenizer import Tokenizer
@@ -148,6 +148,30 @@ def test_json_may_be_spaced_but_not_without_end(tokenizer):
         assert spelled(tokenizer, json_object(), json.dumps(values, indent=indent))
     assert spelled(tokenizer, json_object(), json.dumps(values, separators=(",", ":")))
     assert not spelled(tokenizer, json_object(), '{"a":' + "\n" * 9 + "1}")
+
+
+NUMBER = {"type": "object", "properties": {"n": {"enum": [1, 2]}, "s": {"type": "string"}}}
+NUMBER |= {"required": ["n"], "additionalProperties": False}
+
+
+def test_what_is_begun_is_a_part_of_what_a_schema_describes(tokenizer):
+    text = '{"n": 1, "s": "\\"<b>\\n é"}'
+    rules = [json_schema(NUMBER), json_object(), tool_calls(TOOLS, schema=NUMBER)]
+    for rule in rules:
+        for at in range(len(text) + 1):
+            assert spelled(tokenizer, rule.after(text[:at]), text[at:]), text[:at]
+        assert spelled(tokenizer, rule.after("\n {"), '"n": 2}')
+        assert not spelled(tokenizer, rule.after('{"n": '), '{"n": 1}')
+        for begun in ("Here:", '{"n": 1} so', "```json\n", '{"n": 1, }'):
+            with pytest.raises(RuleError, match="cannot go on to one that obeys"):
+                rule.after(begun).start(tokenizer)
+    with pytest.raises(RuleError, match="the JSON schema"):
+        json_schema(NUMBER).after('{"n": 3').start(tokenizer)
+
+
+def test_what_is_begun_is_a_text_before_calls(tokenizer):
+    calls = tool_calls(TOOLS, required=True)
+    assert calls.after("I look.") == calls and no_calls().after("DSML|") == no_calls()
 
 
 @pytest.mark.parametrize(

@@ -321,6 +321,25 @@ def test_answers_in_json(client, form):
         assert form["type"] == "json_object" and choice.finish_reason == "length"
 
 
+def test_a_schema_is_about_an_answer_with_its_beginning(client):
+    schema = {"type": "object", "properties": {"sum": {"enum": [1, 2]}}, "required": ["sum"]}
+    schema["additionalProperties"] = False
+    form = {"type": "json_schema", "json_schema": {"name": "sum", "schema": schema}}
+
+    def ask(begun):
+        talk = [*QUESTION, {"role": "assistant", "content": begun, "prefix": True}]
+        asked = PLAIN | {"messages": talk, "response_format": form}
+        return client.chat.completions.create(**asked).choices[0]
+
+    for begun in ("{", '{"sum"', [{"type": "text", "text": '{"sum": '}]):
+        answer, text = ask(begun), begun if isinstance(begun, str) else begun[0]["text"]
+        assert answer.finish_reason == "stop"
+        assert json.loads(text + answer.message.content)["sum"] in (1, 2)
+    with pytest.raises(openai.BadRequestError, match="obeys the JSON schema") as refused:
+        ask("The sum is")
+    assert refused.value.code == "invalid_value"
+
+
 @pytest.mark.parametrize(
     ("change", "status", "word"),
     [

@@ -144,6 +144,12 @@ def test_an_answer_in_a_form(client):
     message = ask(client, output_config=form)
     assert re.fullmatch(r'\s*\{\s*"n"\s*:\s*[12]\s*\}\s*', message.content[0].text)
     assert message.stop_reason == "end_turn"
+    begun = {"role": "assistant", "content": '{"n":'}
+    message = ask(client, messages=[ADD, begun], output_config=form)
+    assert re.fullmatch(r"\s*[12]\s*\}\s*", message.content[0].text)
+    begun["content"] = "Here it is:"
+    with pytest.raises(anthropic.BadRequestError, match="cannot go on to one that obeys"):
+        ask(client, messages=[ADD, begun], output_config=form)
 
 
 def test_why_answers_end(client):

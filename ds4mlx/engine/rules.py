@@ -6,7 +6,7 @@ is said in `schemas` and `tool_rules`.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -20,6 +20,8 @@ from ds4mlx.text.tokenizer import Tokenizer
 
 # What stands in a grammar for the token that marks tool markup, whose id each tokenizer has its own.
 MARK = "<[ds4mlx-mark]>"
+# White space with which JSON may begin, and our grammars of it do not.
+_BLANK = " \t\r\n"
 # llguidance's bounds, in its own units: less than a second of work at the start, and some tens of
 # milliseconds for a token, whatever the rule is.
 _LIMITS = {
@@ -41,18 +43,31 @@ class Rule:
     """What an answer must be.
 
     grammar: in llguidance's language, with MARK for the token that marks tool markup. name: what
-    errors call the rule. Raises RuleError, with the cause, for one that no answer can follow.
+    errors call the rule. of_all: whether it is about all of an answer, and not about how one goes on.
+    begun: what there is of the answer. Raises RuleError, with the cause, for one that no answer can
+    follow.
     """
 
     grammar: str
     name: str
+    of_all: bool = False
+    begun: str = ""
 
     def __post_init__(self) -> None:
         Mask(self, _bytes(), 257).allowed(258)
 
+    def after(self, begun: str) -> "Rule":
+        """The rule for an answer that a client has begun."""
+        return replace(self, begun=begun) if self.of_all else self
+
     def start(self, tokenizer: Tokenizer) -> "Mask":
-        """The mask of an answer that begins now."""
-        return Mask(self, prepare(tokenizer), tokenizer.encoder.token_to_id(DSML))
+        """The mask of an answer that begins now, or goes on behind what is begun.
+
+        Raises RuleError for a beginning of no answer that obeys the rule.
+        """
+        mask = Mask(self, prepare(tokenizer), tokenizer.encoder.token_to_id(DSML))
+        mask.begin(tokenizer.encode_segments([(self.begun.lstrip(_BLANK), False)]))
+        return mask
 
 
 class Mask:
@@ -82,6 +97,15 @@ class Mask:
         self._check()
         known = np.unpackbits(bits, count=min(vocab, 8 * len(bits)), bitorder="little")
         return mx.array(np.pad(known, (0, vocab - len(known)))) != 0
+
+    def begin(self, tokens: list[int]) -> None:
+        """Take the beginning of an answer. Raises RuleError unless the answer may begin so."""
+        taken = self._matcher.try_consume_tokens(tokens)
+        self._check()
+        if taken < len(tokens):
+            raise RuleError(
+                f"the beginning of the answer that is given cannot go on to one that obeys {self._name}"
+            )
 
     def took(self, token: int) -> None:
         """Take the token that was drawn, which is one of those."""

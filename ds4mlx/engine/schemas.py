@@ -48,7 +48,7 @@ def json_schema(schema: Any, name: str = "the JSON schema") -> Rule:
         text = json.dumps(schema, allow_nan=False)
         text.encode()
         checked(schema, text, name)
-        return Rule(schema_grammar(text, _OPTIONS), name)
+        return Rule(schema_grammar(text, _OPTIONS), name, of_all=True)
     except DataError:
         raise
     except RecursionError:

@@ -75,7 +75,7 @@ def _rule(
         head = f"{head} | answer\nanswer: %json {answer}" if answer else _FREE
     count = "calls: call" if single or name is not None else "calls: call+"
     grammar = "\n".join([head, count, _TEXTS, _Calls().grammar(functions)])
-    return Rule(grammar, "the choice of tools")
+    return Rule(grammar, "the choice of tools", of_all="answer" in head)
 
 
 class _Calls:

@@ -9,6 +9,7 @@ from typing import Any
 from starlette.concurrency import run_in_threadpool
 
 from ds4mlx.chat import encode_segments
+from ds4mlx.chat.messages import read_turns
 from ds4mlx.chat.segments import Prompt
 from ds4mlx.chat.streaming import Completion
 from ds4mlx.engine.request import Request
@@ -42,6 +43,13 @@ class Question:
         last = self.messages[-1] if self.messages else {}
         return last.get("role") == "assistant" and bool(last.get("prefix"))
 
+    @property
+    def rule_now(self) -> Rule | None:
+        """The rule, with the beginning of the answer as a part of it."""
+        if self.rule is None or not self.continues:
+            return self.rule
+        return self.rule.after(read_turns(self.messages[-1:])[0].text)
+
 
 @dataclass(eq=False)
 class Service:
@@ -62,7 +70,7 @@ class Service:
         Raises what `Scheduler.submit` raises, and DataError for messages that cannot be read.
         """
         self.scheduler.check_place()  # before the work of writing the prompt
-        prompt = await run_in_threadpool(self.render, question)
+        prompt, rule = await run_in_threadpool(self._written, question)
         thinking = "none" if question.continues else question.thinking
         request = Request(
             prompt=prompt,
@@ -72,7 +80,7 @@ class Service:
             until=CALLS_OPENING if question.tools else "",
             thinking=thinking,
             thinking_budget=question.thinking_budget,
-            rule=question.rule,
+            rule=rule,
             logprobs=question.logprobs,
             label=prefix + secrets.token_hex(16),
         )
@@ -98,6 +106,10 @@ class Service:
             self.release,
             replay=self.scheduler.replay,
         )
+
+    def _written(self, question: Question) -> tuple[Prompt, Rule | None]:
+        """The prompt, by which the messages are checked, and then the rule."""
+        return self.render(question), question.rule_now
 
     async def close(self, deadline: float) -> None:
         """Refuse what is new, end what goes on, save; within so many seconds."""
