@@ -235,7 +235,7 @@ CALLS = """See.
 </｜DSML｜tool_calls>"""
 
 
-@pytest.mark.parametrize("before", ["See.", ""])
+@pytest.mark.parametrize("before", ["See.", "", "See.\n\n", "If a <", "A <｜DSML｜ opens"])
 def test_an_answer_that_is_cut_anywhere_in_its_calls_shows_no_markup(before):
     """Behind the first call too, where a further one or the end of them all was begun."""
     text = before + CALLS.removeprefix("See.")

@@ -63,6 +63,11 @@ class Completion:
         self.sampled = sampled_calls(text, self._thinking)
         return self._counted(self._rest())
 
+    @property
+    def given(self) -> str:
+        """What the deltas gave of the message's content; known after `finish`."""
+        return self.message["content"][: self._sent[Content]]
+
     def _counted(self, deltas: Iterator[Delta]) -> list[Delta]:
         found = merged(deltas)
         for delta in found:

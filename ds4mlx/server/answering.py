@@ -124,7 +124,9 @@ class Turn:
         """What is known with this event, and was not before it."""
         if isinstance(event, Ended) and self.completion is not None:
             last = self.completion.finish()
-            return [*(last if event.reason == "stop" else without_begun(self.message, last))]
+            if event.reason != "stop":
+                last = without_begun(self.message, self.completion.given, last)
+            return [*last]
         if not isinstance(event, Piece):
             return []
         tokens: list[Event] = [Tokens(event.tokens, event.thinking)] if event.tokens else []

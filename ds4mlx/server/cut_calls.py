@@ -13,12 +13,19 @@ from ds4mlx.chat.tokens import DSML
 CALLS_OPENING = f"\n\n<{DSML}tool_calls>"
 
 
-def without_begun(message: dict[str, Any], last: list[Delta]) -> list[Delta]:
-    """The last deltas of an answer without the markup of calls that it began; so is its message then."""
+def without_begun(message: dict[str, Any], given: str, last: list[Delta]) -> list[Delta]:
+    """The last deltas of an answer without the markup of calls that it began; so is its message then.
+
+    given: what all deltas give of the message's content. What was told before the last is no markup.
+    """
     before = _before_further_calls if message["tool_calls"] else _before_calls
-    message["content"] = before(message["content"])
     cut = [replace(d, text=before(d.text)) if isinstance(d, Content) else d for d in last]
+    message["content"] = given[: len(given) + _length(cut) - _length(last)]
     return [delta for delta in cut if not isinstance(delta, Content) or delta.text]
+
+
+def _length(deltas: list[Delta]) -> int:
+    return sum(len(delta.text) for delta in deltas if isinstance(delta, Content))
 
 
 def _before_calls(text: str) -> str:
