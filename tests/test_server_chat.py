@@ -413,11 +413,15 @@ def test_completions(client, served):
     assert "".join(chunk.choices[0].text for chunk in chunks) == choice.text and done == "[DONE]"
 
 
+@pytest.mark.parametrize("is_held", [False, True])
 @pytest.mark.parametrize("prompt", ["def add(a, b):", "🐍🐍🐍🐍🐍🐍"])
-def test_the_tokens_of_a_text_stand_where_they_are_in_it(client, served, prompt):
+def test_the_tokens_of_a_text_stand_where_they_are_in_it(client, served, prompt, is_held):
+    """Also in a stream of which the end of each token is held back, as a stop text may begin there."""
     asked = {"model": "x", "prompt": prompt, "max_tokens": 12, "temperature": 0}
     asked |= {"echo": True, "logprobs": 0}
     whole = client.completions.create(**asked).choices[0]
+    if is_held:
+        asked["stop"] = [f"{letter}\a" for letter in {*whole.text}][:64]
     chunks = [json.loads(data) for data in events(served, "/v1/completions", asked)[:-1]]
     parts = [chunk["choices"][0]["logprobs"] or {"text_offset": []} for chunk in chunks]
     offsets = whole.logprobs.text_offset
@@ -458,6 +462,12 @@ def test_answers_that_are_not_waited_for_end(chatter, endless):
         next(iter(stream))
     with pytest.raises(openai.APITimeoutError):
         chatter.with_options(timeout=0.2).chat.completions.create(model="x", messages=QUESTION)
+    is_idle(endless)
+
+
+def test_what_is_refused_is_not_begun(chatter, endless):
+    with pytest.raises(openai.BadRequestError, match="echo needs a prompt that is text"):
+        chatter.completions.create(model="x", prompt=[5], echo=True, max_tokens=10_000)
     is_idle(endless)
 
 

@@ -16,7 +16,7 @@ from ds4mlx.engine.request import Ended, Failed, Request, TokenProbs
 from ds4mlx.server.answering import KeepAlive, Tokens, Turn, whole_unless_gone
 from ds4mlx.server.endpoints import endpoint, gone, service_of
 from ds4mlx.server.errors import OPENAI, Refusal, refusal_of
-from ds4mlx.server.logprobs import text_logprobs
+from ds4mlx.server.logprobs import TextLogprobs
 from ds4mlx.server.questions import check_choices, sampler_of
 from ds4mlx.server.schemas_openai import CompletionRequest
 from ds4mlx.server.sse import Stream, comment, event
@@ -31,15 +31,16 @@ async def completions(request: HttpRequest) -> Response:
     """POST: what follows a text, or token ids."""
     service = service_of(request)
     body = await service.bodies.read(request, CompletionRequest)
-    turn = await service.submit(_request_of(body), None)
-    text = _Text(turn, body.model or service.name, _echo(body))
+    asked, echo = _request_of(body), _echo(body)
+    turn = await service.submit(asked, None)
+    text = _Text(turn, body.model or service.name, echo)
     if body.stream:
         options = body.stream_options
         return Stream(text.events(bool(options and options.include_usage)), turn)
     whole = await whole_unless_gone(turn, request.receive)
     if whole is None:
         return gone()
-    last = text.frame(whole.message["content"], list(whole.tokens), text.echo, whole.ended)
+    last = text.frame(echo + whole.message["content"], list(whole.tokens), whole.ended)
     return JSONResponse(last | text.figures(whole.ended))
 
 
@@ -91,23 +92,22 @@ class _Text:
     """A turn as text, whole or in chunks of the same shape."""
 
     def __init__(self, turn: Turn, model: str, echo: str):
-        self._turn, self.echo = turn, echo
+        self._turn, self._echo = turn, echo
         self._head = {"id": turn.id, "object": "text_completion"}
         self._head |= {"created": int(time.time()), "model": model}
-        self._length = 0
+        self._logprobs = TextLogprobs(len(echo))
 
     def frame(
-        self, text: str, tokens: list[TokenProbs], echo: str = "", ended: Ended | None = None
+        self, text: str, tokens: list[TokenProbs], ended: Ended | None = None
     ) -> dict[str, Any]:
-        """A chunk, or the whole answer but for its usage. echo: text before that of the tokens."""
+        """A chunk, or the whole answer but for its usage."""
         choice = {
             "index": 0,
-            "text": echo + text,
+            "text": text,
             "finish_reason": ended and finish_of(ended, False),
             "stop_reason": ended and cause_of(ended),
-            "logprobs": text_logprobs(tokens, self._length + len(echo)),
+            "logprobs": self._logprobs.of(tokens),
         }
-        self._length += len(echo + text)
         return self._head | {"choices": [choice]}
 
     def figures(self, ended: Ended) -> dict[str, Any]:
@@ -117,8 +117,8 @@ class _Text:
     async def events(self, include_usage: bool) -> AsyncIterator[ServerSentEvent]:
         """Every event of the stream; an error is the last."""
         tokens: list[TokenProbs] = []
-        if self.echo:
-            yield event(self.frame("", [], self.echo))
+        if self._echo:
+            yield event(self.frame(self._echo, []))
         async for each in self._turn:
             if isinstance(each, KeepAlive):
                 yield comment("the answer goes on")
@@ -131,7 +131,7 @@ class _Text:
                 yield event(OPENAI.body(refusal_of(each.error, 500), ""))
                 return
             elif isinstance(each, Ended):
-                yield event(self.frame("", tokens, ended=each))
+                yield event(self.frame("", tokens, each))
                 if include_usage:
                     yield event(self._head | {"choices": []} | self.figures(each))
                 yield event("[DONE]")

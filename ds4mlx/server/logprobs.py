@@ -1,7 +1,6 @@
 """Log-probabilities in OpenAI's two shapes."""
 
 import codecs
-from collections.abc import Iterator
 from typing import Any
 
 from ds4mlx.engine.request import TokenProbs
@@ -19,24 +18,34 @@ def chat_logprobs(tokens: list[TokenProbs]) -> dict[str, Any] | None:
     return {"content": content, "refusal": None}
 
 
-def text_logprobs(tokens: list[TokenProbs], offset: int) -> dict[str, Any] | None:
-    """Those of completions; offset: characters before the first token."""
-    if not tokens:
-        return None
-    return {
-        "tokens": [_text(token.text_bytes) for token in tokens],
-        "token_logprobs": [token.logprob for token in tokens],
-        "top_logprobs": [{_text(text): logprob for text, logprob in token.top} for token in tokens],
-        "text_offset": list(_offsets(tokens, offset)),
-    }
+class TextLogprobs:
+    """Those of completions, given in pieces; offset: characters before the first token.
 
+    Tokens are counted and not what was told, which may lack their end: a stop text may begin there.
+    """
 
-def _offsets(tokens: list[TokenProbs], offset: int) -> Iterator[int]:
-    """Characters before each token; those that it is a part of come with their last token."""
-    read = codecs.getincrementaldecoder("utf-8")("replace").decode
-    for token in tokens:
-        yield offset
-        offset += len(read(token.text_bytes))
+    def __init__(self, offset: int):
+        self._offset = offset
+        self._read = codecs.getincrementaldecoder("utf-8")("replace").decode
+
+    def of(self, tokens: list[TokenProbs]) -> dict[str, Any] | None:
+        """Those of the next tokens; None for none."""
+        if not tokens:
+            return None
+        return {
+            "tokens": [_text(token.text_bytes) for token in tokens],
+            "token_logprobs": [token.logprob for token in tokens],
+            "top_logprobs": [
+                {_text(text): logprob for text, logprob in token.top} for token in tokens
+            ],
+            "text_offset": [self._passed(token) for token in tokens],
+        }
+
+    def _passed(self, token: TokenProbs) -> int:
+        """Characters before a token; those that it is a part of come with their last token."""
+        before = self._offset
+        self._offset += len(self._read(token.text_bytes))
+        return before
 
 
 def _entry(text: bytes, logprob: float) -> dict[str, Any]:
