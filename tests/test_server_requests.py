@@ -6,14 +6,16 @@ from pydantic import ValidationError
 from ds4mlx.chat import encode_segments
 from ds4mlx.errors import DataError
 from ds4mlx.server import messages_request, responses_request
-from ds4mlx.server.constraints import Allowed
-from ds4mlx.server.errors import refusal_of
+from ds4mlx.server.constraints import Allowed, rule_of
+from ds4mlx.server.errors import Refusal, refusal_of
 from ds4mlx.server.kept_responses import KeptResponses
 from ds4mlx.server.messages_in import known_messages
 from ds4mlx.server.offered import Tool, of_chat, of_messages, of_responses
+from ds4mlx.server.questions import question_of
 from ds4mlx.server.response_object import listed_items
 from ds4mlx.server.roles import settled
 from ds4mlx.server.schemas_messages import CountRequest, MessagesRequest
+from ds4mlx.server.schemas_openai import ChatRequest
 from ds4mlx.server.schemas_responses import InputTokensRequest, ResponsesRequest
 from ds4mlx.server.sealed import seal
 
@@ -332,13 +334,40 @@ def test_which_tool_is_to_be_called():
     unreadable = [allowed | {"mode": "any"}, allowed | {"tools": None}, {"type": "allowed_tools"}]
     unreadable += ["any", {"type": "function", "name": "h"}, {"type": "function", "name": 3}]
     for wanted in unreadable:
-        with pytest.raises(DataError, match="tool_choice"):
+        with pytest.raises((DataError, Refusal), match="tool_choice"):
             choice(wanted)
     messages = {"messages": [{"role": "user", "content": "?"}]}
     for kind, expected in (("any", "required"), ("none", "none"), ("tool", ("f",))):
         wanted = {"type": kind} | ({"name": "f"} if kind == "tool" else {})
         read = CountRequest.model_validate({**messages, "tool_choice": wanted})
         assert messages_request.choice_of(read, offered) == expected
+
+
+@pytest.mark.parametrize("kind", ["function", "custom"])
+def test_a_choice_names_a_tool_as_either_of_two_protocols_does(kind):
+    names = [{"type": kind, "name": "f"}, {"type": kind, kind: {"name": "f"}}]
+    tools = [{"type": kind, kind: {"name": name}} for name in "fgh"]
+
+    def by_chat(choice):
+        messages = [{"role": "user", "content": "?"}]
+        asked = {"messages": messages, "tools": tools, "tool_choice": choice}
+        return question_of(ChatRequest.model_validate(asked), of_chat(tools)).rule
+
+    def by_responses(choice):
+        offered = of_responses(tools)
+        read = InputTokensRequest.model_validate({"tool_choice": choice})
+        chosen = responses_request.choice_of(read, offered)
+        return rule_of(offered.functions, chosen, None, None)
+
+    one, other = map(by_chat, names)
+    assert one == other == by_responses(names[0]) == by_responses(names[1])
+    assert one is not None and '\\"f\\"' in one.grammar and '\\"g\\"' not in one.grammar
+    for mode in ("auto", "required"):
+        lists = [{"mode": mode, "tools": [name, {"type": kind, "name": "g"}]} for name in names]
+        one, other = (by_chat({"type": "allowed_tools", "allowed_tools": said}) for said in lists)
+        assert one == other is not None
+        assert [by_responses({"type": "allowed_tools", **said}) for said in lists] == [one, other]
+        assert '\\"g\\"' in one.grammar and '\\"h\\"' not in one.grammar
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,8 @@ from ds4mlx.engine.rules import Rule
 from ds4mlx.engine.schemas import json_object, json_schema
 from ds4mlx.engine.tool_rules import no_calls, tool_calls
 from ds4mlx.errors import DataError
+from ds4mlx.server.errors import Refusal
+from ds4mlx.server.offered import name_of
 
 
 @dataclass(frozen=True)
@@ -20,19 +22,34 @@ class Allowed:
     names: frozenset[str]
     mode: str
 
+    @classmethod
+    def of(cls, said: Any) -> "Allowed":
+        """As clients say it, chat's and Responses'. Raises Refusal for what cannot be read."""
+        said = said if isinstance(said, dict) else {}
+        mode, tools = said.get("mode"), said.get("tools")
+        if mode not in ("auto", "required") or not isinstance(tools, list):
+            message = (
+                "tool_choice: allowed_tools needs auto or required as its mode, and a list of tools"
+            )
+            raise Refusal(400, message, param="tool_choice")
+        return cls(frozenset(name for tool in tools if (name := name_of(tool))), mode)
+
+
+# auto, none, required, the name in the prompt of the one tool to call, or those that are allowed.
+Choice = str | tuple[str] | Allowed
+
 
 def rule_of(
     tools: list[dict[str, Any]],
-    choice: str | tuple[str] | Allowed,
+    choice: Choice,
     parallel: bool | None,
     schema: dict[str, Any] | bool | None,
 ) -> Rule | None:
     """The rule, None where the answer is free.
 
-    tools: OpenAI's list of those offered. choice: auto, none, required, a tool's name in a tuple,
-    or those that are allowed.
-    parallel: False for one call at most. schema: of the answer's text; True for any JSON object. A
-    call that is required leaves no text to have a schema; one that is not may come instead of it.
+    tools: OpenAI's list of those offered. parallel: False for one call at most. schema: of the
+    answer's text; True for any JSON object. A call that is required leaves no text to have a schema;
+    one that is not may come instead of it.
     Raises DataError, naming what cannot be obeyed.
     """
     some = tools

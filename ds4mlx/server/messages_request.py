@@ -8,6 +8,7 @@ import re
 from typing import Any
 
 from ds4mlx.chat.content import MEDIA
+from ds4mlx.server.constraints import Choice
 from ds4mlx.server.efforts import USUAL, level
 from ds4mlx.server.offered import Offered
 from ds4mlx.server.schemas_messages import CountRequest
@@ -16,8 +17,6 @@ from ds4mlx.server.sealed import unseal
 
 # Claude Code's first system block says which build of it asks, and for what.
 _BILLING = re.compile(r"\Ax-anthropic-billing-header:[^\n]*\n*")
-# auto, none, required, or the one tool to call.
-Choice = str | tuple[str]
 _CALLS = ("tool_use", "server_tool_use")
 
 
@@ -46,7 +45,7 @@ def schema_of(body: CountRequest) -> Object | None:
 
 
 def choice_of(body: CountRequest, offered: Offered) -> Choice:
-    """Whether tools are called; DataError for the name of a tool that is not there."""
+    """How tools are called. Raises DataError for the name of a tool that is not there."""
     wanted = body.tool_choice
     if wanted is not None and wanted.type == "tool":
         return (offered.named(wanted.name),)

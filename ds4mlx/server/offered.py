@@ -87,6 +87,20 @@ def joined(namespace: Any, name: str) -> str:
     return f"{namespace}{name}" if namespace.endswith("_") else f"{namespace}__{name}"
 
 
+def described(tool: Object) -> Object:
+    """What says a tool's name: the object under its type, as chat has it, or the tool itself."""
+    kind = tool.get("type", "function")
+    inner = tool.get(kind) if isinstance(kind, str) else None
+    return inner if isinstance(inner, dict) else tool
+
+
+def name_of(tool: Any) -> str | None:
+    """The name in the prompt of a tool that a choice speaks of; None where it says none."""
+    inner = described(tool) if isinstance(tool, dict) else {}
+    name = inner.get("name")
+    return joined(inner.get("namespace"), name) if isinstance(name, str) else None
+
+
 def of_chat(tools: Iterable[Object]) -> Offered:
     """The tools of chat. Those of other types than function and custom are passed over.
 
@@ -150,8 +164,7 @@ def _add_response(offered: Offered, tool: Any, where: str, namespace: str | None
     kind = tool.get("type") if isinstance(tool, dict) else None
     if kind not in ("function", "custom"):
         return
-    # Chat's clients nest what Responses has at the top.
-    inner: Object = tool[kind] if isinstance(tool.get(kind), dict) else tool
+    inner = described(tool)
     name = fields.field(inner, "name", str, where)
     if kind == "custom":
         offered.add(Tool(name, namespace, True), _custom_text(inner), _INPUT)

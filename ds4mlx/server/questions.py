@@ -4,11 +4,11 @@ from typing import Any
 
 from ds4mlx.engine.penalties import Penalties
 from ds4mlx.engine.sampling import Sampler
-from ds4mlx.server.constraints import Allowed, rule_of
+from ds4mlx.server.constraints import Allowed, Choice, rule_of
 from ds4mlx.server.efforts import USUAL, level
 from ds4mlx.server.errors import Refusal
 from ds4mlx.server.messages_in import known_messages
-from ds4mlx.server.offered import Offered
+from ds4mlx.server.offered import Offered, name_of
 from ds4mlx.server.schemas_openai import ChatRequest, Common
 from ds4mlx.server.service import Question
 
@@ -88,14 +88,12 @@ def _budget(body: ChatRequest) -> int | None:
     return next((budget for budget in given if budget is not None), None)
 
 
-def _choice(choice: str | dict[str, Any] | None) -> str | tuple[str] | Allowed:
-    """auto, none, required, the name of the tool to call in a tuple, or those that are allowed."""
+def _choice(choice: str | dict[str, Any] | None) -> Choice:
     if choice is None or isinstance(choice, str):
         return _mode(choice)
     if choice.get("type") == "allowed_tools":
-        allowed = choice.get("allowed_tools")
-        return _allowed(allowed if isinstance(allowed, dict) else {})
-    name = _name(choice)
+        return Allowed.of(choice.get("allowed_tools"))
+    name = name_of(choice)
     if name is None:
         raise Refusal(400, "tool_choice needs the name of a tool", param="tool_choice")
     return (name,)
@@ -105,21 +103,6 @@ def _mode(word: str | None) -> str:
     if word not in (None, "auto", "none", "required", "any"):
         raise Refusal(400, f"tool_choice cannot be {word!r:.80}", param="tool_choice")
     return "required" if word == "any" else word or "auto"
-
-
-def _allowed(allowed: dict[str, Any]) -> Allowed:
-    mode, tools = allowed.get("mode"), allowed.get("tools")
-    if mode not in ("auto", "required") or not isinstance(tools, list):
-        message = "allowed_tools needs auto or required as its mode, and a list of tools"
-        raise Refusal(400, message, param="tool_choice")
-    names = (_name(tool) for tool in tools if isinstance(tool, dict))
-    return Allowed(frozenset(name for name in names if name is not None), mode)
-
-
-def _name(tool: dict[str, Any]) -> str | None:
-    inner = tool.get("custom" if tool.get("type") == "custom" else "function")
-    name = inner.get("name") if isinstance(inner, dict) else None
-    return name if isinstance(name, str) else None
 
 
 def _schema(body: ChatRequest) -> dict[str, Any] | bool | None:

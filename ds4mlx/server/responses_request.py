@@ -9,10 +9,10 @@ from typing import Any
 
 from ds4mlx.chat import fields
 from ds4mlx.errors import DataError
-from ds4mlx.server.constraints import Allowed
+from ds4mlx.server.constraints import Allowed, Choice
 from ds4mlx.server.efforts import USUAL, level
 from ds4mlx.server.errors import Refusal
-from ds4mlx.server.offered import Offered, joined
+from ds4mlx.server.offered import Offered, described, joined
 from ds4mlx.server.schemas_openai import Object
 from ds4mlx.server.schemas_responses import InputTokensRequest
 from ds4mlx.server.sealed import unseal
@@ -44,11 +44,10 @@ def format_of(body: InputTokensRequest) -> Object | bool | None:
     return wanted.schema_
 
 
-def choice_of(body: InputTokensRequest, offered: Offered) -> str | tuple[str] | Allowed:
-    """auto, none, required, the one tool to call, or those that are allowed.
+def choice_of(body: InputTokensRequest, offered: Offered) -> Choice:
+    """How tools are called. A choice of one that OpenAI's servers would carry out says nothing here.
 
-    DataError for one to call that is not there. A choice of a tool that OpenAI's servers would carry
-    out says nothing here.
+    Raises DataError for one to call that is not there, Refusal for allowed ones that cannot be read.
     """
     wanted = body.tool_choice
     if isinstance(wanted, str):
@@ -57,17 +56,9 @@ def choice_of(body: InputTokensRequest, offered: Offered) -> str | tuple[str] | 
         return wanted
     kind = wanted.get("type") if wanted else None
     if wanted and kind in ("function", "custom"):
-        inner = wanted["function"] if isinstance(wanted.get("function"), dict) else wanted
+        inner = described(wanted)
         return (offered.named(inner.get("name"), inner.get("namespace")),)
-    return _allowed(wanted) if wanted and kind == "allowed_tools" else "auto"
-
-
-def _allowed(wanted: Object) -> Allowed:
-    mode, tools = wanted.get("mode"), wanted.get("tools")
-    if mode not in ("auto", "required") or not isinstance(tools, list):
-        raise DataError("tool_choice needs auto or required as its mode, and a list of tools")
-    named = [tool for tool in tools if isinstance(tool, dict) and isinstance(tool.get("name"), str)]
-    return Allowed(frozenset(joined(tool.get("namespace"), tool["name"]) for tool in named), mode)
+    return Allowed.of(wanted) if wanted and kind == "allowed_tools" else "auto"
 
 
 def tools_of(body: InputTokensRequest, items: Iterable[Object]) -> list[Object]:
