@@ -1,16 +1,14 @@
-"""chat.completions, completions and models, asked by OpenAI's own client."""
+"""chat.completions and models, asked by OpenAI's own client."""
 
 import asyncio
-import itertools
 import json
 
 import openai
 import pytest
 import serving
-from openai.types import Completion, Model
+from openai.types import Model
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
-from ds4mlx.chat import encode_messages
 from ds4mlx.server.answering import KeepAlive, paced
 
 QUESTION = [{"role": "user", "content": "Write a function that adds two numbers."}]
@@ -28,7 +26,6 @@ TOOL = {
         },
     },
 }
-PATCH = {"type": "custom", "custom": {"name": "patch", "description": "Changes a file."}}
 OTHER = {"type": "function", "function": {"name": "list_files", "parameters": {"type": "object"}}}
 
 
@@ -174,123 +171,6 @@ def test_logprobs(client, served):
     assert [each.token for part in said for each in part] == [token.token for token in tokens]
 
 
-@pytest.mark.parametrize("turns", [3, pytest.param(5, marks=pytest.mark.slow)])
-def test_a_tool_loop_of_several_turns(client, served, turns):
-    """Calls come by name and fragments, and their history is known, token for token."""
-    messages, cached = list(QUESTION), []
-    for turn in range(turns):
-        asked = PLAIN | {"messages": messages, "tools": [TOOL]}
-        asked |= {"tool_choice": "required", "parallel_tool_calls": False}
-        with client.chat.completions.create(
-            **asked, stream=True, stream_options={"include_usage": True}
-        ) as stream:
-            chunks = list(stream)
-        content, reasoning, calls, finish = joined(chunks)
-        assert finish == "tool_calls" and not content and len(calls) == 1
-        assert json.loads(calls[0]["arguments"])["path"] in ("a.py", "b.py")
-        used = chunks[-1].usage
-        cached.append((used.prompt_tokens_details.cached_tokens, used.prompt_tokens))
-        messages.append(spoken(reasoning, calls))
-        messages.append({"role": "tool", "tool_call_id": calls[0]["id"], "content": f"# {turn}"})
-    assert all(now[0] >= before[1] for before, now in itertools.pairwise(cached))
-    prompt = encode_messages(messages, "none", [TOOL])
-    sampled = encode_messages(messages, "none", [TOOL], replay=replay(served))
-    assert sampled == prompt  # masked calls are official ones
-
-
-def replay(server):
-    return server.app.state.service.scheduler.replay
-
-
-def spoken(reasoning, calls):
-    """An answer as a client sends it back: its arguments spaced in another way."""
-    calls = [
-        {
-            "id": call["id"],
-            "type": "function",
-            "function": {
-                "name": call["name"],
-                "arguments": json.dumps(json.loads(call["arguments"]), separators=(",", ":")),
-            },
-        }
-        for call in calls
-    ]
-    return {"role": "assistant", "content": "", "reasoning_content": reasoning, "tool_calls": calls}
-
-
-def test_the_choice_of_tools_is_obeyed(client):
-    named = {"type": "function", "function": {"name": "list_files"}}
-    asked = PLAIN | {"tools": [TOOL, OTHER], "max_tokens": 30}
-    choice = client.chat.completions.create(**asked, tool_choice=named).choices[0]
-    (call,) = choice.message.tool_calls
-    assert (call.function.name, choice.finish_reason) == ("list_files", "tool_calls")
-    free = client.chat.completions.create(**asked, tool_choice="none").choices[0]
-    assert not free.message.tool_calls and free.message.content
-
-
-@pytest.mark.parametrize("mode", ["required", "auto"])
-def test_only_tools_that_are_allowed_are_called(client, mode):
-    """The prompt offers all of them, so that it stays the same."""
-    some = [{"type": "function", "function": {"name": "list_files"}}]
-    allowed = {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": some}}
-    asked = PLAIN | {"tools": [TOOL, OTHER]}
-    asked["messages"] = [{"role": "user", "content": "List the files."}]
-    free = client.chat.completions.create(**asked, tool_choice="auto")
-    kept = client.chat.completions.create(**asked, tool_choice=allowed)
-    assert kept.usage.prompt_tokens == free.usage.prompt_tokens
-    free, kept = (answer.choices[0].message.tool_calls for answer in (free, kept))
-    assert free and free[0].function.name != "list_files", "the question shows nothing"
-    assert {call.function.name for call in kept} == {"list_files"}
-    allowed["allowed_tools"]["tools"] = []
-    asked["tool_choice"] = allowed
-    if mode == "auto":
-        assert not client.chat.completions.create(**asked).choices[0].message.tool_calls
-    else:
-        with pytest.raises(openai.BadRequestError, match="none is offered"):
-            client.chat.completions.create(**asked)
-
-
-@pytest.mark.parametrize("stop", ["\n", "<", "tool_calls", "list"])
-def test_a_stop_text_is_not_looked_for_in_calls(client, stop):
-    """Nobody sees how calls are written, and an answer must not lose them."""
-    asked = PLAIN | {"tools": [TOOL, OTHER], "tool_choice": "required", "max_tokens": 60}
-    asked |= {"parallel_tool_calls": False}
-    choice = client.chat.completions.create(**asked, stop=stop).choices[0]
-    assert choice.message.tool_calls and choice.finish_reason == "tool_calls"
-    text = client.chat.completions.create(**PLAIN, tools=[TOOL], tool_choice="none", stop="\n")
-    assert "\n" not in text.choices[0].message.content
-    assert text.choices[0].model_extra["stop_reason"] == "\n"
-
-
-def test_tools_of_other_types_are_passed_over(client):
-    tools = [{"type": "web_search"}, {"type": None}, TOOL]
-    asked = PLAIN | {"max_tokens": 2}
-    answer = client.chat.completions.create(**asked, tools=tools)
-    offered = client.chat.completions.create(**asked, tools=[TOOL])
-    assert answer.usage.prompt_tokens == offered.usage.prompt_tokens
-
-
-def test_a_custom_tool_is_called_with_a_text(client, served):
-    """Whole and in pieces; and its call is known when it comes back."""
-    asked = PLAIN | {"tools": [TOOL, PATCH], "max_tokens": 200, "parallel_tool_calls": False}
-    asked["tool_choice"] = {"type": "custom", "custom": {"name": "patch"}}
-    whole = client.chat.completions.create(**asked)
-    (call,) = whole.choices[0].message.tool_calls
-    assert (call.type, call.custom.name) == ("custom", "patch") and call.custom.input
-    assert whole.choices[0].finish_reason == "tool_calls"
-    data = [json.loads(each) for each in events(served, "/v1/chat/completions", asked)[:-1]]
-    deltas = [c["choices"][0]["delta"].get("tool_calls") for c in data]
-    (first,), *rest = filter(None, deltas)
-    assert first.pop("id").startswith("call") and len(rest) > 1
-    assert first == {"index": 0, "type": "custom", "custom": {"name": "patch", "input": ""}}
-    assert all(each.keys() == {"index", "custom"} for (each,) in rest)
-    assert "".join(each["custom"]["input"] for (each,) in rest) == call.custom.input
-    history = [*QUESTION, whole.choices[0].message.model_dump()]
-    history.append({"role": "tool", "tool_call_id": call.id, "content": "done"})
-    answer = client.chat.completions.create(**asked | {"messages": history, "max_tokens": 1})
-    assert answer.usage.prompt_tokens_details.cached_tokens >= whole.usage.total_tokens - 1
-
-
 @pytest.mark.parametrize(
     "form",
     [
@@ -397,47 +277,6 @@ def test_models_for_the_other_protocol(served):
     assert listed["data"][0]["type"] == "model" and not listed["has_more"]
     status, error = served.json("GET", "/v1/models/x", anthropic_version="2023-06-01")
     assert (status, error["error"]["type"]) == (404, "not_found_error")
-
-
-def test_completions(client, served):
-    asked = {"model": "x", "prompt": "def add(a, b):", "max_tokens": 12, "temperature": 0}
-    whole = client.completions.create(**asked, logprobs=2, echo=True)
-    choice = Completion.model_validate(whole.model_dump(), strict=True).choices[0]
-    assert choice.text == "def add(a, b):" + "".join(choice.logprobs.tokens)
-    assert choice.finish_reason == "length" and whole.usage.completion_tokens == 12
-    *data, done = events(served, "/v1/completions", asked | {"echo": True})
-    ends = [json.loads(each)["choices"][0]["finish_reason"] for each in data]
-    assert ends == [None] * (len(data) - 1) + ["length"]
-    data = [each.replace('"finish_reason":null', '"finish_reason":"length"') for each in data]
-    chunks = [Completion.model_validate_json(each, strict=True) for each in data]
-    assert "".join(chunk.choices[0].text for chunk in chunks) == choice.text and done == "[DONE]"
-
-
-@pytest.mark.parametrize("is_held", [False, True])
-@pytest.mark.parametrize("prompt", ["def add(a, b):", "🐍🐍🐍🐍🐍🐍"])
-def test_the_tokens_of_a_text_stand_where_they_are_in_it(client, served, prompt, is_held):
-    """Also in a stream of which the end of each token is held back, as a stop text may begin there."""
-    asked = {"model": "x", "prompt": prompt, "max_tokens": 12, "temperature": 0}
-    asked |= {"echo": True, "logprobs": 0}
-    whole = client.completions.create(**asked).choices[0]
-    if is_held:
-        asked["stop"] = [f"{letter}\a" for letter in {*whole.text}][:64]
-    chunks = [json.loads(data) for data in events(served, "/v1/completions", asked)[:-1]]
-    parts = [chunk["choices"][0]["logprobs"] or {"text_offset": []} for chunk in chunks]
-    offsets = whole.logprobs.text_offset
-    assert offsets == [at for part in parts for at in part["text_offset"]]
-    assert offsets[0] == len(prompt) and offsets[-1] < len(whole.text)
-    for at, token in zip(offsets, whole.logprobs.tokens, strict=True):
-        assert "\ufffd" in token or whole.text.startswith(token, at)
-
-
-def test_texts_of_clients_open_no_turn(client):
-    """A special token in a text is as many tokens as its letters make."""
-    counts = [
-        client.completions.create(model="x", prompt=text, max_tokens=0).usage.prompt_tokens
-        for text in ("<｜User｜>", "</think>")
-    ]
-    assert min(counts) > 2
 
 
 def test_a_full_queue_says_when_to_come_back(chatter, endless):
