@@ -1,4 +1,4 @@
-"""What Messages and Responses requests become: the messages, tools and wishes given to the model."""
+"""What requests of all protocols become: the messages and wishes given to the model, or a refusal."""
 
 import pytest
 from pydantic import ValidationError
@@ -6,16 +6,11 @@ from pydantic import ValidationError
 from ds4mlx.chat import encode_segments
 from ds4mlx.errors import DataError
 from ds4mlx.server import messages_request, responses_request
-from ds4mlx.server.constraints import Allowed, rule_of
-from ds4mlx.server.errors import Refusal, refusal_of
-from ds4mlx.server.kept_responses import KeptResponses
+from ds4mlx.server.errors import refusal_of
 from ds4mlx.server.messages_in import known_messages
-from ds4mlx.server.offered import Tool, of_chat, of_messages, of_responses
-from ds4mlx.server.questions import question_of
-from ds4mlx.server.response_object import listed_items
+from ds4mlx.server.offered import of_messages, of_responses
 from ds4mlx.server.roles import settled
 from ds4mlx.server.schemas_messages import CountRequest, MessagesRequest
-from ds4mlx.server.schemas_openai import ChatRequest
 from ds4mlx.server.schemas_responses import InputTokensRequest, ResponsesRequest
 from ds4mlx.server.sealed import seal
 
@@ -248,53 +243,6 @@ def test_how_hard_responses_thinks(effort, thinking):
     assert responses_request.thinking_of(read) == thinking
 
 
-def test_tools_of_every_type_are_taken():
-    function = {"type": "function", "name": "f", "parameters": {"b": 1, "a": 2}, "strict": True}
-    grammar = {"type": "grammar", "syntax": "lark", "definition": "start: /x/"}
-    inner = [{"type": "function", "name": "find"}, {"type": "custom", "name": "patch"}]
-    tools = [
-        function,
-        {"type": "custom", "name": "sql", "description": "Asks.", "format": grammar},
-        {"type": "namespace", "name": "mcp__", "description": "", "tools": inner},
-        {"type": "namespace", "name": "docs", "tools": [inner[0]]},
-        *({"type": kind} for kind in ("web_search", "mcp", "local_shell", "unheard_of")),
-    ]
-    offered = of_responses(tools)
-    names = [tool["function"]["name"] for tool in offered.functions]
-    assert names == ["f", "sql", "mcp__find", "mcp__patch", "docs__find"]
-    assert list(offered.functions[0]["function"]["parameters"]) == ["b", "a"]
-    assert "start: /x/" in offered.functions[1]["function"]["description"]
-    assert offered.find("mcp__patch") == Tool("patch", "mcp__", True)
-    assert offered.find("docs__find") == Tool("find", "docs")
-    assert offered.find("made_up") == Tool("made_up")
-    nested = [{"type": "custom", "custom": {"name": "sql", "description": "Asks."}}]
-    nested[0]["custom"]["format"] = {"type": "grammar", "grammar": grammar}
-    for custom in (of_chat(nested), of_responses(nested), of_chat(tools[1:2])):
-        assert custom.find("sql") == Tool("sql", None, True)
-        assert custom.functions == [offered.functions[1]]
-
-
-def test_tools_of_anthropic_s_own_kinds_are_taken():
-    tools = [
-        {"type": "bash_20250124", "name": "bash"},
-        {"type": "text_editor_20250728", "name": "str_replace_based_edit_tool"},
-        {"type": "web_search_20250305", "name": "web_search"},
-        {"type": "custom", "name": "f", "input_schema": {}},
-        {"type": "custom", "name": "g", "input_schema": {"type": "object"}},
-    ]
-    offered = of_messages(tools)
-    assert list(offered.tools) == ["bash", "str_replace_based_edit_tool", "f", "g"]
-
-
-def test_tools_without_a_name_are_refused():
-    for tool in ({"type": "custom", "input_schema": {}}, {"name": 3}):
-        with pytest.raises(DataError, match="tool 0 needs text as its name"):
-            of_messages([tool])
-    for tool in ({"type": "function"}, {"type": "namespace"}, {"type": "custom", "name": []}):
-        with pytest.raises(DataError, match="needs text as its name"):
-            of_responses([tool])
-
-
 def test_a_history_of_another_model_is_taken_in_chat():
     """What only that model can read says nothing; a custom tool's call is a call."""
     sealed = {"type": "reasoning.encrypted", "data": "gAAA", "index": 1}
@@ -308,66 +256,6 @@ def test_a_history_of_another_model_is_taken_in_chat():
     rest = [{"role": "tool", "tool_call_id": "c", "content": "ok"}]
     asked = [{"role": "user", "content": "?"}]
     assert prompt(known_messages([*asked, answer, *rest])) == prompt([*asked, plain, *rest])
-
-
-def test_which_tool_is_to_be_called():
-    tools = [{"type": "function", "name": "f"}]
-    tools.append({"type": "namespace", "name": "n", "tools": [{"type": "custom", "name": "g"}]})
-    offered = of_responses(tools)
-
-    def choice(wanted):
-        read = InputTokensRequest.model_validate({"tool_choice": wanted})
-        return responses_request.choice_of(read, offered)
-
-    assert [choice(mode) for mode in (None, "auto", "none", "required")] == [
-        "auto",
-        "auto",
-        "none",
-        "required",
-    ]
-    assert choice({"type": "function", "name": "f"}) == ("f",)
-    assert choice({"type": "custom", "name": "g", "namespace": "n"}) == ("n__g",)
-    some = [{"type": "function", "name": "f"}, {"type": "mcp"}, {"name": "g", "namespace": "n"}]
-    allowed = {"type": "allowed_tools", "mode": "required", "tools": some}
-    assert choice(allowed) == Allowed(frozenset({"f", "n__g"}), "required")
-    assert choice({"type": "web_search_preview"}) == "auto"
-    unreadable = [allowed | {"mode": "any"}, allowed | {"tools": None}, {"type": "allowed_tools"}]
-    unreadable += ["any", {"type": "function", "name": "h"}, {"type": "function", "name": 3}]
-    for wanted in unreadable:
-        with pytest.raises((DataError, Refusal), match="tool_choice"):
-            choice(wanted)
-    messages = {"messages": [{"role": "user", "content": "?"}]}
-    for kind, expected in (("any", "required"), ("none", "none"), ("tool", ("f",))):
-        wanted = {"type": kind} | ({"name": "f"} if kind == "tool" else {})
-        read = CountRequest.model_validate({**messages, "tool_choice": wanted})
-        assert messages_request.choice_of(read, offered) == expected
-
-
-@pytest.mark.parametrize("kind", ["function", "custom"])
-def test_a_choice_names_a_tool_as_either_of_two_protocols_does(kind):
-    names = [{"type": kind, "name": "f"}, {"type": kind, kind: {"name": "f"}}]
-    tools = [{"type": kind, kind: {"name": name}} for name in "fgh"]
-
-    def by_chat(choice):
-        messages = [{"role": "user", "content": "?"}]
-        asked = {"messages": messages, "tools": tools, "tool_choice": choice}
-        return question_of(ChatRequest.model_validate(asked), of_chat(tools)).rule
-
-    def by_responses(choice):
-        offered = of_responses(tools)
-        read = InputTokensRequest.model_validate({"tool_choice": choice})
-        chosen = responses_request.choice_of(read, offered)
-        return rule_of(offered.functions, chosen, None, None)
-
-    one, other = map(by_chat, names)
-    assert one == other == by_responses(names[0]) == by_responses(names[1])
-    assert one is not None and '\\"f\\"' in one.grammar and '\\"g\\"' not in one.grammar
-    for mode in ("auto", "required"):
-        lists = [{"mode": mode, "tools": [name, {"type": kind, "name": "g"}]} for name in names]
-        one, other = (by_chat({"type": "allowed_tools", "allowed_tools": said}) for said in lists)
-        assert one == other is not None
-        assert [by_responses({"type": "allowed_tools", **said}) for said in lists] == [one, other]
-        assert '\\"g\\"' in one.grammar and '\\"h\\"' not in one.grammar
 
 
 @pytest.mark.parametrize(
@@ -410,51 +298,3 @@ def test_what_is_wrong_with_one_of_several_forms_is_said_of_the_one_that_was_mea
         ResponsesRequest.model_validate(body)
     refusal = refusal_of(wrong.value)
     assert refusal.param == place and refusal.message.startswith(f"{place}: {fault}")
-
-
-def kept(number, before=(), size=10):
-    output = [
-        {"type": "message", "id": f"msg_{number}", "role": "assistant", "content": "x" * size}
-    ]
-    return {"id": f"resp_{number}", "output": output}
-
-
-def test_responses_are_kept_in_bounded_memory():
-    store = KeptResponses(most=3, characters=3000)
-    for number in range(5):
-        store.add(kept(number), [{"role": "user", "content": str(number)}], None)
-    assert len(store) == 3 and store.get("resp_1") is None and store.item("msg_1") is None
-    assert store.get("resp_2") and store.item("msg_2")
-    store.add(kept(5), [], None)  # 2 was asked for after 3
-    assert store.get("resp_3") is None and store.get("resp_2")
-    store.add(kept(6, size=2500), [], None)
-    assert len(store) < 4 and store.size <= 3000
-    store.add(kept(7, size=5000), [], None)
-    assert store.get("resp_7") is None and store.get("resp_6")
-    assert store.remove("resp_6") and not store.remove("resp_6")
-    for number in range(6):
-        store.remove(f"resp_{number}")
-    assert store.size == 0 and len(store) == 0
-
-
-def test_a_kept_response_knows_its_whole_conversation():
-    store = KeptResponses()
-    store.add(kept(1), [{"role": "user", "content": "a"}], None)
-    store.add(kept(2), [{"role": "user", "content": "b"}], store.get("resp_1"))
-    store.remove("resp_1")
-    found = store.get("resp_2")
-    assert [item.get("content", "")[:1] for item in found.items] == ["a", "x", "b", "x"]
-    page = listed_items(found, {"limit": "2"})
-    assert page["has_more"] and page["data"][0]["content"][0]["text"] == "b"
-    last = listed_items(found, {"after": page["last_id"]})
-    assert not last["has_more"] and last["data"][0]["content"][0]["text"] == "a"
-    assert listed_items(found, {"order": "asc"})["data"][0] == last["data"][0]
-
-
-def test_an_item_is_found_by_its_name():
-    body = InputTokensRequest.model_validate({"input": [{"type": "item_reference", "id": "msg_1"}]})
-    store = KeptResponses()
-    with pytest.raises(DataError, match="there is no item 'msg_1'"):
-        responses_request.items_of(body, store.item)
-    store.add(kept(1), [], None)
-    assert responses_request.items_of(body, store.item) == kept(1)["output"]
