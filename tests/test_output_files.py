@@ -97,6 +97,29 @@ def test_a_command_that_fails_leaves_the_file(tmp_path, command, capsys):
     assert file.read_text() == "old" and names(tmp_path) == ["file"]
 
 
+@pytest.mark.parametrize(
+    ("command", "read", "written"),
+    [
+        (["generate", "-p", "a"], "--json-schema", "--logprobs"),
+        (["generate"], "--prompt-file", "--logprobs"),
+        (["eval"], "--text", "--save-logits"),
+        (["eval"], "--reference", "--save-logits"),
+        (["sensitivity"], "--prompts", "-o"),
+        (["imatrix", "--overwrite"], "--prompts", "-o"),
+        (["imatrix", "--overwrite", "-o", "other"], "--prompts", "--moments"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value[0],
+)
+def test_what_a_command_reads_is_not_written_over(tmp_path, capsys, command, read, written):
+    """By whatever name; it is said before a model is looked for."""
+    file, link = tmp_path / "file", tmp_path / "link"
+    file.write_text("{}")
+    link.symlink_to(file)
+    assert run([*command, read, str(file), written, str(link), "-m", "/nowhere"]) == 2
+    assert f"{link} is read, and would be replaced" in " ".join(capsys.readouterr().err.split())
+    assert file.read_text() == "{}" and names(tmp_path) == ["file", "link"]
+
+
 def test_a_prompt_that_is_refused_leaves_the_logprobs(tmp_path, talker_dir):
     file = tmp_path / "file"
     file.write_text("old")

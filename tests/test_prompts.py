@@ -197,6 +197,7 @@ def test_failures_are_one_line(talker_dir, tmp_path, capsys):
             f"{tmp_path}/none: no such directory",
         ],
         ["-m", talker_dir, "-o", output, "--ctx", "65537", "must have 2 to 65536 tokens"],
+        ["-m", talker_dir, "-o", tmp_path, "--overwrite", f"{tmp_path}: is a directory"],
     ):
         assert run([*map(str, ["imatrix", "--prompts", prompts, *more])]) == 1
         (line,) = capsys.readouterr().err.splitlines()

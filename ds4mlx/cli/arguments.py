@@ -206,3 +206,11 @@ def check_output(path: Path | None) -> None:
     """Raises OSError if a file that a command is to write cannot be written."""
     if path is not None:
         check_writable(path)
+
+
+def spare(output: Path | None, *read: str | Path | None) -> None:
+    """Wrong usage if a file that a command is to write is one that it reads, and would be lost."""
+    if output is not None and output.is_file():
+        for path in map(Path, filter(None, read)):
+            if path.exists() and path.samefile(output):
+                raise typer.BadParameter(f"{output} is read, and would be replaced")

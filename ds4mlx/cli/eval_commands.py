@@ -81,6 +81,7 @@ def evaluate(
 
     if mx.default_device() == mx.cpu and not blas.is_fast() and sys.stderr.isatty():
         print("note: several times slower without OpenBLAS (package libopenblas0)", file=sys.stderr)
+    arg.spare(save_logits, text, reference, vectors)
     arg.check_output(save_logits)
     path = opening.find_model(model)
     directory = ModelDirectory.open(path)
@@ -127,8 +128,7 @@ def sensitivity(
     from ds4mlx.text.tokenizer import Tokenizer
     from ds4mlx.weights.directory import ModelDirectory
 
-    if output.resolve() == prompts.resolve():
-        raise typer.BadParameter("would replace the prompts", param_hint="--output")
+    arg.spare(output, prompts)
     arg.check_output(output)
     found = ModelDirectory.open(opening.find_model(model))
     tokenizer, release = Tokenizer.from_dir(found.path), found.config.release

@@ -85,6 +85,7 @@ def generate(
     arg.stop_strings(stop)
     arg.size(kv_budget)
     asked = arg.prompt_text(text, prompt, prompt_file, raw)
+    arg.spare(logprobs, prompt_file, json_schema, steer)
     rule = arg.rule(json_schema)
     steered = steering.steered(model, steer, steer_scale, steer_layers, steer_operation, steer_site)
 

@@ -214,6 +214,8 @@ def imatrix(
 
     if per_expert is not None and moments is None:
         raise typer.BadParameter("is a part of --moments", param_hint="--per-expert")
+    arg.spare(output, prompts)
+    arg.spare(moments, prompts)
     try:
         path = opening.find_model(model)
         opening.announce(model)

@@ -86,6 +86,8 @@ def collect(
     for path in filter(None, (output, moments)):
         if not path.parent.is_dir():
             raise DataError(f"{path.parent}: no such directory")
+        if path.is_dir():
+            raise DataError(f"{path}: is a directory")
     found = ModelDirectory.open(directory)
     second = MomentsFile.wanted(moments, output, found.config, per_expert)
     length = sequence_length(prompts, length, found.config)
