@@ -28,8 +28,9 @@ from ds4mlx.weights.tensor_file import TensorFile
 KIND = "ds4mlx moments 1"
 # Tokens a column that a layer's matrix needs, and that an expert's own needs to help more than harm.
 LEAST, ENOUGH = 4, 16
-# How much larger rounded sums may be than exact ones.
-ROUNDED = np.float32(1.01)
+# How much larger rounded sums may be than exact ones, and how much a sum of squares may lack: each of
+# 100 million tokens what is below float32's smallest normal number.
+ROUNDED, LOST = np.float32(1.01), np.float32(1e-30)
 
 
 class Moments:
@@ -150,7 +151,7 @@ def _sums(values: np.ndarray) -> bool:
     energy = values.diagonal()
     if not (energy >= 0).all():
         return False
-    size = np.sqrt(energy)
+    size = np.sqrt(energy + LOST)
     return bool((np.abs(values) <= np.multiply.outer(size * ROUNDED, size)).all())
 
 

@@ -287,6 +287,18 @@ def test_files_that_are_refused(source, arrays, tmp_path):
         assert not (tmp_path / "q2").exists()
 
 
+def test_a_column_whose_squares_are_too_small_for_float32_is_no_fault(
+    source, arrays, tmp_path, hasty
+):
+    """Products with other columns are not."""
+    sums = arrays["layers.1.w1"].copy()
+    sums[3], sums[:, 3] = 1e-24, 1e-24
+    sums[3, 3] = 0
+    small = written(tmp_path / "small", {**arrays, "layers.1.w1": sums})
+    convert(source, tmp_path / "q2", "q2", moments=small, progress=False)
+    assert (tmp_path / "q2" / MANIFEST).exists()
+
+
 def test_any_bit_is_noticed(source, arrays, second, tmp_path, hasty):
     """Cuts, and single bits that change anywhere but in the unused parts of the header."""
     raw, rng = second.read_bytes(), np.random.default_rng(0)
