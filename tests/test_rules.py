@@ -1,4 +1,4 @@
-"""Rules for answers: JSON by a schema, tool calls, and what is refused."""
+"""Rules for answers: JSON by a schema, what a client has begun, and what is refused."""
 
 import json
 import time
@@ -7,53 +7,18 @@ import jsonschema
 import mlx.core as mx
 import numpy as np
 import pytest
+from ruled import TOOLS, TREE, spelled, written
 
 from ds4mlx import DataError
-from ds4mlx.chat import parse_completion
-from ds4mlx.chat.tokens import DSML
-from ds4mlx.engine.rules import Rule, RuleError
+from ds4mlx.engine.rules import RuleError
 from ds4mlx.engine.schemas import json_object, json_schema
 from ds4mlx.engine.tool_rules import no_calls, tool_calls
 from ds4mlx.text.tokenizer import Tokenizer
-
-ENOUGH = 60  # tokens after which an answer hurries to its end
 
 
 @pytest.fixture(scope="module")
 def tokenizer(embedded_dir):
     return Tokenizer.from_dir(embedded_dir)
-
-
-@pytest.fixture(scope="module")
-def write(tokenizer):
-    """An answer of a rule by random logits, in which what may end something soon gets likely."""
-    vocab = tokenizer.vocab_size
-    spellings = [tokenizer.token_bytes(token) for token in range(vocab)]
-    ends = np.array([s[:1] in (b'"', b"}", b"]") or s == b"</" for s in spellings])
-    special = np.array([tokenizer.is_added(token) for token in range(vocab)])
-
-    def written(rule: Rule, seed: int, begun: str = "") -> str:
-        random, mask, tokens = np.random.default_rng(seed), rule.start(tokenizer), []
-        for token in tokenizer.encode(begun):
-            assert mask.allowed(vocab)[token].item()
-            tokens.append(token)
-            mask.took(token)
-        while len(tokens) < 2000:
-            hurry = len(tokens) / ENOUGH * 8
-            logits = random.gumbel(size=vocab) + hurry * (ends + 2 * special)
-            logits[~np.array(mask.allowed(vocab))] = -np.inf
-            token = int(logits.argmax())
-            assert np.isfinite(logits[token])
-            if token == tokenizer.eos_token_id:
-                return tokenizer.decode(tokens)
-            tokens.append(token)
-            mask.took(token)
-        pytest.fail(f"no end to {tokenizer.decode(tokens)[:300]}")
-
-    return written
-
-
-# JSON
 
 
 def random_schema(random, depth=0):
@@ -110,36 +75,21 @@ SCHEMAS = {
     "ref": lambda random, depth: {"$ref": "#/$defs/tree"},
     "types": lambda random, depth: {"type": ["string", "null", "integer"]},
 }
-TREE = {
-    "type": "object",
-    "properties": {"name": {"type": "string"}, "next": {"$ref": "#/$defs/tree"}},
-    "required": ["name"],
-}
 
 
 @pytest.mark.parametrize("tens", range(10))
-def test_answers_of_random_schemas_are_valid(write, tens):
+def test_answers_of_random_schemas_are_valid(tokenizer, tens):
     for seed in range(10 * tens, 10 * tens + 10):
         schema = random_object(np.random.default_rng(seed), 0) | {"$defs": {"tree": TREE}}
-        answer = write(json_schema(schema), seed)
+        answer = written(tokenizer, json_schema(schema), seed)
         checker = jsonschema.Draft202012Validator.FORMAT_CHECKER
         validator = jsonschema.Draft202012Validator(schema, format_checker=checker)
         validator.validate(json.loads(answer))
 
 
-def test_json_mode_gives_an_object(write):
-    answers = [write(json_object(), seed) for seed in range(5)]
+def test_json_mode_gives_an_object(tokenizer):
+    answers = [written(tokenizer, json_object(), seed) for seed in range(5)]
     assert all(isinstance(json.loads(answer), dict) for answer in answers)
-
-
-def spelled(tokenizer, rule, text):
-    """Whether a rule lets a text, in the tokenizer's own tokens, through to its end."""
-    mask = rule.start(tokenizer)
-    for token in [*tokenizer.encode(text), tokenizer.eos_token_id]:
-        if not mask.allowed(tokenizer.vocab_size)[token].item():
-            return False
-        mask.took(token)
-    return mask.done
 
 
 def test_json_may_be_spaced_but_not_without_end(tokenizer):
@@ -266,144 +216,6 @@ def test_hostile_schemas_take_less_than_a_second_of_work(tokenizer, name):
     except DataError as error:
         assert str(error).startswith("the JSON schema ")
     assert time.thread_time() - before < 1.5
-
-
-# Tool calls
-
-READ = {
-    "type": "object",
-    "properties": {
-        "path": {"type": "string"},
-        "lines": {"type": "integer", "minimum": 0},
-        "mode": {"enum": ["r", 'quoted "</b>"\n', 3, None]},
-        "only": {"anyOf": [{"type": "array", "items": {"type": "boolean"}}, {"type": "null"}]},
-    },
-    "required": ["path"],
-}
-MANY = {
-    "type": "object",
-    "properties": {
-        "any": {},
-        "unsupported": {"type": "object", "not": {}},
-        "odd key": {"$ref": "#/$defs/tree"},
-        'no "tag" > can': {"type": "string"},
-        "gone": {"$ref": "#/$defs/nowhere", "type": "integer"},
-        "self": {"$ref": "#/properties/self"},
-    },
-    "required": ["odd key"],
-    "$defs": {"tree": TREE},
-}
-TOOLS = [
-    {"type": "function", "function": {"name": "read_file", "parameters": READ}},
-    {"type": "function", "function": {"name": "now"}},
-    {"type": "function", "function": {"name": "ns.many-things", "parameters": MANY}},
-    {"type": "function", "function": {"name": "flags", "parameters": {
-        "type": "object", "properties": {"a": {"type": "boolean"}, "b": {"type": "null"}}}}},
-]  # fmt: skip
-NAMES = {tool["function"]["name"]: tool["function"].get("parameters", {}) for tool in TOOLS}
-CHOICES = {
-    "required": {"required": True},
-    "one required": {"required": True, "single": True},
-    "named": {"name": "ns.many-things"},
-    "named without parameters": {"name": "now"},
-    "at most one": {"single": True},
-    "as many as one likes": {},
-}
-
-
-@pytest.mark.parametrize("choice", CHOICES)
-def test_calls_are_official_and_of_the_tools_that_there_are(write, choice):
-    options, counts = CHOICES[choice], []
-    rule = tool_calls(TOOLS, **options)
-    free = not options.keys() & {"required", "name"}
-    for seed in range(8):
-        begun = f"So:\n\n<{DSML}tool_calls>\n" if free and seed % 2 else ""
-        text = write(rule, seed, begun)
-        message = parse_completion(text)
-        assert message["malformed"] == []
-        counts.append(len(message["tool_calls"]))
-        for call in message["tool_calls"]:
-            name, values = call["function"]["name"], json.loads(call["function"]["arguments"])
-            assert name == options.get("name", name)
-            assert values.keys() <= NAMES[name].get("properties", {}).keys()
-            assert values.keys() >= set(NAMES[name].get("required", ()))
-            if name == "read_file":
-                jsonschema.validate(values, READ)
-            if "odd key" in values:
-                jsonschema.validate(values["odd key"], TREE | {"$defs": {"tree": TREE}})
-        if not free:
-            assert counts[-1] and message["content"] == ""
-        elif begun:
-            assert counts[-1] and message["content"] == "So:"
-        if "single" in options or "name" in options:
-            assert counts[-1] <= 1
-
-
-OFFICIAL = f"""
-
-<{DSML}tool_calls>
-<{DSML}invoke name="read_file">
-<{DSML}parameter name="path" string="true">a </b> c</{DSML}parameter>
-<{DSML}parameter name="lines" string="false">12</{DSML}parameter>
-</{DSML}invoke>
-<{DSML}invoke name="now">
-
-</{DSML}invoke>
-</{DSML}tool_calls>"""
-
-
-def test_json_by_a_schema_or_calls(write, tokenizer):
-    schema = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
-    rule = tool_calls(TOOLS, schema=schema)
-    for seed in range(6):
-        message = parse_completion(write(rule, seed, "" if seed % 2 else "{"))
-        assert message["malformed"] == []
-        if not message["tool_calls"]:
-            jsonschema.validate(json.loads(message["content"]), schema)
-    assert spelled(tokenizer, rule, '{"n": 3}') and spelled(tokenizer, rule, OFFICIAL)
-    assert not spelled(tokenizer, rule, "text") and not spelled(tokenizer, rule, "{}" + OFFICIAL)
-    with pytest.raises(DataError, match="the JSON schema cannot be followed"):
-        tool_calls(TOOLS, schema={"not": {}})
-
-
-def test_what_the_official_encoding_writes_may_be_written(tokenizer):
-    single = OFFICIAL.replace(f'<{DSML}invoke name="now">\n\n</{DSML}invoke>\n', "")
-    for text in ("", "Let me see.\n\nFirst:"):
-        assert spelled(tokenizer, tool_calls(TOOLS), text + OFFICIAL)
-        assert spelled(tokenizer, tool_calls(TOOLS, single=True), text + single)
-    assert spelled(tokenizer, tool_calls(TOOLS, required=True), OFFICIAL)
-    assert not spelled(tokenizer, tool_calls(TOOLS, single=True), OFFICIAL)
-    assert not spelled(tokenizer, tool_calls(TOOLS, required=True), "text" + OFFICIAL)
-    assert not spelled(tokenizer, tool_calls(TOOLS, name="flags"), OFFICIAL)
-    assert not spelled(tokenizer, tool_calls(TOOLS, required=True), "")
-    assert not spelled(tokenizer, tool_calls(TOOLS[1:]), OFFICIAL)
-    assert not spelled(tokenizer, no_calls(), OFFICIAL)
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        '<tool_calls>\n<invoke name="now">\n</invoke>\n</tool_calls>',
-        '<invoke name="now"></invoke>',
-        '<|DSML|invoke name="now">',
-        "< function_calls ></ function_calls >",
-        "<think>",
-    ],
-)
-def test_no_calls_in_any_spelling(tokenizer, text):
-    assert spelled(tokenizer, no_calls(), "Text, <b>tags</b>,\n\n</ and `code`.")
-    assert not spelled(tokenizer, no_calls(), "Text:\n\n" + text)
-
-
-def test_tools_that_cannot_be_called_are_refused():
-    for tools, options, cause in [
-        (TOOLS, {"name": "write"}, "there is no tool write to call"),
-        ([], {"required": True}, "no tool can be called"),
-        ([{"type": "function", "function": {"name": 'a"b'}}], {}, "no tool can be called"),
-        ([{"type": "function"}], {}, "needs an object as its function"),
-    ]:
-        with pytest.raises(DataError, match=cause):
-            tool_calls(tools, **options)
 
 
 def test_a_mask_is_as_wide_as_the_logits(tokenizer):
