@@ -116,6 +116,8 @@ def ready(target: Path, source: Path, plan: str, overwrite: bool) -> bool:
     """Prepare the directory; whether it holds the result already of what has the fingerprint `plan`."""
     if target.exists() and target.resolve() == source.resolve():
         raise DataError(f"{target}: is the source itself")
+    if target.exists() and not target.is_dir():
+        raise DataError(f"{target}: is not a directory")
     target.mkdir(parents=True, exist_ok=True)
     finished, begun = (target / MANIFEST).exists(), (target / JOURNAL).exists()
     if not finished and not begun and any(target.iterdir()):

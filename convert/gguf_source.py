@@ -40,7 +40,8 @@ class GGUFSource:
 
     downloads: Downloads | None = None
 
-    def __init__(self, path: Path, mtp: Path | None = None):
+    def __init__(self, path: str | Path, mtp: Path | None = None):
+        path = Path(path).expanduser()
         self.name, self.path = str(path), path
         self.main = GGUFFiles(path)
         self._refuse_draft_file()

@@ -17,6 +17,7 @@ from ds4mlx.convert.special_tokens import check_special_tokens
 from ds4mlx.errors import DataError
 from ds4mlx.formats import TAGS
 from ds4mlx.text.tokenizer import NoTokenizer, Tokenizer
+from ds4mlx.weights.directory import JOURNAL, MANIFEST
 from ds4mlx.weights.hub import Repository, may_be_repository
 from ds4mlx.weights.inventory import Entry, experts, inventory
 from ds4mlx.weights.tensor_file import TensorFile, TensorInfo
@@ -232,6 +233,7 @@ def _look_up(location: str | Path) -> tuple[Path, Downloads | None]:
     """The directory of a checkpoint's small files; for a hub repository, what fetches the others."""
     path = Path(location).expanduser()
     if path.is_dir():
+        _check_unconverted(path)
         return path, None
     if path.exists():
         raise DataError(f"{path}: not a directory")
@@ -242,6 +244,16 @@ def _look_up(location: str | Path) -> tuple[Path, Downloads | None]:
     for name in (INDEX, *COPIED):
         repository.fetch_if_any(name)
     return repository.path, Downloads(repository)
+
+
+def _check_unconverted(path: Path) -> None:
+    """DataError for a model directory, finished or not, in the place of a source."""
+    official = any((path / name).exists() for name in (INDEX, SINGLE))
+    if not official and any((path / name).exists() for name in (MANIFEST, JOURNAL)):
+        raise DataError(
+            f"{path}: was converted already; a source is an official directory, a repository of the "
+            "hub or a GGUF file"
+        )
 
 
 def _open_files(path: Path, downloads: Downloads | None) -> dict[str, TensorFile]:

@@ -288,4 +288,6 @@ def test_a_schema_that_is_none_is_refused_by_its_file(ask, tmp_path, text, cause
     assert (code, out) == (1, "")
     assert str(schema) in err and cause in err and err.count("\n") == 1
     missing = tmp_path / "missing.json"
-    assert str(missing) in ask(PROMPT, "--json-schema", missing)[2]
+    assert (
+        ask(PROMPT, "--json-schema", missing)[2] == f"error: {missing}: No such file or directory\n"
+    )

@@ -242,6 +242,21 @@ def test_somebody_elses_directory_is_not_written_to(small_source, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
 
+def test_a_file_is_no_place_for_a_model(small_source, tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(DataError, match="file: is not a directory"):
+        convert(small_source, tmp_path / "file", overwrite=True, progress=False)
+    assert (tmp_path / "file").read_text() == "x"
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "convert-journal.jsonl"])
+def test_a_model_directory_is_no_source(tmp_path, name):
+    (tmp_path / name).touch()
+    with pytest.raises(DataError, match="was converted already"):
+        convert(tmp_path, tmp_path / "out", progress=False)
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+
+
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("other", ["", "manifest.json"])
 def test_a_source_is_not_converted_onto_itself(small_source, tmp_path, overwrite, other):

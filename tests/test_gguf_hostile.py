@@ -76,6 +76,13 @@ def test_every_mutant_of_the_header(sound, values, tmp_path):
     assert found["refused"] > 600 and found["read"] < 200
 
 
+@pytest.mark.parametrize("text", ["", "hi", "a text and no weights"])
+def test_a_text_is_no_gguf_file(tmp_path, text):
+    (tmp_path / "text").write_text(text)
+    with pytest.raises(DataError, match="text: not a GGUF file"):
+        read_gguf(str(tmp_path / "text"))
+
+
 def test_flipped_bits_of_data(sound, values, tmp_path):
     """Change the values of one tensor, or are refused as not finite; no other tensor changes."""
     rng, path = np.random.default_rng(1), tmp_path / "mutant.gguf"

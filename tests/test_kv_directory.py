@@ -163,6 +163,16 @@ def test_a_directory_without_the_mark_is_touched_by_nothing(bare_model, tmp_path
     assert not (tmp_path / MARK).exists()
 
 
+def test_what_is_no_directory_is_called_so(bare_model, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(DataError, match="file: is not a directory"):
+        KVStore(tmp_path / "file", model=bare_model)
+    for attempt in (admin.open_directory, admin.clear):
+        with pytest.raises(DataError, match="none: no such directory"):
+            attempt(tmp_path / "none")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_a_sound_file_that_took_the_place_of_a_damaged_one_stays(bare_model, filled):
     """As when another process saves it anew between the reading and the setting apart."""
     catalogue = admin.open_directory(filled)

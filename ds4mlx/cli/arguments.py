@@ -132,14 +132,14 @@ def stop_strings(stop: list[str] | None) -> None:
 
 
 def rule(json_schema: Path | None) -> Rule | None:
-    """What the answer must be, by a file with a JSON schema. Raises DataError, naming the file."""
+    """What the answer must be, by a file with a JSON schema. Raises DataError and OSError, naming the file."""
     if json_schema is None:
         return None
     from ds4mlx.engine import schemas
 
     try:
         schema = json.loads(json_schema.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{json_schema}: not a JSON schema: {error}") from None
     return schemas.json_schema(schema, f"{json_schema}, a JSON schema,")
 

@@ -29,6 +29,8 @@ def make_store(root: Path) -> None:
     The mark comes first. Where a directory that does not bear it has files under the store's names
     which no store has written, it is refused.
     """
+    if root.exists() and not root.is_dir():
+        raise DataError(f"{root}: is not a directory")
     root.mkdir(mode=0o700, parents=True, exist_ok=True)
     mark = root / MARK
     if not mark.exists():
@@ -41,6 +43,8 @@ def make_store(root: Path) -> None:
 
 def check_store(root: Path) -> None:
     """DataError unless a directory bears the mark of a KV store."""
+    if not root.exists():
+        raise DataError(f"{root}: no such directory")
     if not (root / MARK).is_file():
         raise DataError(f"{root}: not a KV store, as it does not bear the mark {MARK}")
 
