@@ -80,6 +80,36 @@ def test_nothing_is_written_over(tmp_path):
     assert (tmp_path / "file").read_text() == "kept"
 
 
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("end", [KeyboardInterrupt, OSError(28, "No space left on device")])
+def test_what_is_interrupted_leaves_nothing(tmp_path, before, end):
+    """So that the same command can be given again."""
+    target = tmp_path / "model"
+    if before:
+        target.mkdir()
+
+    def interrupt(done, _):
+        if done == 2:
+            raise end
+
+    with pytest.raises((KeyboardInterrupt, DataError)):
+        write_synth(SMALL, "q2", target, interrupt)
+    assert target.exists() == before and not list(tmp_path.glob("model/*"))
+    assert write_synth(SMALL, "q2", target) > 0
+
+
+def test_one_process_writes_at_a_time(tmp_path):
+    def again(*_):
+        for path in tmp_path.iterdir():
+            path.unlink()  # as empty as it is before the first file is there
+        with pytest.raises(DataError, match="another process is writing here"):
+            write_synth(SMALL, "q2", tmp_path)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_synth(SMALL, "q2", tmp_path, again)
+
+
 def test_real_shapes():
     flash, pro = config_like("flash"), config_like("pro")
     assert (flash.num_hidden_layers, pro.num_hidden_layers) == (43, 61)

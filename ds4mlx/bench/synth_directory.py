@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import numpy as np
 
 from ds4mlx.bench.synth import check_memory, check_recipe, format_of, random_entry, weight_bytes
 from ds4mlx.config import ModelConfig
-from ds4mlx.durable import PARTIAL, replacing, write_whole
+from ds4mlx.durable import PARTIAL, Busy, lock, replacing, write_whole
 from ds4mlx.errors import DataError
 from ds4mlx.weights import tensor_file
 from ds4mlx.weights.directory import CONFIG, FORMAT_VERSION, MANIFEST, canonical, planes
@@ -27,8 +29,8 @@ def write_synth(
 ) -> int:
     """Write DIR `target`, which must be new or empty; bytes of its weight files.
 
-    The manifest comes last: what was interrupted does not load, and is written anew into an empty
-    directory. `on_file` is told (files written, files in all). Raises DataError, before anything is
+    The manifest comes last, so that half a model never loads; what fails or is interrupted leaves
+    nothing. `on_file` is told (files written, files in all). Raises DataError, before anything is
     written also where memory or the free disk cannot suffice.
     """
     check_recipe(recipe)
@@ -37,9 +39,32 @@ def write_synth(
     check_memory(config, recipe, kept=False)
     try:
         _check_disk(target, weight_bytes(config, recipe))
-        return _write(config, recipe, target, on_file)
+        with _whole_or_nothing(target):
+            return _write(config, recipe, target, on_file)
     except OSError as error:
         raise DataError(f"{error.filename or target}: {error.strerror}") from error
+
+
+@contextmanager
+def _whole_or_nothing(target: Path) -> Iterator[None]:
+    """Make a directory, and delete it with its files if the block fails; one process has it alone."""
+    made = not target.exists()
+    target.mkdir(parents=True, exist_ok=True)
+    fd = os.open(target, os.O_RDONLY)
+    try:
+        lock(fd, wait=False)
+        try:
+            yield
+        except BaseException:
+            for path in target.iterdir():
+                path.unlink()
+            if made:
+                target.rmdir()
+            raise
+    except Busy:
+        raise DataError(f"{target}: another process is writing here") from None
+    finally:
+        os.close(fd)
 
 
 def _check_disk(target: Path, needed: int) -> None:
@@ -53,7 +78,6 @@ def _check_disk(target: Path, needed: int) -> None:
 
 
 def _write(config, recipe: str, target: Path, on_file) -> int:
-    target.mkdir(parents=True, exist_ok=True)
     listed, seed = inventory(config), 0
     files: dict[str, Any] = {}
     tensors: dict[str, Any] = {}
