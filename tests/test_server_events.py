@@ -256,6 +256,25 @@ def test_an_answer_that_is_cut_anywhere_in_its_calls_shows_no_markup(before):
     assert {calls for *_, calls in ends} == {0, 1, 2}
 
 
+@pytest.mark.parametrize("thinking", ["none", "high"])
+def test_a_text_up_to_a_stop_text_is_told_as_it_is(thinking):
+    """Its end is no markup that was begun, be it as short as this."""
+    before = "" if thinking == "none" else "I think.</think>"
+
+    async def unused(ids, sampled):
+        raise AssertionError("there is no call")
+
+    async def read():
+        answer = Answer(lambda: None)
+        for event in [START, Piece(before + "a\n\n<", False), ended("stop_sequence")]:
+            answer.arrived(event)
+        turn = Turn("an id", answer, Completion(thinking), unused)
+        return [event.text async for event in turn if isinstance(event, Content)], turn.message
+
+    told, message = asyncio.run(read())
+    assert "".join(told) == message["content"] == "a\n\n<"
+
+
 def test_signs_of_life_come_where_text_is_held_back():
     """A list in a call is told when all of it is there."""
     opening = ["\n\n<｜DSML｜tool_calls>\n", '<｜DSML｜invoke name="f">\n']

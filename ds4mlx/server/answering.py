@@ -27,6 +27,9 @@ Result = TypeVar("Result")
 # Seconds in which nothing is told, and then in which nothing happens, before a `KeepAlive` comes; so a
 # client waits at most for twice as long. Clients give up after 15 or more.
 KEEP_ALIVE = 5.0
+# Why an answer ends that nobody cut in its calls: by itself, or at a stop text, which is not looked for
+# in them.
+_UNCUT = ("stop", "stop_sequence")
 
 
 @dataclass(frozen=True)
@@ -124,7 +127,7 @@ class Turn:
         """What is known with this event, and was not before it."""
         if isinstance(event, Ended) and self.completion is not None:
             last = self.completion.finish()
-            if event.reason != "stop":
+            if event.reason not in _UNCUT:
                 last = without_begun(self.message, self.completion.given, last)
             return [*last]
         if not isinstance(event, Piece):

@@ -77,7 +77,7 @@ class Service:
             max_tokens=question.max_tokens,
             sampler=question.sampler,
             stop=question.stop,
-            until=CALLS_OPENING if question.tools else "",
+            until=CALLS_OPENING,
             thinking=thinking,
             thinking_budget=question.thinking_budget,
             rule=rule,
