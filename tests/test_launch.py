@@ -22,6 +22,7 @@ import agent
 import processes
 import pytest
 
+from ds4mlx.cli import opening
 from ds4mlx.cli.clients import CLIENTS, Served
 from ds4mlx.cli.main import run
 
@@ -274,3 +275,14 @@ def test_the_plan_without_a_server(stage, talker_dir, capsys):
     assert "--adapter mine" in capsys.readouterr().out
     assert run(["launch", "codex", "--ctx", "3000", *options]) == 0
     assert "model_context_window=3000" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("named", "name"),
+    [(".", "in"), ("..", "v4-q2"), ("../", "v4-q2"), ("x/v4", "v4"), (None, "embedded")],
+)
+def test_a_model_has_the_name_of_its_directory(tmp_path, monkeypatch, named, name):
+    monkeypatch.delenv("DS4MLX_MODEL", raising=False)
+    (tmp_path / "v4-q2" / "in").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "v4-q2" / "in")
+    assert opening.model_name(named) == name

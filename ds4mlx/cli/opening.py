@@ -75,7 +75,8 @@ def open_store(
 
 def model_name(named: str | None) -> str:
     """What a model is called for people."""
-    return Path(named or os.environ.get("DS4MLX_MODEL") or "embedded").name
+    path = Path(named or os.environ.get("DS4MLX_MODEL") or "embedded")
+    return path.resolve().name if path.name in ("", "..") else path.name
 
 
 def find_model(named: str | None) -> Path:
