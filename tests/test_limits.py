@@ -67,10 +67,11 @@ def test_weights_and_state_must_fit_the_memory():
         check_room(SMALL, 100, 33, None, weights=10**15)
 
 
-def test_bench_checks_before_it_loads(talker_dir, capsys):
+def test_bench_checks_before_it_loads(talker_dir, capsys, monkeypatch):
     """The weights' files need not even be sound."""
     assert run(["bench", "-m", str(talker_dir), "--prompt", "8,70000"]) == 1
     out, err = capsys.readouterr()
     assert out == "" and "depth of 70000 tokens" in err and "context of 65536" in err
-    assert run(["bench", "-m", str(talker_dir), "--prompt", "8", "--ctx", "16"]) == 1
+    monkeypatch.chdir(talker_dir.parent)
+    assert run(["bench", "-m", talker_dir.name, "--prompt", "8", "--ctx", "16"]) == 1
     assert "exceed the context of 16 tokens" in capsys.readouterr().err

@@ -131,7 +131,7 @@ def bench(
     arg.check_output(csv)
     arg.check_output(plot)
     directory = ModelDirectory.open(opening.find_model(model))
-    weights = sum((directory.path / file).stat().st_size for file in directory.files)
+    weights = sum(file.stat().st_size for file in directory.files)
     tokens = gen + 4 * (draft or 0)  # rounds may begin and end beyond what is measured
     check_room(directory.config, max(depths), tokens, ctx, weights, batch)
     return _report(*opening.open_model(model, adapter=adapter), asked)
