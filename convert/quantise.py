@@ -207,13 +207,15 @@ def dequantize(q: Quantised | np.ndarray, type: str | None = None) -> np.ndarray
     `type` naming it. Raises DataError for an unknown type or a row of broken blocks.
     """
     if not isinstance(q, Quantised):
-        q = _from_blocks(np.asarray(q, np.uint8), (type or "").lower())
+        q = _from_blocks(np.asarray(q), (type or "").lower())
     return decode(q.format, q.planes)
 
 
 def _from_blocks(raw: np.ndarray, name: str) -> Quantised:
     if name not in BLOCK_BYTES:
         raise DataError(f"there is no type {name!r}; there are: {', '.join(BLOCK_BYTES)}")
+    if raw.dtype != np.uint8:
+        raise DataError(f"{name}: blocks are bytes, uint8, and not {raw.dtype}")
     if raw.ndim != 2 or not raw.size or raw.shape[1] % BLOCK_BYTES[name]:
         raise DataError(f"{name}: rows of {raw.shape} bytes are not blocks of {BLOCK_BYTES[name]}")
     return Quantised(name, block_planes(raw, name))

@@ -132,3 +132,5 @@ def test_what_cannot_be_decoded_is_said():
         dequantize(np.zeros((1, 110), np.uint8), "Q3_K")
     with pytest.raises(DataError, match=r"q2_k: rows of \(1, 83\) bytes are not blocks of 84"):
         dequantize(np.zeros((1, 83), np.uint8), "Q2_K")
+    with pytest.raises(DataError, match="q2_k: blocks are bytes, uint8, and not float32"):
+        dequantize(np.zeros((1, 84), np.float32), "Q2_K")

@@ -126,6 +126,8 @@ def test_unreachable_rewind_names_the_nearest_and_changes_nothing(long_state, wa
     with pytest.raises(RewindError, match=f"rewind to {wanted} of 1500 .* {nearest}$") as error:
         cache.rewind(wanted)
     assert error.value.nearest == nearest and cache.offset == 1500
+    with pytest.raises(TypeError):
+        cache.rewind(1499.5)
     assert all(np.array_equal(a, b) for a, b in zip(before, snapshot(cache), strict=True))
 
 

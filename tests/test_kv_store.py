@@ -333,3 +333,9 @@ def test_saving_goes_on_beside_the_state(small_model, store):
     for end in range(300, 329):
         assert same_state(store.restore(IDS[:end])[0], straight)
         fed(small_model, IDS[end : end + 1], straight)
+
+
+def test_a_closed_store_says_so(small_model, store):
+    store.close()
+    with pytest.raises(DataError, match="the store is closed"):
+        store.save(IDS[:5], fed(small_model, IDS[:5]))

@@ -261,6 +261,9 @@ def test_the_principal_component_is_the_direction_of_the_differences(seed, lengt
     [
         ({"wanted": []}, "made of prompts"),
         ({"wanted": [[]]}, "a token or more"),
+        ({"wanted": ["a text"]}, "not that of one sequence"),
+        ({"method": "principle"}, "method is mean or principal, not 'principle'"),
+        ({"tokens": "first"}, "tokens is last or all, not 'first'"),
         ({"others": [IDS[:5]], "method": "principal"}, "2 and 1 prompts are not pairs"),
         ({"others": [IDS[:5], IDS[5:8]]}, "no direction but 0"),
         ({"site": "attn.rows"}, "steering is done at .* not at 'attn.rows'"),

@@ -23,6 +23,7 @@ from ds4mlx.errors import DataError
 from ds4mlx.model.model import Model
 from ds4mlx.state.decode_state import DecodeState
 from ds4mlx.store import KVStore
+from ds4mlx.store.keys import integer_array
 from ds4mlx.store.policy import Keeper, Policy, take_up
 from ds4mlx.text.tokenizer import Tokenizer
 
@@ -255,9 +256,12 @@ def _kept_answer(
 def encoded(
     prompt: str | Prompt | abc.Sequence[int], tokenizer: Tokenizer, store: KVStore | None
 ) -> list[int]:
-    """Token ids of a prompt; of a text, those of a stored prefix as far as one reaches."""
+    """Token ids of a prompt; of a text, those of a stored prefix as far as one reaches.
+
+    Raises DataError for a prompt that is neither a text nor the ids of one sequence.
+    """
     if not isinstance(prompt, str | Prompt):
-        return [int(token) for token in prompt]
+        return integer_array(prompt).tolist()
     if store is not None and store.tokenizer is not None:
         return store.encode(prompt)
     return (

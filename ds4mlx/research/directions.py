@@ -1,7 +1,7 @@
 """Directions for steering: what sets one group of prompts apart from another."""
 
 from collections.abc import Iterable, Sequence
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import mlx.core as mx
 import numpy as np
@@ -10,6 +10,7 @@ from ds4mlx.engine.prefill import prefill
 from ds4mlx.errors import DataError
 from ds4mlx.model.model import Model
 from ds4mlx.research.steering import Operation, Steering, check_layers, check_operation, check_site
+from ds4mlx.store.keys import integer_array
 
 Prompts = Sequence[Sequence[int]]
 Method = Literal["mean", "principal"]
@@ -38,6 +39,7 @@ def find_steering(
     """
     check_site(site)
     check_operation(operation)
+    _check_choice("method", method, Method)
     numbers = list(range(model.args.num_hidden_layers) if layers is None else layers)
     check_layers(numbers, model.args)
     ours = _values(model, wanted, site, numbers, tokens)
@@ -71,10 +73,17 @@ def _values(
     model: Model, prompts: Prompts, site: str, layers: Sequence[int], tokens: Tokens
 ) -> dict[int, np.ndarray]:
     """By layer, of each prompt (n, D), float64."""
-    if not prompts or not all(map(len, prompts)):
+    _check_choice("tokens", tokens, Tokens)
+    given = [integer_array(prompt).tolist() for prompt in prompts]
+    if not given or not all(given):
         raise DataError("a direction is made of prompts, of a token or more each")
-    each = [_of_prompt(model, prompt, site, layers, tokens) for prompt in prompts]
+    each = [_of_prompt(model, prompt, site, layers, tokens) for prompt in given]
     return {n: np.stack([made[n] for made in each]) for n in layers}
+
+
+def _check_choice(name: str, value: str, choices: Any) -> None:
+    if value not in get_args(choices):
+        raise DataError(f"{name} is {' or '.join(get_args(choices))}, not {value!r}")
 
 
 def _of_prompt(

@@ -4,6 +4,7 @@ Besides the layers' states it has those of the draft blocks, and boundary record
 lengths, to which it can go back however far behind they are.
 """
 
+import operator
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
@@ -183,8 +184,10 @@ class DecodeState:
         continuing from its own length needs and nothing before it. Draft blocks that are further
         than `tokens` go back to it too; those that lag behind stay where they are.
         Boundaries that lie ahead stay asked for. Raises RewindError (its `nearest` is the closest
-        reachable length) and leaves the state as it is where the length is out of reach.
+        reachable length) and leaves the state as it is where the length is out of reach; TypeError
+        for a length that is no integer.
         """
+        tokens = operator.index(tokens)
         reachable = self._reaches(tokens) if 0 <= tokens <= self.offset else False
         if not reachable and (tokens not in self.records or tokens > self.offset):
             raise self._unreachable(tokens)

@@ -23,6 +23,15 @@ def token_array(
 
     Raises DataError for what are not integers, or not ids of a vocabulary of this size.
     """
+    ids = integer_array(tokens)
+    wrong = ids[(ids < 0) | (ids >= vocabulary)]
+    if wrong.size:
+        raise DataError(f"{wrong[0]} is no token id of a vocabulary of {vocabulary:,}")
+    return np.ascontiguousarray(ids, dtype="<i4")
+
+
+def integer_array(tokens: Sequence[int] | np.ndarray | mx.array) -> np.ndarray:
+    """Whole numbers of one sequence, (n,) or (1, n), as (n,). Raises DataError for all else."""
     try:
         ids = np.asarray(tokens)
     except (ValueError, TypeError, RuntimeError, OverflowError):
@@ -31,10 +40,9 @@ def token_array(
         return np.empty(0, "<i4")
     if ids.ndim == 0 or ids.shape[-1] != ids.size:
         raise DataError(f"the tokens have the shape {list(ids.shape)}, not that of one sequence")
-    wrong = ids if ids.dtype.kind not in "iu" else ids[(ids < 0) | (ids >= vocabulary)]
-    if wrong.size:
-        raise DataError(f"{wrong.flat[0]} is no token id of a vocabulary of {vocabulary:,}")
-    return np.ascontiguousarray(ids.reshape(-1), dtype="<i4")
+    if ids.dtype.kind not in "iu":
+        raise DataError(f"{ids.flat[0]!s:.80} is no token id, as it is no whole number")
+    return ids.reshape(-1)
 
 
 def prefix_keys(tokens: np.ndarray, lengths: Iterable[int]) -> dict[int, str]:

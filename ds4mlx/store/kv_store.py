@@ -85,6 +85,7 @@ class KVStore:
         limits = Limits(budget_bytes, min_free_bytes, records_bytes, spacing or Spacing())
         self._writer = Writer(Catalogue(self.directory), limits, pieces, keep_text)
         self._thread = ThreadPoolExecutor(1, "kv-store")
+        self._closed = False
         self.last_hit: tuple[int, str] | None = None  # tokens, and the reason they were saved for
         self._pins: weakref.WeakKeyDictionary[DecodeState, Pin] = weakref.WeakKeyDictionary()
 
@@ -116,6 +117,8 @@ class KVStore:
 
         The future's result comes when it lasts, and raises what `save` raises while writing.
         """
+        if self._closed:
+            raise DataError(f"{self.directory}: the store is closed")
         if reason not in REASONS:
             raise DataError(f"reason must be one of {', '.join(REASONS)}, not {reason!r}")
         ids = keys.token_array(tokens)
@@ -131,6 +134,7 @@ class KVStore:
 
     def close(self) -> None:
         """Wait for everything that is being written, and let go of what is in use."""
+        self._closed = True
         self._thread.shutdown()
         for pin in list(self._pins.values()):
             pin.close()
