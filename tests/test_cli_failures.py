@@ -88,6 +88,28 @@ def test_failures_are_one_line(arguments, capsys):
 
 
 @pytest.mark.parametrize(
+    "arguments",
+    [
+        ["generate", "a", "--logprobs", "FILE"],
+        ["chat", "--kv-dir", "FILE"],
+        ["imatrix", "--prompts", "FILE", "-o", "b"],
+        ["eval", "--reference", "FILE"],
+        ["bench", "--csv", "FILE"],
+        ["merge", "FILE", "b"],
+    ],
+    ids=" ".join,
+)
+def test_a_file_that_may_not_be_read_is_no_wrong_usage(arguments, tmp_path, monkeypatch, capsys):
+    """Nor is one that is only written; where it has to be read the system refuses it by its name."""
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("os.access", lambda *_, **__: False)
+    given = [str(tmp_path / "file") if word == "FILE" else word for word in arguments]
+    assert run([*given, "-m", "/nowhere"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+
+
+@pytest.mark.parametrize(
     ("arguments", "traceback"),
     [
         (["--debug", "inspect", "/nowhere"], True),

@@ -35,13 +35,19 @@ def asked() -> bool:
 
 
 def debuggable(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The command with `--debug` as its last option, so that the option may follow its name too."""
+    """The command with `--debug` as its last option, so that the option may follow its name too.
+
+    A file that may not be read is no wrong usage, as Typer would have it: the command says so itself.
+    """
 
     @functools.wraps(function)
     def call(*args: Any, debug: bool = False, **options: Any) -> Any:
         return function(*args, **options)
 
     usual = inspect.signature(function, eval_str=True)
+    for each in usual.parameters.values():
+        for info in getattr(each.annotation, "__metadata__", ()):
+            info.readable = False
     last = inspect.Parameter(
         "debug", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Debug
     )
