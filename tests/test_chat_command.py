@@ -164,6 +164,10 @@ FIGURES = r"\[prompt .* GB\]\r\n"
 PASTE, PASTED = "\x1b[200~", "\x1b[201~"
 
 
+# The prompt of a terminal that hands over keys as they are typed: what is typed earlier may be lost.
+READY = r"\x1b\[\?2004h.*?> "
+
+
 def at_terminal(talker_dir, home, length=3):
     options = ["--temp", "0", "--max-tokens", length]
     return processes.Terminal("chat", "-m", talker_dir, *options, XDG_STATE_HOME=home)
@@ -176,7 +180,7 @@ def prompt_tokens(shown):
 def test_a_chat_on_a_terminal(talker_dir, tmp_path):
     """Dim reasoning; Ctrl-C ends the answer, at the prompt the line; Ctrl-D leaves."""
     with at_terminal(talker_dir, tmp_path, 60000) as terminal:
-        banner = terminal.until("> ")
+        banner = terminal.until(READY)
         assert "converted: 4 layers" in banner and "65,536 tokens fits" in banner
         assert "/help lists the commands" in banner
         for question in ("one", "two"):
@@ -184,11 +188,11 @@ def test_a_chat_on_a_terminal(talker_dir, tmp_path):
             terminal.until(rf"{question}.*\x1b\[2m.")
             terminal.type("\x03")
             assert "\x1b[0m\r\n[prompt " in terminal.until(FIGURES)
-            terminal.until("> ")
+            terminal.until(READY)
         terminal.type("half a line")
         terminal.until("half a line")
         terminal.type("\x03")
-        terminal.until("> ")
+        terminal.until(READY)
         terminal.type("\x04")
         code, _ = terminal.end()
     assert code == 0
@@ -199,18 +203,18 @@ def test_several_lines_are_one_message(talker_dir, talk, tmp_path):
     conversation = talk("high")
     want = [next(conversation.ask("one\ntwo", 3)).prompt_tokens]
     with at_terminal(talker_dir, tmp_path) as terminal:
-        terminal.until("> ")
+        terminal.until(READY)
         for typed in (f"{PASTE}one\r\ntwo\r\n{PASTED}\r", "one\\\rtwo\r", "one\x1b\rtwo\r"):
             terminal.type(typed)
             assert [prompt_tokens(terminal.until(FIGURES))] == want
-            terminal.until("> ")
+            terminal.until(READY)
             terminal.type("/reset\r")
-            terminal.until(r"forgotten\r\n.*> ")
+            terminal.until(rf"forgotten\r\n.*{READY}")
 
 
 def test_what_is_typed_during_an_answer_waits_for_the_next_prompt(talker_dir, tmp_path):
     with at_terminal(talker_dir, tmp_path, 80) as terminal:
-        terminal.until("> ")
+        terminal.until(READY)
         terminal.type("one\r")
         terminal.until(r"\x1b\[2m.")
         terminal.type(f"zebra{PASTE}\rzebra{PASTED}")
@@ -224,10 +228,10 @@ def test_the_history_outlasts_the_session(talker_dir, tmp_path):
     """In a file that nobody else may read."""
     for keys in ("/reset\r", "\x1b[A\x1b[A\r"):
         with at_terminal(talker_dir, tmp_path) as terminal:
-            terminal.until("> ")
+            terminal.until(READY)
             terminal.type(keys)
             terminal.until("forgotten")
-            terminal.until("> ")
+            terminal.until(READY)
             terminal.type("exit\r")
             assert terminal.end()[0] == 0
     (history,) = tmp_path.rglob("chat-history")
@@ -239,6 +243,6 @@ def test_the_history_outlasts_the_session(talker_dir, tmp_path):
 def test_a_history_that_cannot_be_kept_does_not_stop_the_chat(talker_dir, tmp_path):
     (tmp_path / "ds4mlx").write_text("")
     with at_terminal(talker_dir, tmp_path) as terminal:
-        terminal.until("> ")
+        terminal.until(READY)
         terminal.type("/quit\r")
         assert terminal.end()[0] == 0
