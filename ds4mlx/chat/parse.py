@@ -12,7 +12,7 @@ from ds4mlx.chat.prompts import check_thinking
 from ds4mlx.chat.reading import Reading
 from ds4mlx.chat.tokens import CONTROL_TOKEN, DSML, EOS, THINK, THINK_END
 
-_CALLS_START, _CALLS_END = f"\n<{DSML}tool_calls>", f"</{DSML}tool_calls>"
+CALLS_START, _CALLS_END = f"\n<{DSML}tool_calls>", f"</{DSML}tool_calls>"
 
 
 def parse_completion(text: str, thinking: str = "none") -> dict[str, Any]:
@@ -110,7 +110,7 @@ def _split_calls(body: str, malformed: list[str]) -> tuple[str, list[Call]]:
 def _turn_end(body: str) -> int | None:
     """Where the turn ends; None where it never does, or a block is open that may hold its token."""
     end = body.find(EOS)
-    return None if end < 0 or _CALLS_START in body[:end] else end
+    return None if end < 0 or CALLS_START in body[:end] else end
 
 
 def _described(calls_before: int, broken: Reading) -> str:

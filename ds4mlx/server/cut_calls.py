@@ -7,10 +7,11 @@ one.
 from dataclasses import replace
 from typing import Any
 
+from ds4mlx.chat.parse import CALLS_START
 from ds4mlx.chat.streaming import Content, Delta
 from ds4mlx.chat.tokens import DSML
 
-CALLS_OPENING = f"\n\n<{DSML}tool_calls>"
+CALLS_OPENING = f"\n{CALLS_START}"  # as it is written behind a text
 
 
 def without_begun(message: dict[str, Any], given: str, last: list[Delta]) -> list[Delta]:

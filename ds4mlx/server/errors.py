@@ -106,11 +106,11 @@ def _of_validation(error: ValidationError) -> Refusal:
     why it is none; the one that was meant is that in which the fault lies deepest."""
     errors = error.errors(include_url=False, include_input=False, include_context=False)
     field = [fault for fault in errors if fault["loc"][:1] == errors[0]["loc"][:1]]
-    key = max(map(_depth, field))
-    said = dict.fromkeys(fault["msg"] for fault in field if _depth(fault) == key)
-    first, *others = said
+    deepest = max(map(_depth, field))
+    meant = [fault for fault in field if _depth(fault) == deepest]
+    first, *others = dict.fromkeys(fault["msg"] for fault in meant)
     message = " or ".join([first, *(other.removeprefix("Input should be ") for other in others)])
-    place = ".".join(_place(next(fault for fault in field if _depth(fault) == key)))
+    place = ".".join(_place(meant[0]))
     message = f"{place}: {message}" if place else message
     return Refusal(400, message, code="invalid_type", param=place or None)
 
