@@ -21,7 +21,7 @@ from ds4mlx.custom_kernels.cases import attention as cases
 from ds4mlx.custom_kernels.cases.attention import Sizes, Token
 from ds4mlx.custom_kernels.cases.base import normal
 from ds4mlx.custom_kernels.layer import attention
-from ds4mlx.custom_kernels.layer.buffers import Grown, Recent
+from ds4mlx.custom_kernels.layer.buffers import Grown, Recent, joined
 from ds4mlx.custom_kernels.layer.plain import rms_norm, rotate
 from ds4mlx.custom_kernels.layer.sink import sink_attention
 from ds4mlx.custom_kernels.products.columns import whole
@@ -40,9 +40,10 @@ def test_without_kernels_it_is_what_the_modules_do(rounding, dtype, ratio, posit
     settled, count = max(0, position - 5), (position + 1) // ratio if ratio else 0
     done = max(0, count - 2)
     old = mx.concatenate([all_rows[:settled], all_rows[:settled]])[-20:]
-    window = Recent(old, mx.concatenate([all_rows[settled:], all_rows[:3]]))
     made = form.pack(normal((count + 4, width), dtype, 4))
-    rows = Grown(made[: done + 1], made[done:]) if ratio else None
+    tails = [mx.concatenate([all_rows[settled:], all_rows[:3]]), made[done:]]
+    recent, grown = joined(tails)
+    window, rows = Recent(old, recent), Grown(made[: done + 1], grown) if ratio else None
     angles = mx.random.normal((4, 2, rope // 2), key=mx.random.key(5))
     place = mx.array([position, settled, *[done if ratio == r else 0 for r in (4, 128)], *[0] * 4])
     (got,) = attention.attention(
@@ -80,7 +81,9 @@ def test_nan_reaches_the_heads_it_belongs_to(where, heads, coded):
     elif where == "sink":
         arrays[1][2] = mx.nan
     elif where == "window":
-        arrays[2][1].window.tail[3] = nothing
+        tail = arrays[2][1].window.tail
+        row = tail.begin + 3 * tail.row_words
+        tail.array[row : row + tail.row_words] = nothing.view(mx.uint32)
     else:
         arrays[2][1].rows.full[11] = nothing
     with on_metal():
@@ -98,7 +101,7 @@ def test_what_the_kernels_take():
         with on_metal(), dispatch.kernels():
             return attention.takes(q, rows, angles, **options)
 
-    grown = Grown(mx.zeros((8, 4)), mx.zeros((8, 4)))
+    grown = Grown(mx.zeros((8, 4)), joined([mx.zeros((8, 4))])[0])
     assert taken() and taken(512) and taken(384, 60) and not taken(384, 62)
     assert taken(ratio=4, rows=grown)
     assert taken(kind=mx.bfloat16) and not taken(kind=mx.float32)
@@ -137,13 +140,15 @@ FAULTS = [
         "kept[group] = keeps;",
     ),
     ("attention_merge", of(0, Token(0)), "exp(bias - top)", "0.0f"),
-    ("attention_merge_2", several[2], "(token - 4)", "token"),
-    ("attention_merge_2", several[2], "turns + token", "turns + 0 * token"),
-    ("attention_share_2", several[0], "products + number * ALL", "products"),
-    ("attention_share_2", several[0], "tail = (const device uint*)tail1;", ""),
-    ("attention_share_2", several[2], "max(place[5], 0) * CHOSEN", "0"),
-    ("attention_share_4", several[2], "full = (const device uint*)full1;", ""),
-    ("attention_share_4", several[2], "CHOSEN && place[5] >= 0", "CHOSEN"),
+    ("attention_merge", several[2], "shares + token", "shares + 0 * token"),
+    ("attention_merge", several[2], "turns + token", "turns + 0 * token"),
+    ("attention_share_2", several[0], "products + sequence * ALL", "products"),
+    ("attention_share_2", several[0], "tails = (const device uint*)tails1;", ""),
+    ("attention_share_4", several[1], "newer = tails + ROWS_AT", "newer = tails + WINDOW_AT"),
+    ("attention_share_4", several[1], "places + 8 * sequence", "places"),
+    ("attention_share_8", several[2], "max(place[5], 0) * CHOSEN", "0"),
+    ("attention_share_8", several[2], "full = (const device uint*)full1;", ""),
+    ("attention_share_8", several[2], "CHOSEN && place[5] >= 0", "CHOSEN"),
     ("attention_merge", of(4, FAR), "simd_shuffle(sum, s) != 0", "s > 1"),
     ("attention_merge", of(4, FAR), "-1.0f);\n", "1.0f);\n"),
     ("attention_merge", of(4, FAR), f"out4);\n    {BARRIER}", "out4);"),
@@ -166,5 +171,5 @@ def test_texts_keep_apples_rules():
         of(0, NEAR, False, mx.float32, Sizes(3, 256, 36))()
         several[1]()
         several[2]()
-    assert len(handed) == 9
+    assert len(handed) == 8
     assert check(*(launch for _, launch in handed)) == []

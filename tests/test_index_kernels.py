@@ -11,7 +11,6 @@ from ds4mlx import ModelConfig
 from ds4mlx.custom_kernels.cases import index as cases
 from ds4mlx.custom_kernels.cases.base import normal
 from ds4mlx.custom_kernels.layer import index_scores, index_select
-from ds4mlx.custom_kernels.layer.buffers import Grown
 from ds4mlx.custom_kernels.layer.row_layout import RowLayout
 from ds4mlx.custom_kernels.products.columns import whole
 from ds4mlx.model.indexer import Indexer
@@ -35,7 +34,7 @@ def test_scores_without_kernels_are_the_modules(dtype, rounding):
     want = indexer.scores(queries, weights * scale, packed, form, 1 << 20)[0]
     # 21 rows are settled; what else lies in `full` is rubbish, and so is the tail's last row
     full = mx.concatenate([packed[:21], packed[:11]])
-    rows = Grown(full, mx.concatenate([packed[21:], packed[:1]]))
+    rows = cases.grown(full, mx.concatenate([packed[21:], packed[:1]]))
     got = index_scores.index_scores(
         *(whole(q.astype(mx.float32).reshape(1, -1)), whole(weights), [rows]),
         *(cases.place_of(150, 21)[None], angles[None]),
@@ -73,7 +72,7 @@ def test_nan_reaches_the_scores_it_belongs_to(kind, where):
         weights[0, 1] = mx.inf * 0
     else:
         full[3] = mx.array(0x7F7F7F7F, mx.uint32) if kind == "index" else mx.nan
-    operands = whole(q), whole(weights), [Grown(full, tail)], cases.place_of(87, 16)[None]
+    operands = whole(q), whole(weights), [cases.grown(full, tail)], cases.place_of(87, 16)[None]
     operands += (cases.angles_of(8, 87)[None],)
     with on_metal():
         (scores,) = index_scores.by_kernel(*operands, heads=2, layout=layout, dtype=mx.float32)

@@ -149,6 +149,19 @@ REFUSED = {
 }
 
 
+def test_more_buffers_than_metal_takes():
+    def launched(count: int) -> mx.array:
+        names = [f"x{i}" for i in range(count)]
+        kernel = metal_kernel("k", names, ["out"], "out[0] = x1[0] + x0_shape[0];")
+        sizes = {"grid": (1, 1, 1), "threadgroup": (1, 1, 1)}
+        outputs = {"output_shapes": [(1,)], "output_dtypes": [mx.float32]}
+        return kernel(inputs=[mx.ones((16,))] * count, **sizes, **outputs)[0]
+
+    assert launched(29).item() == 17  # with the shape and the output 31
+    with pytest.raises(MetalError, match="32 buffers: the limit is 31"):
+        launched(30)
+
+
 def recorded(source: str, dtype: mx.Dtype = mx.float32):
     return record(
         REAL("k", ["x"], ["out"], source),

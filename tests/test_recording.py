@@ -7,7 +7,7 @@ from ds4mlx.bench.synth import synth_model
 from ds4mlx.config import ModelConfig
 from ds4mlx.custom_kernels import dialect, dispatch, graph
 from ds4mlx.custom_kernels.layer import index_scores, index_select
-from ds4mlx.custom_kernels.layer.buffers import Grown
+from ds4mlx.custom_kernels.layer.buffers import Grown, joined
 from ds4mlx.custom_kernels.layer.row_layout import RowLayout
 from ds4mlx.custom_kernels.products import experts_up
 from ds4mlx.custom_kernels.products.columns import whole
@@ -144,7 +144,7 @@ def test_operations_around_launches_are_listed():
 def test_of_the_rows_only_the_visible_ones_are_read():
     """Of 16 settled rows in a buffer of 64, and of the scores of 25 visible ones."""
     form = RowLayout("index", 128, 17, mx.uint32)
-    rows = Grown(made(64, 17, dtype=mx.uint32), made(40, 17, dtype=mx.uint32))
+    rows = Grown(made(64, 17, dtype=mx.uint32), joined([made(32, 17, dtype=mx.uint32)])[0])
     place = mx.array([[101, 0, 16, 0, 0, 0, 0, 0]], mx.int32)
     sides = {"heads": 4, "layout": form, "dtype": mx.bfloat16}
     with recording() as launches:

@@ -27,9 +27,9 @@ def metal():
         yield
 
 
-def of(ratio, position, coded=True, dtype=mx.bfloat16, **where):
+def of(ratio, position, coded=True, dtype=mx.bfloat16, others=0, **where):
     token = cases.at(position, ratio, cases.TINY, **where)
-    return partial(cases.compare, ratio, cases.TINY, token, coded, dtype, forms)
+    return partial(cases.compare, ratio, cases.TINY, token, coded, dtype, forms, others)
 
 
 BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
@@ -50,6 +50,8 @@ FAULTS = [
     ("rows_4", of(4, 1003, back=3), "s[i][j] += float(bias[e + j])", "s[i][j] += 0"),
     ("rows_4", of(4, 1003, back=3), "rint(y) + 2.0f", "rint(y) + 3.0f"),
     ("rows_4", of(4, 1002, back=9), "full ? next * words : 0xffffffffu", "next * words"),
+    ("rows_4", of(4, 1003, back=3, others=1), "index_old = (const device float*)index_old1;", ""),
+    ("rows_4", of(4, 1003, back=3, others=4), "FIRST + sequence", "sequence"),
     ("rows_128", of(128, 1023, back=9), "simd_shuffle_xor(pooled[j], i)", "pooled[j]"),
     ("rows_128", of(128, 1023, back=9), "RATIO == 4 ? 2 : 3) * ROPE", "2) * ROPE"),
 ]
@@ -108,10 +110,10 @@ def exact(ratio, position, coded, dtype, seed, spread=False, weights=hostile):
     put(arrays[0], signs(128, seed))
     arrays[7] = mx.stack([mx.ones((3, 4, 32)), mx.zeros((3, 4, 32))], 2)
     arrays[2] = mx.array(weights(128, 64, seed + 1)).astype(dtype)
-    for i, each in enumerate(arrays[5]):
+    for i, each in enumerate(arrays[4]):
         put(each.values, mx.concatenate([signs(128, seed + i)] * (each.values.width // 128)))
         put(each.scores, mx.array(1e30))  # so that the others have no weight at all
-        arrays[5][i] = each._replace(
+        arrays[4][i] = each._replace(
             norm=mx.array(weights(128, 32, seed + 2 + i)).astype(dtype),
             spread=spread,
         )
@@ -120,9 +122,9 @@ def exact(ratio, position, coded, dtype, seed, spread=False, weights=hostile):
 
 def assert_same_bits(arrays, options):
     got, want = (side(*arrays, **options) for side in (rows.by_kernel, rows.plain))
-    assert mx.array_equal(got.window, want.window)
-    for (_, own), (_, expected) in zip(got.poolings, want.poolings, strict=True):
-        assert mx.array_equal(own, expected)
+    (found,), (expected,) = got.held, want.held
+    for a, b in zip(found.tails[::2], expected.tails[::2], strict=True):
+        assert mx.array_equal(a.value, b.value)
 
 
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float32], ids=["bfloat16", "float32"])
@@ -147,17 +149,17 @@ def test_a_nan_stays_in_the_rows_it_is_in(ratio, value):
     token = cases.at(1023, ratio, cases.TINY, back=9, behind=1)
     kinds = forms(128, 128, 64, mx.bfloat16, True)
     arrays, options = cases.operands(ratio, cases.TINY, token, kinds, mx.bfloat16)
-    for each, channel in [(arrays[0], 5), (arrays[1], 5), *((e.values, -5) for e in arrays[5])]:
+    for each, channel in [(arrays[0], 5), (arrays[1], 5), *((e.values, -5) for e in arrays[4])]:
         put(each._replace(begin=each.begin + channel % each.width, width=1), mx.array(value))
-    got = rows.by_kernel(*arrays, **options | {"latents": True})
+    got = rows.by_kernel(*arrays, **options)
     # An infinity leaves a NaN where it was, and zeros elsewhere.
     latent = mx.isnan(got.latents)
     assert bool(latent[1].any()) and (value == math.inf or latent[1].all())
     assert not latent[0].any() and not latent[2].any()
-    tails = [(got.window, arrays[4].tail, token.position - token.settled)]
-    if ratio:
-        tails.append((got.poolings[0][1], arrays[5][0].rows.tail, 1023 // ratio - token.rows))
-    for tail, old, place in tails:
+    (found,), (given,), places = got.held, arrays[5], [token.position - token.settled]
+    places += [1023 // ratio - token.rows] if ratio else []
+    for new, before, place in zip(found.tails[::2], given.tails[::2], places, strict=False):
+        tail, old = new.value, before.value
         others = mx.arange(len(tail)) != place
         assert bool(((tail == old).all(axis=1) == others).all())
         assert bool(mx.isnan(kinds[0].unpack(tail)[place]).any())

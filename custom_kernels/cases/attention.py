@@ -9,7 +9,7 @@ import mlx.core as mx
 
 from ds4mlx.custom_kernels.cases.base import Case, Forms, Pairs, normal
 from ds4mlx.custom_kernels.layer import attention
-from ds4mlx.custom_kernels.layer.buffers import Grown, Recent
+from ds4mlx.custom_kernels.layer.buffers import Grown, Recent, joined
 from ds4mlx.custom_kernels.layer.row_layout import Form
 from ds4mlx.custom_kernels.products.columns import Columns
 
@@ -79,13 +79,14 @@ def _read(
     places = mx.arange(settled - sizes.keep, settled + sizes.span)
     near = (places >= max(0, position - sizes.before)) & (places <= position)
     lying = packed(near, 1)
-    window = Recent(lying[: sizes.keep], lying[sizes.keep :])
     visible = (position + 1) // ratio if ratio else 0
     done = visible - min(token.behind, visible)
-    rows = chosen = None
-    if ratio:
-        newer = mx.arange(token.behind + 3) < visible - done
-        rows = Grown(packed(mx.arange(done + 2) < done, 2), packed(newer, 3))
+    chosen = None
+    newer = packed(mx.arange(token.behind + 3) < visible - done, 3)
+    # As in a state there are others between the tails of the window and of the rows.
+    recent, _, grown = joined([lying[sizes.keep :], mx.full((7, 2), mx.nan), newer])
+    window = Recent(lying[: sizes.keep], recent)
+    rows = Grown(packed(mx.arange(done + 2) < done, 2), grown) if ratio else None
     if token.chosen:
         order = mx.random.permutation(visible, key=mx.random.key(seed + 4))[: token.chosen]
         none = mx.full((token.chosen - len(order),), -1, dtype=mx.int32)
@@ -116,7 +117,7 @@ FAR = {
 }
 
 
-# In one launch and in two; with tokens that select rows and others that do not.
+# With tokens that select rows and others that do not.
 SEVERAL = (
     (0, (Token(20, 9), Token(300, 5))),
     (128, (Token(5), Token(127, 31, 1), Token(700, 8, 3))),

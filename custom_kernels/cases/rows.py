@@ -1,6 +1,6 @@
 """A token's rows by the kernel beside those by plain operations, wherever the token stands."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -9,12 +9,13 @@ import mlx.core as mx
 
 from ds4mlx.custom_kernels.cases.base import Case, Forms, Pairs, normal
 from ds4mlx.custom_kernels.layer import rows
-from ds4mlx.custom_kernels.layer.buffers import Grown, Recent
+from ds4mlx.custom_kernels.layer.buffers import Grown, Held, Recent, joined
 from ds4mlx.custom_kernels.layer.row_layout import Form
 from ds4mlx.custom_kernels.products.columns import side_by_side
 
 EPS = 1e-6
 TOKENS_OF_A_STEP, NUMBER = 3, 1  # and which of them it is
+COMPRESSORS = {0: 0, 4: 2, 128: 1}
 KEEP = {0: 255, 4: 135, 128: 255}  # settled projections; of the window as many as of ratio 128
 
 
@@ -53,81 +54,120 @@ def at(position: int, ratio: int, sizes: Sizes, back: int = 0, behind: int = 0) 
     return Token(position, position - min(back, position), completed - min(behind, completed))
 
 
-def operands(
-    ratio: int, sizes: Sizes, token: Token, forms: tuple[Form, Form], dtype: mx.Dtype
-) -> tuple[list[Any], dict[str, Any]]:
-    """What `new_rows` is given: arrays, and options. Rows of no token are NaN.
+def beside(token: Token, number: int, ratio: int) -> Token:
+    """Where a token of another sequence stands: further on, as far from the first of its tails."""
+    moved, behind = 3 * number, token.position // max(ratio, 1) - token.rows
+    position = token.position + moved
+    rows = max(0, position // ratio - behind) if ratio else 0
+    return Token(position, token.settled + moved, rows)
 
-    The token is the second of three, beside whose products stand others that nothing here reads.
+
+def held_of(
+    ratio: int, sizes: Sizes, token: Token, forms: Sequence[Form], dtype: mx.Dtype, seed: int
+) -> Held:
+    """What a state holds of a layer when a token comes. Rows of no token are NaN."""
+    keys = iter(range(seed, seed + 20))
+
+    def recent(keep: int, *row: int) -> mx.array:
+        """Projections; NaN where there is no token yet, or any more."""
+        places = mx.arange(token.settled - keep, token.settled + sizes.span)
+        there = (places >= 0) & (places < token.position)
+        values = normal((keep + sizes.span, *row), mx.float32, next(keys))
+        return mx.where(there.reshape(-1, *[1] * len(row)), values, mx.nan)
+
+    def packed(form: Form, count: int) -> mx.array:
+        return form.pack(normal((count, form.layout.width), dtype, next(keys)))
+
+    lanes, tail = (2, sizes.tails[0]) if ratio == 4 else (1, sizes.tails[1])
+    befores, tails = [packed(forms[0], KEEP[0])], [packed(forms[0], sizes.span)]
+    for form in forms[: COMPRESSORS[ratio]]:
+        projections = recent(KEEP[ratio], 2, lanes * form.layout.width)
+        befores += [projections[: KEEP[ratio]], packed(form, 8)]
+        tails += [projections[KEEP[ratio] :], packed(form, tail)]
+    own = joined(tails)
+    pairs = zip(befores[1::2], own[1::2], befores[2::2], own[2::2], strict=True)
+    poolings = [(Recent(old, near), Grown(full, far)) for old, near, full, far in pairs]
+    return Held(Recent(befores[0], own[0]), poolings)
+
+
+def operands(
+    ratio: int,
+    sizes: Sizes,
+    token: Token,
+    forms: tuple[Form, Form],
+    dtype: mx.Dtype,
+    others: int = 0,
+) -> tuple[list[Any], dict[str, Any]]:
+    """What `new_rows` is given: arrays, and options.
+
+    The token is the second of three, beside whose products stand others that nothing here reads; and so
+    many tokens of other sequences, which are told to be one of the three.
     """
     keys = iter(range(100, 200))
 
     def some(*shape: int, scale: float = 1.0, dtype: mx.Dtype = mx.float32) -> mx.array:
         return normal(shape, dtype, next(keys), scale)
 
-    def recent(keep: int, *row: int) -> Recent:
-        """Projections; NaN where there is no token yet, or any more."""
-        places = mx.arange(token.settled - keep, token.settled + sizes.span)
-        there = (places >= 0) & (places < token.position)
-        values = mx.where(there.reshape(-1, *[1] * len(row)), some(keep + sizes.span, *row), mx.nan)
-        return Recent(values[:keep], values[keep:])
-
-    def packed(form: Form, count: int) -> mx.array:
-        return form.pack(some(count, form.layout.width, dtype=dtype))
-
-    kv_form, index_form = forms
-    window = Recent(packed(kv_form, KEEP[0]), packed(kv_form, sizes.span))
-    poolings = []
-    lanes = 2 if ratio == 4 else 1
-    own_forms = {0: (), 4: (kv_form, index_form), 128: (kv_form,)}[ratio]
+    lanes, own_forms = 2 if ratio == 4 else 1, forms[: COMPRESSORS[ratio]]
     widths = [sizes.rank, sizes.width]
     widths += [lanes * form.layout.width for form in own_forms for _ in range(2)]
     products = some(TOKENS_OF_A_STEP, sum(widths) + 4, scale=2.0)
     latent, kv, *projections = side_by_side(products, widths)
+    poolings = []
     for number, form in enumerate(own_forms):
-        width = form.layout.width
-        channels, tail = lanes * width, sizes.tails[ratio != 4]
-        pooling = rows.Pooling(
-            projections[2 * number],
-            projections[2 * number + 1],
-            some(ratio, channels, dtype=mx.bfloat16),
-            1 + some(width, scale=0.2, dtype=dtype),
-            recent(KEEP[ratio], 2, channels),
-            Grown(packed(form, 8), packed(form, tail)),
-            form,
-            form.layout.kind == "index",
-        )
-        poolings.append(pooling)
+        values, scores = projections[2 * number : 2 * number + 2]
+        bias = some(ratio, values.width, dtype=mx.bfloat16)
+        norm = 1 + some(form.layout.width, scale=0.2, dtype=dtype)
+        poolings.append(rows.Pooling(values, scores, bias, norm, form, form.layout.kind == "index"))
     norms = [1 + some(n, scale=0.2, dtype=dtype) for n in (sizes.width, sizes.rank)]
     turns = (TOKENS_OF_A_STEP, 4, 1, sizes.rope // 2)
     turns = mx.random.uniform(-3, 3, turns, key=mx.random.key(9))
     angles = mx.concatenate([mx.cos(turns), mx.sin(turns)], axis=2)
-    place = [token.position, token.settled, token.rows, token.rows, NUMBER, 0, 0, 0]
-    arrays = [kv, latent, *norms, window, poolings, mx.array(place, dtype=mx.int32), angles]
-    options = {"ratio": ratio, "form": kv_form, "eps": EPS, "dtype": dtype}
-    return arrays, options | {"latents": token.position % 3 > 0}
+    tokens = [beside(token, number, ratio) for number in range(others + 1)]
+    held = [
+        held_of(ratio, sizes, each, forms, dtype, 200 + 20 * n) for n, each in enumerate(tokens)
+    ]
+    places = [
+        [
+            each.position,
+            each.settled,
+            each.rows,
+            each.rows,
+            (NUMBER + n) % TOKENS_OF_A_STEP,
+            0,
+            0,
+            0,
+        ]
+        for n, each in enumerate(tokens)
+    ]
+    arrays = [kv, latent, *norms, poolings, held, mx.array(places, dtype=mx.int32), angles]
+    return arrays, {"ratio": ratio, "form": forms[0], "eps": EPS, "dtype": dtype}
 
 
 def compare(
-    ratio: int, sizes: Sizes, token: Token, coded: bool, dtype: mx.Dtype, forms: Forms
+    ratio: int,
+    sizes: Sizes,
+    token: Token,
+    coded: bool,
+    dtype: mx.Dtype,
+    forms: Forms,
+    others: int = 0,
 ) -> Pairs:
     """What the kernel gave, and what plain operations give."""
     kinds = forms(sizes.width, sizes.index, sizes.rope, dtype, coded)
-    arrays, options = operands(ratio, sizes, token, kinds, dtype)
-    got, want = (side(*arrays, **options) for side in (rows.by_kernel, rows.plain))
-    pairs: Pairs = []
-    if options["latents"]:
-        assert got.latents is not None and want.latents is not None
-        pairs.append((got.latents, want.latents))
-    pairs += unpacked(got.window, want.window, arrays[4].tail, kinds[0])
-    poolings = zip(got.poolings, want.poolings, arrays[5], strict=True)
-    for (recent, own), (expected, all_rows), given in poolings:
-        known = ~mx.isnan(expected)
-        pairs += [
-            (known, ~mx.isnan(recent)),
-            (mx.where(known, recent, 0), mx.where(known, expected, 0)),
-        ]
-        pairs += unpacked(own, all_rows, given.rows.tail, given.form)
+    arrays, options = operands(ratio, sizes, token, kinds, dtype, others)
+    kernel, plain = (side(*arrays, **options) for side in (rows.by_kernel, rows.plain))
+    pairs: Pairs = [(kernel.latents, plain.latents)]
+    for found, expected, given in zip(kernel.held, plain.held, arrays[5], strict=True):
+        made, wanted, before = (
+            [tail.value for tail in own.tails] for own in (found, expected, given)
+        )
+        pairs += unpacked(made[0], wanted[0], before[0], kinds[0])
+        for i, form in enumerate(kinds[: COMPRESSORS[ratio]]):
+            got, want = made[2 * i + 1], wanted[2 * i + 1]
+            known = ~mx.isnan(want)
+            pairs += [(known, ~mx.isnan(got)), (mx.where(known, got, 0), mx.where(known, want, 0))]
+            pairs += unpacked(made[2 * i + 2], wanted[2 * i + 2], before[2 * i + 2], form)
     return pairs
 
 
@@ -138,7 +178,7 @@ def unpacked(got: mx.array, want: mx.array, old: mx.array, form: Form) -> Pairs:
     a, b = form.unpack(got), form.unpack(want)
     if form.layout.kind == "plain":
         return [(stays, mx.ones_like(stays)), (a, b)]
-    return [(stays, mx.ones_like(stays)), stepped(a, b, form, a.shape[1] // 30)]
+    return [(stays, mx.ones_like(stays)), stepped(a, b, form, a.shape[1] // 20)]
 
 
 def stepped(a: mx.array, b: mx.array, form: Form, most: int) -> tuple[mx.array, mx.array]:
@@ -170,6 +210,10 @@ def small(forms: Forms) -> Iterator[Case]:
                 yield _case(ratio, sizes, token, number % 2 == 0, dtype, forms)
                 if sizes == TINY and position % 4 == 3:
                     yield _case(ratio, sizes, token, number % 2 == 1, dtype, forms)
+    for ratio, others in ((0, 1), (4, 5), (128, 2)):  # the states of several sequences
+        token = at(1023, ratio, TINY, 7, 1)
+        yield _case(ratio, TINY, token, True, mx.bfloat16, forms, others)
+    yield _case(4, ODD, at(1023, 4, ODD, 3, 1), False, mx.float32, forms, 1)
 
 
 def wide(forms: Forms) -> Iterator[Case]:
@@ -179,14 +223,22 @@ def wide(forms: Forms) -> Iterator[Case]:
             token = at(position, ratio, FLASH, 20, 5)
             yield _case(ratio, FLASH, token, True, dtype, forms)
     yield _case(4, FLASH, at(7, 4, FLASH, 7, 1), False, mx.bfloat16, forms)
+    yield _case(4, FLASH, at(1_000_003, 4, FLASH, 20, 5), True, mx.bfloat16, forms, 3)
 
 
 def _case(
-    ratio: int, sizes: Sizes, token: Token, coded: bool, dtype: mx.Dtype, forms: Forms
+    ratio: int,
+    sizes: Sizes,
+    token: Token,
+    coded: bool,
+    dtype: mx.Dtype,
+    forms: Forms,
+    others: int = 0,
 ) -> Case:
     rounding = "coded" if coded else "plain"
-    call = partial(compare, ratio, sizes, token, coded, dtype, forms)
-    return Case(f"rows {ratio}, {sizes}, {rounding}, {token}", dtype, call)
+    call = partial(compare, ratio, sizes, token, coded, dtype, forms, others)
+    name = f"rows {ratio}, {sizes}, {rounding}, {token}"
+    return Case(name + f" and {others} more" * (others > 0), dtype, call)
 
 
 def timed(forms: Forms) -> Iterator[tuple[str, Callable[[int, mx.array], mx.array], mx.array, int]]:
@@ -196,19 +248,19 @@ def timed(forms: Forms) -> Iterator[tuple[str, Callable[[int, mx.array], mx.arra
         token = at(position, ratio, FLASH, 20, 5)
         arrays, options = operands(ratio, FLASH, token, kinds, mx.bfloat16)
         mx.eval(arrays)
-        tails = [arrays[4].tail, *(t.tail for each in arrays[5] for t in (each.recent, each.rows))]
 
         def call(i: int, products: mx.array, arrays=arrays, options=options) -> mx.array:
-            """The window's tail, from products."""
-            return rows.by_kernel(*over(products, arrays), **options).window
+            """The tails, from products."""
+            return rows.by_kernel(*over(products, arrays), **options).held[0].window.tail.array
 
         title = f"rows of ratio {ratio} at position {position}"
-        yield title, call, arrays[0].array, 2 * sum(tail.nbytes for tail in tails)
+        moved = 4 * sum(tail.form.words for tail in arrays[5][0].tails)
+        yield title, call, arrays[0].array, 2 * moved
 
 
 def over(products: mx.array, arrays: list[Any]) -> list[Any]:
     """The same operands with other products."""
-    kv, latent, kv_norm, q_norm, window, poolings, *rest = arrays
+    kv, latent, kv_norm, q_norm, poolings, *rest = arrays
     kv, latent = (each._replace(array=products) for each in (kv, latent))
     others = [
         each._replace(
@@ -216,4 +268,4 @@ def over(products: mx.array, arrays: list[Any]) -> list[Any]:
         )
         for each in poolings
     ]
-    return [kv, latent, kv_norm, q_norm, window, others, *rest]
+    return [kv, latent, kv_norm, q_norm, others, *rest]

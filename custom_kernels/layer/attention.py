@@ -1,6 +1,6 @@
 """Core attention of one decoded token of each of a few sequences, over rows of their states as they lie.
 
-A launch for the shares of the rows, then one that merges those of all tokens with the sink. How the
+A launch for the shares of the rows, then one that merges them with the sink. How the
 rows are cut depends on the token's position, which is data. Queries are normed and turned where they
 are loaded, and the result is turned back.
 """
@@ -28,7 +28,7 @@ from ds4mlx.custom_kernels.layer.plain import rms_norm, rotate
 from ds4mlx.custom_kernels.layer.row_layout import Form, RowLayout
 from ds4mlx.custom_kernels.products.columns import Columns
 
-TOGETHER = 4  # tokens of a launch: of more, their arrays would be more than Metal takes
+MOST = 8  # tokens: of more, their arrays would be more than Metal takes
 LEAST = 8  # rows of a share, where there are so many
 MOST_ROWS = 32  # of a block: the lanes that make its softmax
 BLOCK_BYTES = 30720  # of threadgroup memory for a block's rows and the queries
@@ -36,24 +36,16 @@ WIDEST = 512  # channels, four of each of two times four heads to a thread
 RATIOS = (0, 4, 128)
 
 
+MERGE_KERNEL = Kernel("attention_merge", ["shares", "sink", "turns"], ["out"], MERGE, FOURS + TURN)
+
+
 @lru_cache
 def share_kernel(many: int) -> Kernel:
     """The kernel of a share of the rows of each of so many tokens at most."""
-    names = ["old", "tail", "full", "newer"]
+    names = ["old", "tails", "full"]
     inputs = ["products", "chosen", "places", "turns", *numbered(names, many)]
     body = SHARE.replace("PICKED", picked(names, "uint", many, "sequence"))
     return Kernel(variant("attention_share", many), inputs, ["shares"], body, FOURS + ROW + TURN)
-
-
-@lru_cache
-def merge_kernel(launches: int) -> Kernel:
-    """The kernel that merges the shares of tokens, TOGETHER of every launch but the last."""
-    shares, others = [f"shares{i}" for i in range(launches)], ""
-    for i in range(1, launches):
-        own = f"parts = shares{i} + (token - {i * TOGETHER}) * (SHARES * H * (WIDTH + 2));"
-        others += f"    if (token >= {i * TOGETHER}) {own}\n"
-    name, body = variant("attention_merge", launches), MERGE.replace("OTHERS", others)
-    return Kernel(name, [*shares, "sink", "turns"], ["out"], body, FOURS + TURN)
 
 
 class Read(NamedTuple):
@@ -97,7 +89,7 @@ def attention(
     says. eps: of the norm of queries.
     """
     ratio, layout, dtype = options["ratio"], options["form"].layout, options["dtype"]
-    suits = all(
+    suits = len(reads) <= MOST and all(
         takes(q, each.rows, angles, ratio=ratio, layout=layout, dtype=dtype) for each in reads
     )
     return (by_kernel if suits else plain)(q, sink, reads, chosen, places, angles, **options)
@@ -164,18 +156,23 @@ def _seen(
     ratio, form = options["ratio"], options["form"]
     position = place[0] + mx.arange(-options["before"], 1)
     near = mx.clip(position - place[1] + len(window.old), 0, None)
-    values = [form.unpack(mx.concatenate(list(window))[near])]
+    values = [form.unpack(_all(window)[near])]
     seen = [position >= 0]
     if rows is not None:
         capacity, done = len(rows.full), place[2 if ratio == 4 else 3]
-        number = mx.arange(capacity + len(rows.tail)) if chosen is None else chosen
+        number = mx.arange(capacity + rows.tail.rows) if chosen is None else chosen
         lies = mx.where(number < done, number, capacity + number - done)
-        there = mx.clip(lies, 0, capacity + len(rows.tail) - 1)
-        values.append(form.unpack(mx.concatenate(list(rows))[there]))
+        there = mx.clip(lies, 0, capacity + rows.tail.rows - 1)
+        values.append(form.unpack(_all(rows)[there]))
         seen.append(number >= 0 if chosen is not None else number < (place[0] + 1) // ratio)
     visible = mx.concatenate(seen)
     # Rows that are not seen may be anything, NaN as well.
     return mx.where(visible[:, None], mx.concatenate(values), 0), visible
+
+
+def _all(rows: Recent | Grown) -> mx.array:
+    """Those before the tail, and its own."""
+    return mx.concatenate([rows[0], rows.tail.value])
 
 
 def by_kernel(
@@ -187,7 +184,7 @@ def by_kernel(
     angles: mx.array,
     **options: Unpack[Options],
 ) -> mx.array:
-    """`attention` in a launch for every TOGETHER tokens and one for all; see `takes`."""
+    """`attention` in two launches; see `takes`."""
     width, dtype = options["form"].layout.width, options["dtype"]
     heads, many = q.width // width, len(reads)
     template = [
@@ -198,11 +195,9 @@ def by_kernel(
         ("ANGLES", 1 if options["ratio"] else 0),
         ("SHARES", SHARES),
     ]
-    told = q, chosen, places, angles
-    firsts = range(0, many, TOGETHER)
-    shares = [_share(*told, reads[at : at + TOGETHER], at, template, options) for at in firsts]
-    return merge_kernel(len(shares))(
-        [*shares, sink.astype(mx.float32), angles],
+    shares = _shares(q, reads, chosen, places, angles, template, options)
+    return MERGE_KERNEL(
+        [shares, sink.astype(mx.float32), angles],
         [((many, heads, width), dtype)],
         groups=(heads, width // 128, many),
         threads=128,
@@ -210,25 +205,25 @@ def by_kernel(
     )[0]
 
 
-def _share(
+def _shares(
     q: Columns,
+    reads: Sequence[Read],
     chosen: mx.array | None,
     places: mx.array,
     angles: mx.array,
-    reads: Sequence[Read],
-    first: int,
     common: list[tuple[str, Any]],
     options: Options,
 ) -> mx.array:
-    """The sums of all shares of the rows of some tokens, and of each the highest score and the weight.
-
-    first: the number of the first of the tokens.
-    """
+    """The sums of all shares of the tokens' rows, and of each the highest score and the weight."""
     ratio, layout, dtype = options["ratio"], options["form"].layout, options["dtype"]
-    many, old = len(reads), reads[0].window.old
+    many, (window, rows, _) = len(reads), reads[0]
     named = chosen if any(each.selects for each in reads) else None
     given = filled(reads)
-    lying = [array for each in given for array in (*each.window, *(each.rows or each.window))]
+    lying = [
+        array
+        for each in given
+        for array in (each.window.old, each.window.tail.array, (each.rows or each.window)[0])
+    ]
     width, block = layout.width, block_rows(layout.width, dtype)
     heads = q.width // width
     own = [
@@ -240,9 +235,10 @@ def _share(
         ("LEAST", LEAST),
         ("RATIO", ratio),
         ("CHOSEN", 0 if named is None else named.shape[1]),
-        ("FIRST", first),
         ("BEFORE", options["before"]),
-        ("KEEP", len(old)),
+        ("KEEP", len(window.old)),
+        ("WINDOW_AT", window.tail.begin),
+        ("ROWS_AT", 0 if rows is None else rows.tail.begin),
         ("WORDS", layout.elements * layout.dtype.size // 4),
         ("CODED", layout.coded),
         ("HEAD", layout.head),
@@ -257,7 +253,7 @@ def _share(
         groups=(SHARES, -(-heads // HEADS), many),
         threads=32 * HEADS,
         template=common + own,
-        reads=lambda: _read(given, many, places[first:], chosen, ratio),
+        reads=lambda: _read(given, many, places, chosen, ratio),
     )[0]
 
 
@@ -271,10 +267,12 @@ def _read(
 ) -> dict[str, float]:
     """The shares of the inputs that are read, where that is not all; the first `many` count."""
     shares = {}
-    for i, (_, rows, selects) in enumerate(given):
+    for i, (window, rows, selects) in enumerate(given):
         if i >= many:
-            shares |= {f"{name}{i}": 0.0 for name in ("old", "tail", "full", "newer")}
-        elif rows is not None:
+            shares |= {f"{name}{i}": 0.0 for name in ("old", "tails", "full")}
+            continue
+        shares[f"tails{i}"] = window.tail.share + (0.0 if rows is None else rows.tail.share)
+        if rows is not None:
             count = int(places[i, 2 if ratio == 4 else 3])
             count = min(count, chosen.shape[1]) if selects and chosen is not None else count
             shares[f"full{i}"] = min(1.0, count / len(rows.full))

@@ -109,12 +109,14 @@ SHARE = """
     uint share = threadgroup_position_in_grid.x, first = threadgroup_position_in_grid.y * HEADS;
     uint id = 32 * group + lane, column = 4 * (id % (WIDTH / 4)), quad = id / (WIDTH / 4);
 
-    uint sequence = threadgroup_position_in_grid.z, number = FIRST + sequence;
+    uint sequence = threadgroup_position_in_grid.z;
 PICKED
-    const device int* place = places + 8 * number;
+    const device uint* tail = tails + WINDOW_AT;
+    const device uint* newer = tails + ROWS_AT;
+    const device int* place = places + 8 * sequence;
     const device int* named = chosen + max(place[5], 0) * CHOSEN;
-    const device float* q = products + number * ALL + QUERIES_AT;
-    const device float* angles = turns + number * (4 * ROPE);
+    const device float* q = products + sequence * ALL + QUERIES_AT;
+    const device float* angles = turns + sequence * (4 * ROPE);
     device float* sums_of_shares = shares + sequence * (SHARES * H * (WIDTH + 2));
     device float* softmax = sums_of_shares + SHARES * H * WIDTH;
     int p = place[0], settled = place[1], low_ = max(0, p - BEFORE);
@@ -259,8 +261,7 @@ MERGE = """
     uint lane = thread_index_in_simdgroup, group = simdgroup_index_in_threadgroup;
     uint h = threadgroup_position_in_grid.x, c = threadgroup_position_in_grid.y * 128 + 4 * lane;
     uint token = threadgroup_position_in_grid.z;
-    const device float* parts = shares0 + token * (SHARES * H * (WIDTH + 2));
-OTHERS
+    const device float* parts = shares + token * (SHARES * H * (WIDTH + 2));
     const device float* softmax = parts + SHARES * H * WIDTH;
     const device float* angles = turns + token * (4 * ROPE);
     float most = softmax[(h * SHARES + lane) * 2], sum = softmax[(h * SHARES + lane) * 2 + 1];

@@ -68,7 +68,7 @@ def takes(
     coded, width = layout.kind == "index", layout.width
     sizes = width in (32, 64, 128, 256) and heads * width <= 16384 if coded else width % 8 == 0
     known = spread == coded and dtype in (mx.bfloat16, mx.float32)
-    enough = all(min(each.full.size, each.tail.size) >= 8 for each in rows)
+    enough = all(each.full.size >= 8 for each in rows)
     name = "index_scores_coded" if coded else "index_scores_plain"
     return sizes and known and enough and dispatch.active(q.array, name, dtype=dtype)
 
@@ -89,9 +89,10 @@ def by_kernel(
 
     Coded rows are those of spread queries.
     """
-    coded, width = layout.kind == "index", layout.width
+    coded, width, tail = layout.kind == "index", layout.width, rows[0].tail
     count, many = _most(rows), len(rows)
     given = filled(rows)
+    lying = [array for each in given for array in (each.full, each.tail.array)]
     template = [
         ("T", dtype),
         ("ROW", layout.dtype),
@@ -99,6 +100,8 @@ def by_kernel(
         ("WIDTH", width),
         ("ROPE", 2 * angles.shape[-1]),
         ("ELEMENTS", layout.elements),
+        ("TAIL", tail.rows),
+        ("ROWS_AT", tail.begin),
         ("RATIO", RATIO),
         ("GROUPS", GROUPS),
         ("KEPT", KEPT if coded and width <= 128 else 1),
@@ -115,7 +118,7 @@ def by_kernel(
     else:
         template += [("BLOCK", max(1, min(heads, BLOCK_BYTES // (4 * width))))]
     (scores,) = kernel(coded, len(given))(
-        [q.array, weights.array, places, angles, *(array for each in given for array in each)],
+        [q.array, weights.array, places, angles, *lying],
         [((many, count), mx.float32)],
         groups=(min(most, -(-count // 32)), many, 1),
         threads=32 * GROUPS,
@@ -127,14 +130,15 @@ def by_kernel(
 
 def _most(rows: Sequence[Grown]) -> int:
     """Rows that the largest of these has room for."""
-    return max(len(each.full) + len(each.tail) for each in rows)
+    return max(len(each.full) + each.tail.rows for each in rows)
 
 
 def _read(rows: Sequence[Grown], places: mx.array, many: int) -> dict[str, float]:
     """The shares of the settled rows that are read, of so many inputs."""
     shares = {f"full{i}": int(places[i, 2]) / len(each.full) for i, each in enumerate(rows)}
+    shares |= {f"tails{i}": each.tail.share for i, each in enumerate(rows)}
     repeated = range(len(rows), many)
-    return shares | {f"{name}{i}": 0.0 for i in repeated for name in ("full", "tail")}
+    return shares | {f"{name}{i}": 0.0 for i in repeated for name in ("full", "tails")}
 
 
 def plain(
@@ -158,9 +162,11 @@ def plain(
         turned = rotate(queries, (turns[:1], turns[1:]))[0]
         if spread:
             turned = form.unpack(form.pack(mx.hadamard_transform(turned)))
-        capacity, row = len(own.full), mx.arange(len(own.full) + len(own.tail))
+        capacity, row = len(own.full), mx.arange(len(own.full) + own.tail.rows)
         lies = mx.where(row < place[2], row, capacity + row - place[2])
-        keys = form.unpack(mx.concatenate(list(own))[mx.minimum(lies, len(row) - 1)])
+        keys = form.unpack(
+            mx.concatenate([own.full, own.tail.value])[mx.minimum(lies, len(row) - 1)]
+        )
         hits = mx.maximum(turned.astype(mx.float32) @ keys.T, 0)
         sums = (weights.value[number] * (width * heads) ** -0.5) @ hits
         seen = mx.where(row < (place[0] + 1) // RATIO, sums, -mx.inf)

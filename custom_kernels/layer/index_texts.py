@@ -13,6 +13,7 @@ from ds4mlx.custom_kernels.words import LOAD8
 _BEGIN = """
     uint sequence = threadgroup_position_in_grid.y, rows = 0;
 PICKED
+    const device ROW* tail = (const device ROW*)(tails + ROWS_AT);
     const device int* place = places + 8 * sequence;
     const device float* q = products + uint(place[4]) * ALL + QUERIES_AT;
     const device float* weights = projections + uint(place[4]) * ALL_PROJECTED + WEIGHTS_AT;
@@ -279,10 +280,10 @@ def plain_kernel(many: int) -> Kernel:
 def _kernel(
     kind: str, body: str, header: str, many: int, metal: str = "", cuda: str = ""
 ) -> Kernel:
-    names = ["full", "tail"]
-    inputs = ["products", "projections", "places", "turns", *numbered(names, many)]
-    body = body.replace("PICKED", picked(names, "ROW", many, "sequence"))
-    counts = (f"uint(full{i}_shape[0] + tail{i}_shape[0])" for i in range(many))
+    inputs = ["products", "projections", "places", "turns", *numbered(["full", "tails"], many)]
+    lying = picked(["full"], "ROW", many, "sequence") + picked(["tails"], "uint", many, "sequence")
+    body = body.replace("PICKED", lying)
+    counts = (f"uint(full{i}_shape[0]) + TAIL" for i in range(many))
     body = body.replace("COUNTED", "".join(f"    rows = max(rows, {count});\n" for count in counts))
     name = variant(f"index_scores_{kind}", many)
     return Kernel(name, inputs, ["all_scores"], body, header, metal=metal, cuda=cuda)

@@ -1,7 +1,7 @@
-"""What one decoded token of one sequence adds to a layer's state, in one launch.
+"""What one decoded token of each of a few sequences adds to a layer's states, in a launch or two.
 
 The row of its window; for each compressor the token's projection, and the compressed row that it
-completes, if it does. Tails come back whole, with the token in them. One sequence's launch also norms the
+completes, if it does. Tails come back whole, with the token in them. The first launch also norms the
 query latents of all tokens of the step.
 """
 
@@ -12,19 +12,20 @@ import mlx.core as mx
 
 from ds4mlx.custom_kernels import dispatch
 from ds4mlx.custom_kernels.codes.tables import bits
-from ds4mlx.custom_kernels.layer.buffers import Grown, Recent
+from ds4mlx.custom_kernels.layer.buffers import Grown, Held, Recent, joined
 from ds4mlx.custom_kernels.layer.plain import rms_norm, rotate
 from ds4mlx.custom_kernels.layer.row_layout import Form, RowLayout
 from ds4mlx.custom_kernels.layer.rows_text import WORDS, kernel
 from ds4mlx.custom_kernels.products.columns import Columns
 
+TOGETHER = 4  # sequences of a launch: of more, their arrays would be more than Metal takes
 RATIOS = (0, 4, 128)
 GROUPS = 16  # SIMD-groups of a threadgroup; of 32, a GPU's registers would just suffice to pool
 KV_GROUP, INDEX_GROUP = 64, 32  # channels that share an exponent
 
 
 class Pooling(NamedTuple):
-    """One compressor, that of the KV rows or the indexer's, and what it makes of the token.
+    """One compressor, that of the KV rows or the indexer's.
 
     `channels` is twice the width for ratio 4, and the width for ratio 128.
     """
@@ -33,18 +34,15 @@ class Pooling(NamedTuple):
     scores: Columns  # float32 (N, channels): products of its wgate with x, without the bias
     ape: mx.array  # (ratio, channels): bias of a token's place in its group
     norm: mx.array  # (width,): weight of its RMSNorm
-    recent: Recent  # its projections, float32 (rows, 2, channels)
-    rows: Grown  # its rows
-    form: Form  # how they lie
+    form: Form  # how its rows lie
     spread: bool  # whether they are Hadamard-transformed
 
 
 class NewRows(NamedTuple):
-    """The query latents, and tails with the token in them."""
+    """The query latents, and what the states hold with the tokens in their tails."""
 
-    latents: mx.array | None  # (N, rank), normed
-    window: mx.array  # as the window's tail
-    poolings: list[tuple[mx.array, mx.array]]  # the tails of projections and rows
+    latents: mx.array  # (N, rank), normed
+    held: list[Held]
 
 
 class Options(TypedDict):
@@ -54,7 +52,6 @@ class Options(TypedDict):
     form: Form
     eps: float
     dtype: mx.Dtype
-    latents: bool
 
 
 def new_rows(
@@ -62,23 +59,24 @@ def new_rows(
     latent: Columns,
     kv_norm: mx.array,
     q_norm: mx.array,
-    window: Recent,
     poolings: Sequence[Pooling],
-    place: mx.array,
+    held: Sequence[Held],
+    places: mx.array,
     angles: mx.array,
     **options: Unpack[Options],
 ) -> NewRows:
-    """What a token adds to a layer of a ratio (0, 4, 128); see `NewRows`.
+    """What tokens add to a layer of a ratio (0, 4, 128), each to the state of its sequence.
 
     kv (N, width) and latent (N, rank) float32: products of wkv and wq_a with x of the N tokens of a step,
-    read as `dtype`, which all activations have. kv_norm, q_norm: weights. The window's rows lie as `form`
-    says. place int32 (8,): the token's position, the position at which tails begin, the rows before the
-    tails of ratio 4 and 128, and which of the N tokens it is. angles float32 (N, 4, 2, rope / 2), of each:
-    cos and sin for the window row of a layer of ratio 0, of the others, and for a row of ratio 4 and 128.
-    A compressor's tail of rows has room for the row that the token completes; where it completes none,
-    the tail stays as it is. latents: whether the query latents of all N tokens are made.
+    read as `dtype`, which all activations have. kv_norm, q_norm: weights. held: what states hold of the
+    layer; of each poolings as many and in the order of `poolings`, projections as float32
+    (rows, 2, channels). The window's rows lie as `form` says. places int32 (S, 8), of each state: the
+    token's position, the position at which tails begin, the rows before the tails of ratio 4 and 128, and
+    which of the N tokens it is. angles float32 (N, 4, 2, rope / 2), of each: cos and sin for the window
+    row of a layer of ratio 0, of the others, and for a row of ratio 4 and 128. A tail of rows has room
+    for the row that the token completes; where it completes none, it stays as it is.
     """
-    own = kv, latent, kv_norm, q_norm, window, poolings, place, angles
+    own = kv, latent, kv_norm, q_norm, poolings, held, places, angles
     ratio, form, dtype = options["ratio"], options["form"], options["dtype"]
     products = [kv, latent, *(side for each in poolings for side in (each.values, each.scores))]
     suits = takes(products, poolings, angles, ratio=ratio, form=form, dtype=dtype)
@@ -125,31 +123,57 @@ def plain(
     latent: Columns,
     kv_norm: mx.array,
     q_norm: mx.array,
-    window: Recent,
     poolings: Sequence[Pooling],
-    place: mx.array,
+    held: Sequence[Held],
+    places: mx.array,
     angles: mx.array,
     **options: Unpack[Options],
 ) -> NewRows:
     """`new_rows` by MLX's own operations."""
+    normed = rms_norm(latent.value.astype(options["dtype"]), q_norm, options["eps"])
+    made = []
+    for state, place in zip(held, places, strict=True):
+        turns = angles[place[4]]
+        tails = [_window_tail(kv, kv_norm, state.window, place, turns, options)]
+        for pooling, (recent, rows) in zip(poolings, state.poolings, strict=True):
+            tails += _pooled_tails(pooling, recent, rows, place, turns, options)
+        made.append(state.after(joined(tails)[0].array))
+    return NewRows(normed, made)
+
+
+def _window_tail(
+    kv: Columns,
+    norm: mx.array,
+    window: Recent,
+    place: mx.array,
+    angles: mx.array,
+    options: Options,
+) -> mx.array:
+    """The window's tail with the row of a token."""
     ratio, form = options["ratio"], options["form"]
-    eps, dtype = options["eps"], options["dtype"]
-    slot, number = place[0] - place[1], place[4]
-    angles = angles[number]
-    row = rms_norm(kv.value[number].astype(dtype)[None], kv_norm, eps)
+    row = rms_norm(kv.value[place[4]].astype(options["dtype"])[None], norm, options["eps"])
     row = rotate(row, _angles(angles, 1 if ratio else 0))
-    normed = rms_norm(latent.value.astype(dtype), q_norm, eps) if options["latents"] else None
-    tails = []
-    for each in poolings:
-        scores = each.scores.value[number] + each.ape[place[0] % ratio]
-        projected = mx.stack([each.values.value[number], scores])
-        recent = each.recent._replace(tail=_with_row(each.recent.tail, projected, slot))
-        row_of = _compressed(each, recent, place, angles, ratio, eps, dtype)
-        # A row that is not complete is put where there is none.
-        at = place[0] // ratio - place[2 if ratio == 4 else 3]
-        at = mx.where((place[0] + 1) % ratio == 0, at, -1)
-        tails.append((recent.tail, _with_row(each.rows.tail, each.form.pack(row_of)[0], at)))
-    return NewRows(normed, _with_row(window.tail, form.pack(row)[0], slot), tails)
+    return _with_row(window.tail.value, form.pack(row)[0], place[0] - place[1])
+
+
+def _pooled_tails(
+    pooling: Pooling,
+    recent: Recent,
+    rows: Grown,
+    place: mx.array,
+    angles: mx.array,
+    options: Options,
+) -> list[mx.array]:
+    """A compressor's tails, of projections and of rows, with what a token adds to them."""
+    ratio, number = options["ratio"], place[4]
+    scores = pooling.scores.value[number] + pooling.ape[place[0] % ratio]
+    projected = mx.stack([pooling.values.value[number], scores])
+    projections = _with_row(recent.tail.value, projected, place[0] - place[1])
+    row = _compressed(pooling, recent.old, projections, place, angles, options)
+    # A row that is not complete is put where there is none.
+    at = place[0] // ratio - place[2 if ratio == 4 else 3]
+    at = mx.where((place[0] + 1) % ratio == 0, at, -1)
+    return [projections, _with_row(rows.tail.value, pooling.form.pack(row)[0], at)]
 
 
 def _angles(angles: mx.array, which: int) -> tuple[mx.array, mx.array]:
@@ -164,25 +188,28 @@ def _with_row(tail: mx.array, row: mx.array, at: mx.array) -> mx.array:
 
 def _compressed(
     pooling: Pooling,
-    recent: Recent,
+    old: mx.array,
+    newer: mx.array,
     place: mx.array,
     angles: mx.array,
-    ratio: int,
-    eps: float,
-    dtype: mx.Dtype,
+    options: Options,
 ) -> mx.array:
-    """The row (1, width) that the token completes; something of that shape if it completes none."""
-    width, overlaps = len(pooling.norm), ratio == 4
+    """The row (1, width) that the token completes; something of that shape if it completes none.
+
+    old, newer: projections before the position at which tails begin, and from it on.
+    """
+    ratio, width = options["ratio"], len(pooling.norm)
+    overlaps = ratio == 4
     positions = place[0] + 1 + mx.arange(-2 * ratio if overlaps else -ratio, 0)
-    first = place[1] - len(recent.old)
-    rows = mx.concatenate(list(recent))[mx.clip(positions - first, 0, None)]
+    first = place[1] - len(old)
+    rows = mx.concatenate([old, newer])[mx.clip(positions - first, 0, None)]
     if overlaps:
         rows = mx.concatenate([rows[:ratio, :, :width], rows[ratio:, :, width:]])
     absent = (positions < 0)[:, None]
     values = mx.where(absent, 0, rows[:, 0])
     scores = mx.where(absent, -mx.inf, rows[:, 1])
     pooled = (mx.softmax(scores, axis=0, precise=True) * values).sum(axis=0)
-    row = rms_norm(pooled.astype(dtype)[None], pooling.norm, eps)
+    row = rms_norm(pooled.astype(options["dtype"])[None], pooling.norm, options["eps"])
     row = rotate(row, _angles(angles, 2 if overlaps else 3))
     return mx.hadamard_transform(row) if pooling.spread else row
 
@@ -192,63 +219,94 @@ def by_kernel(
     latent: Columns,
     kv_norm: mx.array,
     q_norm: mx.array,
-    window: Recent,
     poolings: Sequence[Pooling],
-    place: mx.array,
+    held: Sequence[Held],
+    places: mx.array,
     angles: mx.array,
     **options: Unpack[Options],
 ) -> NewRows:
-    """`new_rows` in one launch; see `takes`."""
-    ratio, layout, dtype = options["ratio"], options["form"].layout, options["dtype"]
-    products, tokens = kv.array, len(kv.array) if options["latents"] else 0
-    inputs = [products, kv_norm, window.tail, place, angles, *([q_norm] if tokens else [])]
-    outputs = [(window.tail.shape, window.tail.dtype)]
-    outputs += [((tokens, latent.width), dtype)] if tokens else []
+    """`new_rows` in a launch for every TOGETHER sequences; see `takes`."""
+    norms = [kv_norm, q_norm], [each.ape for each in poolings], [each.norm for each in poolings]
+    inputs = [kv.array, places, angles, *(weight for each in norms for weight in each)]
+    common = _common(kv, latent, poolings, held[0], angles, options)
+    latents, made = None, []
+    for first in range(0, len(held), TOGETHER):
+        some, tokens = held[first : first + TOGETHER], 0 if first else len(kv.array)
+        outputs = _launched(inputs, poolings, some, tokens, [*common, ("FIRST", first)], options)
+        latents = latents if first else outputs.pop(0)
+        made += [own.after(tails) for own, tails in zip(some, outputs, strict=True)]
+    assert latents is not None
+    return NewRows(latents, made)
+
+
+def _launched(
+    inputs: list[mx.array],
+    poolings: Sequence[Pooling],
+    held: Sequence[Held],
+    tokens: int,
+    template: list[tuple[str, Any]],
+    options: Options,
+) -> list[mx.array]:
+    """The tails of some states, after the query latents of so many tokens, if of any."""
+    rank = dict(template)["RANK"]
+    kinds = tuple((each.form.layout.kind, each.spread) for each in poolings)
+    lying = [
+        array
+        for each in held
+        for array in (each.window.tail.array, *(recent.old for recent, _ in each.poolings))
+    ]
+    outputs = [((tokens, rank), options["dtype"])] if tokens else []
+    outputs += [(own.window.tail.array.shape, mx.uint32) for own in held]
+    pieces = sum(-(-tail.form.room // (WORDS * 32 * GROUPS)) for tail in held[0].tails)
+    return kernel(options["ratio"], options["form"].layout.kind, kinds, tokens > 0, len(held))(
+        [*inputs, *lying],
+        outputs,
+        groups=(len(poolings) + 1 + tokens + pieces, len(held), 1),
+        threads=32 * GROUPS,
+        template=template,
+    )
+
+
+def _common(
+    kv: Columns,
+    latent: Columns,
+    poolings: Sequence[Pooling],
+    held: Held,
+    angles: mx.array,
+    options: Options,
+) -> list[tuple[str, Any]]:
+    """What the text of a launch is told of a layer."""
+    layout, window = options["form"].layout, held.window.tail
     numbers: dict[str, Any] = {
-        "T": dtype,
+        "T": options["dtype"],
         "GROUPS": GROUPS,
         "EPS": bits(options["eps"]),
-        "RATIO": ratio,
-        "ANGLES": 1 if ratio else 0,
+        "RATIO": options["ratio"],
+        "ANGLES": 1 if options["ratio"] else 0,
         "ROPE": 2 * angles.shape[-1],
         "WIDTH": layout.width,
         "RANK": latent.width,
-        "ALL": products.shape[1],
+        "ALL": kv.array.shape[1],
         "KV_AT": kv.begin,
         "LATENT_AT": latent.begin,
         "CODED": layout.coded,
         "HEAD": layout.head,
-        "SPAN": len(window.tail),
-        "WINDOW_WORDS": _words(window.tail),
+        "WINDOW_AT": window.begin,
+        "WINDOW_ROOM": window.form.room,
+        "WINDOW_WORDS": window.row_words,
         "MOST": max([layout.width, *(len(each.norm) for each in poolings)]),
     }
-    for i, each in enumerate(poolings):
-        inputs += [each.ape, each.norm, *each.recent, each.rows.tail]
-        outputs += [(t.shape, t.dtype) for t in (each.recent.tail, each.rows.tail)]
-        own = len(each.norm), len(each.recent.old), len(each.rows.tail)
-        own += (
-            _words(each.recent.tail),
-            _words(each.rows.tail),
-            each.values.begin,
-            each.scores.begin,
-        )
-        names = ("WIDTH", "KEEP", "TAIL", "RECENT_WORDS", "ROW_WORDS", "VALUES_AT", "SCORES_AT")
-        numbers |= {f"{name}{i}": number for name, number in zip(names, own, strict=True)}
-    tails = [window.tail, *(t for each in poolings for t in (each.recent.tail, each.rows.tail))]
-    piece = WORDS * 32 * GROUPS
-    pieces = sum(-(-len(tail) * _words(tail) // piece) for tail in tails)
-    kinds = tuple((each.form.layout.kind, each.spread) for each in poolings)
-    window_out, *rest = kernel(ratio, layout.kind, kinds, tokens > 0)(
-        inputs,
-        outputs,
-        groups=(len(poolings) + 1 + tokens + pieces, 1, 1),
-        threads=32 * GROUPS,
-        template=list(numbers.items()),
-    )
-    latents = rest.pop(0) if tokens else None
-    return NewRows(latents, window_out, list(zip(rest[::2], rest[1::2], strict=True)))
-
-
-def _words(rows: mx.array) -> int:
-    """Words of 32 bits of a row of a tail."""
-    return rows[0].size * rows.dtype.size // 4
+    for i, (each, (recent, rows)) in enumerate(zip(poolings, held.poolings, strict=True)):
+        numbers |= {
+            f"WIDTH{i}": len(each.norm),
+            f"KEEP{i}": len(recent.old),
+            f"RECENT_AT{i}": recent.tail.begin,
+            f"RECENT_ROOM{i}": recent.tail.form.room,
+            f"RECENT_WORDS{i}": recent.tail.row_words,
+            f"ROWS_AT{i}": rows.tail.begin,
+            f"ROWS_ROOM{i}": rows.tail.form.room,
+            f"ROW_WORDS{i}": rows.tail.row_words,
+            f"VALUES_AT{i}": each.values.begin,
+            f"SCORES_AT{i}": each.scores.begin,
+        }
+    return list(numbers.items())

@@ -1,12 +1,13 @@
-"""The text of the kernel that adds a token to a layer's state, put together for a layer's kind.
+"""The text of the kernel that adds tokens to a layer's states, put together for a layer's kind.
 
-A threadgroup has one job: to pool a compressor's row, to make the window row, to norm a token's query
+A threadgroup has one job for one sequence: to pool a compressor's row, to make the window row, to norm a token's query
 latent, or to copy a piece of a tail. In the first two a thread has a pair of channels.
 """
 
 from functools import lru_cache
 
 from ds4mlx.custom_kernels.dialect import Kernel
+from ds4mlx.custom_kernels.layer.buffers import numbered, picked, variant
 from ds4mlx.custom_kernels.layer.row_packing import INDEX, KV, PAIR, SPREAD
 
 WORDS = 4  # that a thread copies
@@ -134,10 +135,18 @@ BEGIN = """
     threadgroup float parts[32];
     const uint threads = 32 * GROUPS;
     uint at = thread_index_in_threadgroup, job = threadgroup_position_in_grid.x;
+    uint sequence = threadgroup_position_in_grid.y;
+    const device int* place = places + 8 * (FIRST + sequence);
     int p = place[0], settled = place[1], slot = p - settled;
     float eps = as_type<float>(EPS), v[2];
     const device float* own = products + uint(place[4]) * ALL;
     const device float* turns = angles + uint(place[4]) * (4 * ROPE);
+"""
+
+# Rows lie as floats in the tails of projections; other rows are words, or numbers of the activations' type.
+TAIL = """
+    const device {type}* {name} = (const device {type}*)(tails + {begin});
+    device {type}* new_{name} = (device {type}*)(new_tails + {begin});
 """
 
 POOLING = """
@@ -152,7 +161,7 @@ POOL_JOB = """
         project(own + VALUES_AT{i}, own + SCORES_AT{i}, ape{i} + p % RATIO * C, new_recent{i} + slot * 2 * C, C, at, threads);
         if (!full) return;
         pool<T, WIDTH{i}, RATIO == 4 ? 8 : RATIO>(
-            own + VALUES_AT{i}, own + SCORES_AT{i}, ape{i} + p % RATIO * C, old{i}, recent{i}, KEEP{i}, p, settled,
+            own + VALUES_AT{i}, own + SCORES_AT{i}, ape{i} + p % RATIO * C, {old}, recent{i}, KEEP{i}, p, settled,
             row, at, threads);
         turned<T>(row, norm{i}, turn, WIDTH{i}, ROPE, eps, parts, at, threads, v);
         {spread}
@@ -176,6 +185,7 @@ WINDOW_JOB = """
 LATENT_JOB = """
     uint tokens = uint(products_shape[0]);
     if (job < tokens) {
+        if (sequence > 0) return;
         const device float* latent = products + job * ALL + LATENT_AT;
         float sum = 0;
         for (uint c = at; c < RANK; c += threads) {
@@ -193,7 +203,7 @@ LATENT_JOB = """
 COPY_JOB = """
     if (job < {pieces}) {{
         uint words = {words}, begin = {begin};
-        copy((const device uint*){old}, (device uint*){new}, {count} * words, begin, begin + words,
+        copy((const device uint*){old}, (device uint*){new}, {room}, begin, begin + words,
              job * 4 * threads + at, threads);
         return;
     }}
@@ -202,44 +212,65 @@ COPY_JOB = """
 
 NO_ROW = "0xffffffffu"  # begins behind all words
 
+OLD = ("kv_old", "index_old")  # projections before the tails, of each compressor
+
 Kinds = tuple[tuple[str, bool], ...]
 
 
 @lru_cache
-def kernel(ratio: int, kind: str, poolings: Kinds, latents: bool) -> Kernel:
+def kernel(ratio: int, kind: str, poolings: Kinds, latents: bool, many: int) -> Kernel:
     """The kernel of layers of a ratio, KV rows of a kind, and compressors (kind, whether spread).
 
-    latents: whether it makes the query latents too.
+    latents: whether it makes the query latents too; many: sequences that it is written for.
     """
-    inputs = ["products", "kv_norm", "window", "place", "angles"] + ["q_norm"] * latents
-    outputs = ["new_window"] + ["latents"] * latents
-    for i in range(len(poolings)):
-        inputs += [f"{n}{i}" for n in ("ape", "norm", "old", "recent", "rows")]
-        outputs += [f"new_recent{i}", f"new_rows{i}"]
+    count = len(poolings)
+    inputs = ["products", "places", "angles", "kv_norm", "q_norm"]
+    inputs += [f"{name}{i}" for name in ("ape", "norm") for i in range(count)]
+    inputs += numbered(["tails", *OLD[:count]], many)
+    outputs = ["latents"] * latents + numbered(["new_tails"], many)
     header = PAIR + COMMON + (POOL if ratio else "")
     kinds = {kind, *(each for each, _ in poolings)}
     header += (KV if "kv" in kinds else "") + (INDEX if "index" in kinds else "")
     header += SPREAD if any(spread for _, spread in poolings) else ""
     name = "_".join(["rows", str(ratio), kind, *(k + "_spread" * s for k, s in poolings)])
-    name += "" if latents else "_alone"
-    return Kernel(name, inputs, outputs, _body(ratio, kind, poolings, latents), header)
+    name = variant(name + "_alone" * (not latents), many)
+    return Kernel(name, inputs, outputs, _body(ratio, kind, poolings, latents, many), header)
 
 
-def _body(ratio: int, kind: str, poolings: Kinds, latents: bool) -> str:
+def _body(ratio: int, kind: str, poolings: Kinds, latents: bool, many: int) -> str:
     """The jobs in the order of their threadgroups: those that take longest come first."""
-    jobs = [BEGIN, POOLING if ratio else ""]
+    jobs = [BEGIN, _lying(kind, poolings, many), POOLING if ratio else ""]
     for i, (each, spread) in enumerate(poolings):
         packed = _pack(each, f"new_rows{i}", "next", f"WIDTH{i}", f"ROW_WORDS{i}")
         spreads = f"spread<T>(v, WIDTH{i}, row, at);" if spread else ""
-        jobs.append(POOL_JOB.format(i=i, spread=spreads, pack=packed))
+        jobs.append(POOL_JOB.format(i=i, old=OLD[i], spread=spreads, pack=packed))
     packed = _pack(kind, "new_window", "slot", "WIDTH", "WINDOW_WORDS")
     jobs += [WINDOW_JOB.format(i=len(poolings), pack=packed), LATENT_JOB if latents else ""]
-    jobs.append(_copy("window", "SPAN", "WINDOW_WORDS", "uint(slot) * words"))
+    jobs.append(_copy("window", "WINDOW_ROOM", "WINDOW_WORDS", "uint(slot) * words"))
     for i in range(len(poolings)):
-        jobs.append(_copy(f"recent{i}", "SPAN", f"RECENT_WORDS{i}", "uint(slot) * words"))
+        jobs.append(
+            _copy(f"recent{i}", f"RECENT_ROOM{i}", f"RECENT_WORDS{i}", "uint(slot) * words")
+        )
         begin = f"full ? next * words : {NO_ROW}"
-        jobs.append(_copy(f"rows{i}", f"TAIL{i}", f"ROW_WORDS{i}", begin))
+        jobs.append(_copy(f"rows{i}", f"ROWS_ROOM{i}", f"ROW_WORDS{i}", begin))
     return "".join(jobs)
+
+
+def _lying(kind: str, poolings: Kinds, many: int) -> str:
+    """Statements that name what the sequence's arrays hold."""
+    text = picked(["tails"], "uint", many, "sequence")
+    text += picked(["new_tails"], "uint", many, "sequence", kind="")
+    text += picked(OLD[: len(poolings)], "float", many, "sequence") if poolings else ""
+    text += TAIL.format(type=_type(kind), name="window", begin="WINDOW_AT")
+    for i, (each, _) in enumerate(poolings):
+        text += TAIL.format(type="float", name=f"recent{i}", begin=f"RECENT_AT{i}")
+        text += TAIL.format(type=_type(each), name=f"rows{i}", begin=f"ROWS_AT{i}")
+    return text
+
+
+def _type(kind: str) -> str:
+    """Of what rows of a kind are made."""
+    return "T" if kind == "plain" else "uint"
 
 
 def _pack(kind: str, out: str, index: str, width: str, words: str) -> str:
@@ -251,9 +282,9 @@ def _pack(kind: str, out: str, index: str, width: str, words: str) -> str:
     return f"{function}(v, {out} + {index} * {words}, {sizes}, at);"
 
 
-def _copy(old: str, count: str, words: str, begin: str) -> str:
-    """The job that copies `count` rows of so many words, but for the one that begins at `begin`."""
-    pieces = f"({count} * {words} + 4 * threads - 1) / (4 * threads)"
+def _copy(old: str, room: str, words: str, begin: str) -> str:
+    """The job that copies all words of a tail but for those of a row, that which begins at `begin`."""
+    pieces = f"({room} + 4 * threads - 1) / (4 * threads)"
     return COPY_JOB.format(
-        pieces=pieces, words=words, begin=begin, old=old, new=f"new_{old}", count=count
+        pieces=pieces, words=words, begin=begin, old=old, new=f"new_{old}", room=room
     )

@@ -46,7 +46,7 @@ class Pace:
         arrays = [array for step in self._steps for array in (*step.arrays, *step.cut())]
         commit(self._steps)
         for step in self._steps:
-            step.changes.clear()
+            step.clear()
         mx.async_eval(array, *arrays)
         self._submitted.append(array)
         while len(self._submitted) > ahead:

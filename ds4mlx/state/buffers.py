@@ -7,6 +7,7 @@ token needs is read off these, so stepping back is moving their ends.
 A chunk is written into the buffer in place when its graph is evaluated, beyond the end that is
 committed. Steps of one token that run as launches leave the buffer alone, since a GPU that still reads
 it would have to copy it: their rows go to a short tail behind it, and a full tail is moved at once.
+The tails of all buffers of a layer lie side by side in one array.
 """
 
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from copy import copy
 
 import mlx.core as mx
 
+from ds4mlx.custom_kernels.layer.buffers import Tail, TailForm
 from ds4mlx.state.step import Step
 
 # New tokens a `Recent` takes before it moves what it keeps to the front of a new buffer.
@@ -23,7 +25,43 @@ SLACK = 128
 SPAN, TAIL = 32, 256
 
 
-class Recent:
+class Part:
+    """What both kinds have: a buffer, and behind it a tail from row `settled` on.
+
+    tail: the array of a layer's tails, uint32 (n,), of which this one's begins at word `tail_at` and has
+    room for so many rows as `room` says; None where there is none. blank (0, ...): how rows are.
+    """
+
+    buffer: mx.array | None = None
+    tail: mx.array | None = None
+    tail_at = settled = 0
+
+    def __init__(self, blank: mx.array):
+        self.blank = blank
+
+    @property
+    def room(self) -> int:
+        """Rows that a tail has room for."""
+        raise NotImplementedError
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        """The arrays in it: the buffer, and the one in which its tail lies beside others."""
+        return [array for array in (self.buffer, self.tail) if array is not None]
+
+    @property
+    def tail_form(self) -> TailForm:
+        """How a tail lies."""
+        return TailForm((self.room, *self.blank.shape[1:]), self.blank.dtype)
+
+    @property
+    def newer(self) -> mx.array:
+        """The rows of the tail, and room for more."""
+        assert self.tail is not None
+        return Tail(self.tail, self.tail_at, self.tail_form).value
+
+
+class Recent(Part):
     """The last rows of a growing sequence, at least `keep` of them, in one buffer (capacity, ...).
 
     Those from position `settled` on are in the tail, where there is one. A record at a boundary
@@ -36,17 +74,15 @@ class Recent:
         needed: Callable[[int], int] = lambda boundary: boundary,
         blank: mx.array | None = None,
     ):
+        super().__init__(mx.zeros((0,)) if blank is None else blank)
         self.keep, self.needed = keep, needed
-        self.blank = mx.zeros((0,)) if blank is None else blank  # (0, ...): how rows are
-        self.buffer: mx.array | None = None
-        self.tail: mx.array | None = None
         self.first = 0  # position of the buffer's first row; rows before `start` are no rows
         self.start = self.end = self.settled = 0  # absolute positions
 
     @property
-    def arrays(self) -> list[mx.array]:
-        """The arrays in it."""
-        return [array for array in (self.buffer, self.tail) if array is not None]
+    def room(self) -> int:
+        """Rows that a tail has room for."""
+        return SPAN
 
     def extend(self, rows: mx.array, back: int, step: Step) -> mx.array:
         """Take new rows (L, ...) as a part of a step; the `back` (<= keep) rows before and them.
@@ -72,7 +108,7 @@ class Recent:
         return span
 
     def piece(self, tail: mx.array, boundary: int) -> mx.array:
-        """What a record at a boundary takes when the row before it stands in this new tail."""
+        """What a record at a boundary takes when the row before it stands in these new tails."""
         moved = copy(self)
         moved.tail, moved.end = tail, boundary
         return moved.between(self.needed(boundary), boundary)
@@ -82,7 +118,7 @@ class Recent:
         assert self.buffer is not None and self.start <= first <= last <= self.end
         if self.tail is None or last <= self.settled:
             return self.buffer[first - self.first : last - self.first]
-        new = self.tail[max(first - self.settled, 0) : last - self.settled]
+        new = self.newer[max(first - self.settled, 0) : last - self.settled]
         if first >= self.settled:
             return new
         return mx.concatenate([self.buffer[first - self.first : self.settled - self.first], new])
@@ -98,13 +134,13 @@ class Recent:
         self.start, self.end, self.settled = other.start, other.end, other.settled
 
     def settle(self) -> None:
-        """Have `keep` rows that end at `end` lie in the buffer, and an empty tail behind them."""
+        """Have `keep` rows that end at `end` lie in the buffer, and none in a tail."""
         count, blank = min(self.keep, self.end - self.start), self.blank
         kept = self.between(self.end - count, self.end) if count else blank
         shape = blank.shape[1:]
         if count < self.keep:
             kept = mx.concatenate([mx.zeros((self.keep - count, *shape), blank.dtype), kept])
-        self.buffer, self.tail = kept, mx.zeros((SPAN, *shape), blank.dtype)
+        self.buffer = kept
         self.first, self.start, self.settled = self.end - self.keep, self.end - count, self.end
 
     def moved_up(self, buffer: mx.array) -> None:
@@ -142,30 +178,28 @@ class Recent:
             self.buffer, self.tail, self.first, self.start = None, None, 0, 0
 
 
-class Rows:
+class Rows(Part):
     """Every row so far of something that only grows, in a buffer (capacity, width).
 
     Those from number `settled` on are in the tail, where there is one. `ratio` tokens make a row.
     """
 
     def __init__(self, growth: int, blank: mx.array | None = None, ratio: int = 1):
+        super().__init__(mx.zeros((0, 1)) if blank is None else blank)
         self.growth, self.ratio = growth, ratio
-        self.blank = mx.zeros((0, 1)) if blank is None else blank  # (0, width): how rows are
-        self.buffer: mx.array | None = None
-        self.tail: mx.array | None = None
         self.count = self.settled = 0
 
     @property
-    def arrays(self) -> list[mx.array]:
-        """The arrays in it."""
-        return [array for array in (self.buffer, self.tail) if array is not None]
+    def room(self) -> int:
+        """Rows that a tail has room for."""
+        return TAIL
 
     def extend(self, rows: mx.array, step: Step) -> mx.array:
         """Append rows (g, width), g >= 0, as a part of a step; all rows (count, width)."""
         buffer, count = rows[:0] if self.buffer is None else self.buffer, self.count + len(rows)
         new, first = rows, self.count
         if self.tail is not None:
-            new, first = mx.concatenate([self.tail[: first - self.settled], rows]), self.settled
+            new, first = mx.concatenate([self.newer[: first - self.settled], rows]), self.settled
         if len(new):
             buffer = _written(self._grown(buffer, count), new, first)
         if len(new) or self.tail is not None:
@@ -179,7 +213,7 @@ class Rows:
         if self.buffer is not None and first < min(last, edge):
             pieces.append(self.buffer[first : min(last, edge)])
         if self.tail is not None and max(first, edge) < last:
-            pieces.append(self.tail[max(first, edge) - edge : last - edge])
+            pieces.append(self.newer[max(first, edge) - edge : last - edge])
         return pieces
 
     @property
@@ -188,15 +222,14 @@ class Rows:
         return self.tail is not None and self.count - self.settled == TAIL
 
     def settle(self) -> None:
-        """Have all rows lie in the buffer, and an empty tail behind them."""
+        """Have all rows lie in the buffer, and none in a tail."""
         buffer = self.blank if self.buffer is None else self.buffer
         if self.tail is not None and self.count > self.settled:
-            new = self.tail[: self.count - self.settled]
+            new = self.newer[: self.count - self.settled]
             buffer = _written(self._grown(buffer, self.count), new, self.settled)
         if not len(buffer):
             buffer = self._grown(buffer, 1)
         self.buffer, self.settled = buffer, self.count
-        self.tail = mx.zeros((TAIL, *self.blank.shape[1:]), self.blank.dtype)
 
     def _grown(self, buffer: mx.array, count: int) -> mx.array:
         """A buffer with room for `count` rows that begins with `buffer`."""

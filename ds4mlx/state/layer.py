@@ -3,6 +3,7 @@
 import mlx.core as mx
 
 from ds4mlx.config import ModelConfig
+from ds4mlx.custom_kernels.layer.buffers import begins
 from ds4mlx.state.buffers import Recent, Rows
 from ds4mlx.state.row_forms import RowForm, StateForm
 
@@ -58,6 +59,12 @@ class LayerState:
         kinds = [(config.head_dim, form.kv), (config.index_head_dim, form.index)]
         count = {0: 0, 4: 2, 128: 1}[ratio]
         self.compressors = [CompressorState(ratio, width, rows) for width, rows in kinds[:count]]
+        # Everything that grows with the tokens.
+        self.parts: list[Recent | Rows] = [self.window]
+        self.parts += [part for c in self.compressors for part in (c.recent, c.rows)]
+        *firsts, self.tail_words = begins([part.tail_form for part in self.parts])
+        for part, first in zip(self.parts, firsts, strict=True):
+            part.tail_at = first
 
     @property
     def offset(self) -> int:
@@ -68,10 +75,11 @@ class LayerState:
         """Position of the oldest window row that continuing after `tokens` tokens needs."""
         return max(0, tokens - self.before)
 
-    @property
-    def parts(self) -> list[Recent | Rows]:
-        """Everything that grows with the tokens."""
-        return [self.window, *(part for c in self.compressors for part in (c.recent, c.rows))]
+    def empty_tails(self) -> None:
+        """Have every part, all of whose rows lie in its buffer, go on in an empty tail."""
+        tails = mx.zeros((self.tail_words,), mx.uint32)
+        for part in self.parts:
+            part.tail = tails
 
     @property
     def recents(self) -> list[Recent]:
@@ -80,8 +88,8 @@ class LayerState:
 
     @property
     def state(self) -> list[mx.array]:
-        """The arrays in it, for `mx.eval`."""
-        return [array for part in self.parts for array in part.arrays]
+        """The arrays in it, each once, for `mx.eval`."""
+        return list({id(a): a for part in self.parts for a in part.arrays}.values())
 
     @property
     def nbytes(self) -> int:

@@ -20,17 +20,19 @@ class Step:
         # What a record needs of a part of the state, by part and boundary.
         self.pieces: dict[tuple[object, int], mx.array] = {}
         self.changes: list[tuple[object, str, object]] = []
+        self.arrays: list[mx.array] = []  # that the states will hold, for `mx.depends`
         # Begins to evaluate an array, and makes the changes so far, in a call that evaluates as it goes.
         self.submit: Callable[[mx.array], None] | None = None
 
     def change(self, target: object, **values: object) -> None:
         """Have attributes of `target` set when the step is done."""
         self.changes += [(target, name, value) for name, value in values.items()]
+        self.arrays += [value for value in values.values() if isinstance(value, mx.array)]
 
-    @property
-    def arrays(self) -> list[mx.array]:
-        """The arrays that the states will hold, for `mx.depends`."""
-        return [value for _, _, value in self.changes if isinstance(value, mx.array)]
+    def clear(self) -> None:
+        """Forget the changes, which were made."""
+        self.changes.clear()
+        self.arrays.clear()
 
     def cut(self) -> list[mx.array]:
         """Have the pieces of what the changes are of not hold the memory that they were cut from."""

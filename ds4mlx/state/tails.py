@@ -5,74 +5,107 @@ buffer before the step, so that there is room for a row of each. That changes wh
 nothing that can be asked of the state.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import repeat
+from operator import is_, is_not
 
 import mlx.core as mx
 import numpy as np
 
-from ds4mlx.state.buffers import SPAN, Recent, Rows
-from ds4mlx.state.decode_state import DecodeState
+from ds4mlx.custom_kernels.layer.buffers import Grown, Held, Recent, Tail, TailForm, begins
+from ds4mlx.state import buffers
+from ds4mlx.state.decode_state import RATIOS, DecodeState
+from ds4mlx.state.layer import LayerState
 from ds4mlx.state.step import Step
-
-RATIOS = (4, 128)
 
 
 def settle(state: DecodeState) -> None:
     """Have all layers in step, with room in every tail."""
-    recents = [part for part in state.parts if isinstance(part, Recent)]
-    _settle_recents(recents)
-    for ratio in RATIOS:
-        rows = _rows(state, ratio)
-        if rows and (rows[0].full or not _alike(rows)):
-            _settle_rows(rows)
+    groups = state.recents, *state.rows.values()
+    if _in_tails(state) and all(map(_alike, groups)):
+        _settle_full(state)
+        return
+    _settle_rows([part for rows in state.rows.values() for part in rows])
+    for part in state.recents:
+        part.settle()
+    for layer in state:
+        layer.empty_tails()
 
 
 def place(state: DecodeState, number: int) -> np.ndarray:
     """Where the next token stands, int32 (8,): its position, where the tails of what every token makes
     begin, the number of the first row in those of ratio 4 and of ratio 128; its own among the tokens."""
-    firsts = (rows[0].settled if rows else 0 for rows in (_rows(state, r) for r in RATIOS))
-    settled = state.layers[0].window.settled
-    return np.array([state.offset, settled, *firsts, number, 0, 0, 0], np.int32)
+    firsts = (rows[0].settled if rows else 0 for rows in state.rows.values())
+    return np.array([state.offset, state.recents[0].settled, *firsts, number, 0, 0, 0], np.int32)
 
 
 def arrays_of(state: DecodeState) -> list[mx.array]:
-    """Buffer and tail of every part of a settled state."""
-    return [
-        array for part in state.parts for array in (part.buffer, part.tail) if array is not None
-    ]
+    """The tails of every layer of a settled state, then the buffers of all parts."""
+    arrays = [layer.window.tail for layer in state.layers]
+    arrays += [part.buffer for part in state.parts]
+    return [array for array in arrays if array is not None]
 
 
-def append(parts: Sequence[Recent | Rows], tails: Sequence[mx.array], step: Step) -> None:
-    """Have parts of a state take new tails, with a row of each that the token completes."""
-    end, changes = step.end, step.changes
-    changes += zip(parts, repeat("tail"), tails)
-    changes += [(part, "end", end) for part in parts if isinstance(part, Recent)]
-    for part, tail in zip(parts, tails, strict=True):
-        if isinstance(part, Rows):
-            if end % part.ratio == 0:
-                changes.append((part, "count", part.count + 1))
-        elif step.boundaries:
-            step.pieces[part, end] = part.piece(tail, end)
+def held_in(arrays: Sequence[mx.array], poolings: Sequence[int]) -> Iterator[Held]:
+    """Of every layer what `arrays_of` a state gave, as kernels take it; each with so many compressors."""
+    lying = iter(arrays[len(poolings) :])
+    for tails, count in zip(arrays, poolings, strict=False):
+        window, *pooled = (next(lying) for _ in range(1 + 2 * count))
+        rooms = [buffers.SPAN, *(buffers.SPAN, buffers.TAIL) * count]
+        shapes = zip(rooms, (window, *pooled), strict=True)
+        forms = [TailForm((room, *each.shape[1:]), each.dtype) for room, each in shapes]
+        own = [Tail(tails, *each) for each in zip(begins(forms), forms, strict=False)]
+        parts = zip(pooled[::2], own[1::2], pooled[1::2], own[2::2], strict=True)
+        pairs = [(Recent(old, near), Grown(full, far)) for old, near, full, far in parts]
+        yield Held(Recent(window, own[0]), pairs)
 
 
-def _rows(state: DecodeState, ratio: int) -> list[Rows]:
-    return [part for part in state.parts if isinstance(part, Rows) and part.ratio == ratio]
+def append(layers: Sequence[LayerState], tails: Sequence[mx.array], step: Step) -> None:
+    """Have layers of a state take new tails, with a row of each that the token completes.
+
+    Once a token for every part of every state: so it is done by few statements.
+    """
+    parts = [part for layer in layers for part in layer.parts]
+    recents = [part for part in parts if isinstance(part, buffers.Recent)]
+    own = [array for layer, array in zip(layers, tails, strict=True) for _ in layer.parts]
+    step.arrays += tails
+    step.changes += zip(parts, repeat("tail"), own)
+    step.changes += zip(recents, repeat("end"), repeat(step.end))
+    if step.end % min(RATIOS) == 0:
+        rows = (part for part in parts if isinstance(part, buffers.Rows))
+        full = (part for part in rows if step.end % part.ratio == 0)
+        step.changes += [(part, "count", part.count + 1) for part in full]
+    if step.boundaries:
+        arrays = zip(parts, own, strict=True)
+        made = {part: array for part, array in arrays if isinstance(part, buffers.Recent)}
+        step.pieces |= {
+            (part, step.end): part.piece(array, step.end) for part, array in made.items()
+        }
 
 
-def _alike(parts: Sequence[Recent | Rows]) -> bool:
-    """Whether all have tails that begin at the same place."""
-    settled = parts[0].settled
-    return all(part.tail is not None and part.settled == settled for part in parts)
+def _in_tails(state: DecodeState) -> bool:
+    """Whether every part has its tail in the array of its layer's."""
+    tails = [layer.window.tail for layer in state.layers]
+    own = [array for layer, array in zip(state.layers, tails, strict=True) for _ in layer.parts]
+    there = all(map(is_not, tails, repeat(None)))
+    return there and all(map(is_, own, [part.tail for part in state.parts]))
 
 
-def _settle_recents(recents: list[Recent]) -> None:
-    if not _alike(recents):
-        for part in recents:
-            part.settle()
-    elif recents[0].end - recents[0].settled == SPAN:
-        for part, buffer in zip(recents, _moved_up([p.arrays for p in recents]), strict=True):
+def _alike(parts: Sequence[buffers.Part]) -> bool:
+    """Whether the tails of all begin at the same place."""
+    return len({part.settled for part in parts}) <= 1
+
+
+def _settle_full(state: DecodeState) -> None:
+    """Have full tails begin anew, behind the rows that they held."""
+    recents = state.recents
+    if recents[0].end - recents[0].settled == buffers.SPAN:
+        pairs = [[part.buffer, part.newer] for part in recents]
+        for part, buffer in zip(recents, _moved_up(pairs), strict=True):
             part.moved_up(buffer)
+    for rows in state.rows.values():
+        if rows and rows[0].full:
+            _settle_rows(rows)
 
 
 @mx.compile
@@ -81,7 +114,7 @@ def _moved_up(pairs: list[list[mx.array]]) -> list[mx.array]:
     return [mx.concatenate([buffer[len(tail) :], tail]) for buffer, tail in pairs]
 
 
-def _settle_rows(parts: Sequence[Rows]) -> None:
+def _settle_rows(parts: Sequence[buffers.Rows]) -> None:
     """Append tails to their buffers: in place, so nothing that still runs may look at these."""
     written = [part for part in parts if part.tail is not None]
     if written:

@@ -13,6 +13,7 @@ from metalsim.text import Launch, translation_unit
 
 GAP = 4096  # bytes around each buffer that must stay as they are
 THREADGROUP_BYTES = 32768
+BUFFERS = 31  # arguments of a kernel, shapes among them
 _BITS = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}
 _NUMPY = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
@@ -88,6 +89,9 @@ def _check_sizes(launch: Launch, lib: ctypes.CDLL) -> None:
     used = (lib.msl_tg_hi() or 0) - (lib.msl_tg_lo() or 0)
     if used > THREADGROUP_BYTES:
         raise MetalError(f"{used} bytes of threadgroup memory: the limit is {THREADGROUP_BYTES}")
+    buffers = launch.source.count("[[buffer(")
+    if buffers > BUFFERS:
+        raise MetalError(f"{buffers} buffers: the limit is {BUFFERS}")
 
 
 def _parts(launch, inputs, names, outputs, shapes, dtypes) -> list[Part]:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import mlx.core as mx
 
 from ds4mlx.custom_kernels.layer.attention import Read, attention
-from ds4mlx.custom_kernels.layer.buffers import Grown, Recent
+from ds4mlx.custom_kernels.layer.buffers import Held
 from ds4mlx.custom_kernels.layer.index_scores import index_scores
 from ds4mlx.custom_kernels.layer.index_select import index_select
 from ds4mlx.custom_kernels.layer.rows import NewRows, Pooling, new_rows
@@ -13,59 +13,51 @@ from ds4mlx.custom_kernels.products.columns import Columns, side_by_side
 from ds4mlx.custom_kernels.products.dense_matvec import dense_matvec
 from ds4mlx.model.attention import Attention
 from ds4mlx.model.compressed_attention import SparseAttention
-from ds4mlx.model.fused.sequences import Held, Sequences, compressors_of
+from ds4mlx.model.fused.sequences import Sequences, compressors_of
 from ds4mlx.model.linear import Matrix
 from ds4mlx.state.row_forms import StateForm
 
 
-def attend(attn: Attention, x: mx.array, sequences: Sequences) -> tuple[mx.array, list[NewRows]]:
-    """The output float32 (B, D) for the tokens x (B, D), and what each adds to its state."""
+def attend(attn: Attention, x: mx.array, sequences: Sequences) -> tuple[mx.array, list[Held]]:
+    """The output float32 (B, D) for the tokens x (B, D), and what their states then hold."""
     projections = [m for c in compressors_of(attn) for m in (c.wkv, c.wgate)]
     weights, index = [], []
     if isinstance(attn, SparseAttention):
         weights, index = [attn.indexer.weights_proj], [attn.indexer.wq_b]
     first = products([attn.wq_a, attn.wkv, *projections, *weights], x)
-    made = [extend(attn, first, sequences, number, x.dtype) for number in range(len(x))]
-    assert made[0].latents is not None
-    queries, *index_queries = products([attn.wq_b, *index], made[0].latents)
+    latents, held = extend(attn, first, sequences, x.dtype)
+    queries, *index_queries = products([attn.wq_b, *index], latents)
     chosen = None
     if isinstance(attn, SparseAttention) and sequences.places.selecting is not None:
-        chosen = choose(attn, index_queries[0], first[-1], made, sequences, x.dtype)
-    return output(attn, core(attn, queries, made, chosen, sequences, x.dtype)), made
-
-
-def grown(held: Held, rows: NewRows, number: int) -> Grown:
-    """All rows of a compressor, the token's among them."""
-    return Grown(held.poolings[number][1].full, rows.poolings[number][1])
+        chosen = choose(attn, index_queries[0], first[-1], held, sequences, x.dtype)
+    return output(attn, core(attn, queries, held, chosen, sequences, x.dtype)), held
 
 
 def extend(
-    attn: Attention, first: Sequence[Columns], sequences: Sequences, number: int, dtype: mx.Dtype
+    attn: Attention, first: Sequence[Columns], sequences: Sequences, dtype: mx.Dtype
 ) -> NewRows:
-    """What a token adds: its window row, its projections, and the rows that it completes.
+    """The normed query latents, and the states with what the tokens add.
 
-    first: products of x with wq_a and wkv, and of each compressor with wkv and wgate. The first token's
-    launch also norms the query latents of all.
+    That is window rows, projections, and the rows that these complete. first: products of x with wq_a
+    and wkv, and of each compressor with wkv and wgate.
     """
-    forms, held = StateForm.of(attn._config, dtype, attn.rounding), sequences.held[number]
+    forms = StateForm.of(attn._config, dtype, attn.rounding)
     latent, kv, *projections = first
     poolings = []
-    for index, (compressor, (recent, rows)) in enumerate(
-        zip(compressors_of(attn), held.poolings, strict=True)
-    ):
+    for index, compressor in enumerate(compressors_of(attn)):
         values, scores = projections[2 * index : 2 * index + 2]
         form, spread = (forms.index, attn.rounding == "official") if index else (forms.kv, False)
-        weights = compressor.ape, compressor.norm.weight
-        poolings.append(Pooling(values, scores, *weights, recent, rows, form, spread))
+        poolings.append(
+            Pooling(values, scores, compressor.ape, compressor.norm.weight, form, spread)
+        )
     norms = attn.kv_norm.weight, attn.q_norm.weight
-    told = sequences.places.one[number], sequences.places.angles
+    told = sequences.places.all, sequences.places.angles
     return new_rows(
-        *(kv, latent, *norms, held.window, poolings, *told),
+        *(kv, latent, *norms, poolings, sequences.held, *told),
         ratio=attn.ratio,
         form=forms.kv,
         eps=attn._config.rms_norm_eps,
         dtype=dtype,
-        latents=number == 0,
     )
 
 
@@ -73,18 +65,19 @@ def choose(
     attn: SparseAttention,
     queries: Columns,
     weights: Columns,
-    made: Sequence[NewRows],
+    held: Sequence[Held],
     sequences: Sequences,
     dtype: mx.Dtype,
 ) -> mx.array:
     """The rows that the indexer selects for those tokens that select, int32 (S, topk).
 
-    queries (B, heads * width) and weights (B, heads): products.
+    queries (B, heads * width) and weights (B, heads): products. held: states with the tokens.
     """
-    _, _, selecting, angles = sequences.places
+    _, selecting, angles = sequences.places
     assert selecting is not None
-    each = zip(sequences.held, made, sequences.selects, strict=True)
-    rows = [grown(held, new, 1) for held, new, selects in each if selects]
+    rows = [
+        own.poolings[1][1] for own, selects in zip(held, sequences.selects, strict=True) if selects
+    ]
     scores = index_scores(
         *(queries, weights, rows, selecting, angles),
         heads=attn.indexer.heads,
@@ -98,20 +91,19 @@ def choose(
 def core(
     attn: Attention,
     queries: Columns,
-    made: Sequence[NewRows],
+    held: Sequence[Held],
     chosen: mx.array | None,
     sequences: Sequences,
     dtype: mx.Dtype,
 ) -> mx.array:
     """The core attention of the tokens, their rotary channels turned back: (B, H, c).
 
-    queries (B, H c): products. `made` is what the tokens have added.
+    queries (B, H c): products. held: states with the tokens.
     """
     config, reads = attn._config, []
-    for held, rows, selects in zip(sequences.held, made, sequences.selects, strict=True):
-        window = Recent(held.window.old, rows.window)
-        own = grown(held, rows, 0) if held.poolings else None
-        reads.append(Read(window, own, selects and chosen is not None))
+    for own, selects in zip(held, sequences.selects, strict=True):
+        rows = own.poolings[0][1] if own.poolings else None
+        reads.append(Read(own.window, rows, selects and chosen is not None))
     return attention(
         *(queries, attn.attn_sink, reads, chosen, sequences.places.all, sequences.places.angles),
         ratio=attn.ratio,

@@ -4,9 +4,9 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
+from ds4mlx.custom_kernels.layer.buffers import Held
 from ds4mlx.custom_kernels.layer.hyper_in import hyper_in
 from ds4mlx.custom_kernels.layer.hyper_out import hyper_out
-from ds4mlx.custom_kernels.layer.rows import NewRows
 from ds4mlx.model.block import Block
 from ds4mlx.model.fused.attention import attend
 from ds4mlx.model.fused.moe import mixture
@@ -28,17 +28,17 @@ class Carried(NamedTuple):
 
 def step_block(
     block: Block, carried: Carried, following: mx.array, ids: mx.array, sequences: Sequences
-) -> tuple[Carried, list[NewRows]]:
-    """One token of each sequence, ids int (B,), through a block; what each adds to its state.
+) -> tuple[Carried, list[Held]]:
+    """One token of each sequence, ids int (B,), through a block; what their states then hold.
 
     following: the matrix `fn` of the hyper-connection that comes next.
     """
     x, post, comb = before(block.hc_attn, block.attn_norm, carried)
-    out, rows = attend(block.attn, x, sequences)
+    out, held = attend(block.attn, x, sequences)
     carried = Carried(*hyper_out(carried.streams, [out], post, comb, block.hc_ffn.fn))
     x, post, comb = before(block.hc_ffn, block.ffn_norm, carried)
     outs = mixture(block.ffn, x, ids)
-    return Carried(*hyper_out(carried.streams, outs, post, comb, following)), rows
+    return Carried(*hyper_out(carried.streams, outs, post, comb, following)), held
 
 
 def before(

@@ -19,16 +19,16 @@ from ds4mlx.model.block import Block
 from ds4mlx.model.fused.attention import product
 from ds4mlx.model.fused.block import Carried, step_block
 from ds4mlx.model.fused.choice import by_modules, dense_known, known
-from ds4mlx.model.fused.sequences import Places, Sequences, held_of, tails_of
+from ds4mlx.model.fused.sequences import Places, Sequences, compressors_of
 from ds4mlx.model.hyper import HyperHead
 from ds4mlx.model.linear import Embedding, Linear, RMSNorm
 from ds4mlx.model.module import changes
 from ds4mlx.model.rope import Rotary, step_angles
 from ds4mlx.model.taps import listened
 from ds4mlx.state.decode_state import DecodeState
-from ds4mlx.state.tails import append, arrays_of, place, settle
+from ds4mlx.state.tails import append, arrays_of, held_in, place, settle
 
-# What a traced step gives: logits (B, vocab), streams (B, n, D), and of each sequence the new tails.
+# What a traced step gives: logits (B, vocab), streams (B, n, D), and of each sequence every layer's new tails.
 Traced = tuple[mx.array, mx.array, list[list[mx.array]]]
 
 
@@ -84,7 +84,7 @@ def step_outputs(
     _compare_first(model, step, states, sides)
     logits, streams, tails = step.call(*sides)
     for span, state, own in zip(batch.spans, states, tails, strict=True):
-        append(state.parts, own, span.step)
+        append(state.layers, own, span.step)
     return logits, streams
 
 
@@ -95,7 +95,7 @@ def _places(model: Stepped, states: Sequence[DecodeState], selects: Sequence[int
     which = np.array(selects, bool)
     every[:, 5] = np.where(which, which.cumsum() - 1, -1)
     selecting = mx.array(every[which]) if which.any() else None
-    return Places([mx.array(one) for one in every], mx.array(every), selecting, mx.array(angles))
+    return Places(mx.array(every), selecting, mx.array(angles))
 
 
 def _selects(model: Stepped, state: DecodeState) -> bool:
@@ -139,9 +139,9 @@ def _traced(
     carried, tails = begin(model, ids), [[] for _ in held]
     layers = _layers(model, places, held, selects)
     for number, (layer, sequences) in enumerate(zip(model.layers, layers, strict=True)):
-        carried, rows = step_block(layer, carried, following(model, number), ids, sequences)
-        for own, each in zip(tails, rows, strict=True):
-            own += tails_of(each)
+        carried, after = step_block(layer, carried, following(model, number), ids, sequences)
+        for own, each in zip(tails, after, strict=True):
+            own.append(each.window.tail.array)
     known = dense_known(model.head)
     logits = head(model, carried) if known else model.logits(carried.streams)
     return logits, carried.streams, tails
@@ -165,9 +165,9 @@ def _in_parts(
             carried = Carried(streams, hyper_mix(streams, following(model, number)))
         else:
             sides = following(model, number), batch.ids, sequences
-            carried, rows = step_block(layer, carried, *sides)
-            for span, state, each in zip(batch.spans, states, rows, strict=True):
-                append(state[number].parts, tails_of(each), span.step)
+            carried, after = step_block(layer, carried, *sides)
+            for span, state, each in zip(batch.spans, states, after, strict=True):
+                append([state[number]], [each.window.tail.array], span.step)
     apart = listened() or not dense_known(model.head)
     logits = model.logits(carried.streams) if apart else head(model, carried)
     return logits, carried.streams
@@ -204,7 +204,8 @@ def _layers(
     model: Stepped, places: Places, held: Sequence[Sequence[mx.array]], selects: Sequence[int]
 ) -> Iterator[Sequences]:
     """What the launches of each layer are told of the sequences."""
-    by_sequence = [held_of(arrays, model.layers) for arrays in held]
+    poolings = [len(compressors_of(layer.attn)) for layer in model.layers]
+    by_sequence = [held_in(arrays, poolings) for arrays in held]
     chosen = [bool(each) for each in selects]
     for layers in zip(*by_sequence, strict=True):
         yield Sequences(places, layers, chosen)
