@@ -51,7 +51,7 @@ FAULTS = [
     ("rows_4", of(4, 1003, back=3), "rint(y) + 2.0f", "rint(y) + 3.0f"),
     ("rows_4", of(4, 1002, back=9), "full ? next * words : 0xffffffffu", "next * words"),
     ("rows_4", of(4, 1003, back=3, others=1), "index_old = (const device float*)index_old1;", ""),
-    ("rows_4", of(4, 1003, back=3, others=4), "FIRST + sequence", "sequence"),
+    ("rows_4", of(4, 1003, back=3, others=4), "state = FIRST + sequence", "state = sequence"),
     ("rows_128", of(128, 1023, back=9), "simd_shuffle_xor(pooled[j], i)", "pooled[j]"),
     ("rows_128", of(128, 1023, back=9), "RATIO == 4 ? 2 : 3) * ROPE", "2) * ROPE"),
 ]
@@ -72,7 +72,9 @@ def test_texts_keep_apples_rules():
         for ratio in (0, 4, 128):
             of(ratio, 300)()
         of(4, 300, coded=False, dtype=mx.float32)()
-    assert len(handed) == 4
+        for ratio in (0, 4, 128):
+            of(ratio, 300, others=5)()
+    assert len(handed) == 4 + 3 * 2
     assert check(*(launch for _, launch in handed)) == []
 
 

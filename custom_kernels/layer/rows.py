@@ -12,7 +12,7 @@ import mlx.core as mx
 
 from ds4mlx.custom_kernels import dispatch
 from ds4mlx.custom_kernels.codes.tables import bits
-from ds4mlx.custom_kernels.layer.buffers import Grown, Held, Recent, joined
+from ds4mlx.custom_kernels.layer.buffers import Grown, Held, Recent, filled, joined
 from ds4mlx.custom_kernels.layer.plain import rms_norm, rotate
 from ds4mlx.custom_kernels.layer.row_layout import Form, RowLayout
 from ds4mlx.custom_kernels.layer.rows_text import WORDS, kernel
@@ -234,7 +234,7 @@ def by_kernel(
         some, tokens = held[first : first + TOGETHER], 0 if first else len(kv.array)
         outputs = _launched(inputs, poolings, some, tokens, [*common, ("FIRST", first)], options)
         latents = latents if first else outputs.pop(0)
-        made += [own.after(tails) for own, tails in zip(some, outputs, strict=True)]
+        made += [own.after(tails) for own, tails in zip(some, outputs, strict=False)]
     assert latents is not None
     return NewRows(latents, made)
 
@@ -247,21 +247,24 @@ def _launched(
     template: list[tuple[str, Any]],
     options: Options,
 ) -> list[mx.array]:
-    """The tails of some states, after the query latents of so many tokens, if of any."""
-    rank = dict(template)["RANK"]
+    """The tails of some states, after the query latents of so many tokens, if of any.
+
+    As many states as the launch is written for: those that lack are the first once more.
+    """
+    given, rank = filled(held), dict(template)["RANK"]
     kinds = tuple((each.form.layout.kind, each.spread) for each in poolings)
     lying = [
         array
-        for each in held
+        for each in given
         for array in (each.window.tail.array, *(recent.old for recent, _ in each.poolings))
     ]
     outputs = [((tokens, rank), options["dtype"])] if tokens else []
-    outputs += [(own.window.tail.array.shape, mx.uint32) for own in held]
+    outputs += [(own.window.tail.array.shape, mx.uint32) for own in given]
     pieces = sum(-(-tail.form.room // (WORDS * 32 * GROUPS)) for tail in held[0].tails)
-    return kernel(options["ratio"], options["form"].layout.kind, kinds, tokens > 0, len(held))(
+    return kernel(options["ratio"], options["form"].layout.kind, kinds, tokens > 0, len(given))(
         [*inputs, *lying],
         outputs,
-        groups=(len(poolings) + 1 + tokens + pieces, len(held), 1),
+        groups=(len(poolings) + 1 + tokens + pieces, len(given), 1),
         threads=32 * GROUPS,
         template=template,
     )

@@ -136,7 +136,8 @@ BEGIN = """
     const uint threads = 32 * GROUPS;
     uint at = thread_index_in_threadgroup, job = threadgroup_position_in_grid.x;
     uint sequence = threadgroup_position_in_grid.y;
-    const device int* place = places + 8 * (FIRST + sequence);
+    uint state = FIRST + sequence;
+    const device int* place = places + 8 * (state < uint(places_shape[0]) ? state : FIRST);
     int p = place[0], settled = place[1], slot = p - settled;
     float eps = as_type<float>(EPS), v[2];
     const device float* own = products + uint(place[4]) * ALL;

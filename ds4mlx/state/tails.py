@@ -21,14 +21,30 @@ from ds4mlx.state.step import Step
 
 def settle(state: DecodeState) -> None:
     """Have all layers in step, with room in every tail."""
-    groups = state.recents, *state.rows.values()
-    if _in_tails(state) and all(map(_alike, groups)):
-        _settle_full(state)
-        return
-    _settle_rows([part for rows in state.rows.values() for part in rows])
+    if not (_in_tails(state) and _alike(state.recents)):
+        _begin(state)
+    elif state.recents[0].end - state.recents[0].settled == buffers.SPAN:
+        pairs = [[part.buffer, part.newer] for part in state.recents]
+        for part, buffer in zip(state.recents, _moved_up(pairs), strict=True):
+            part.moved_up(buffer)
+    for rows in state.rows.values():
+        if rows and (rows[0].full or not _alike(rows)):
+            _settle_rows(rows)
+
+
+def _begin(state: DecodeState) -> None:
+    """Have every layer's recent rows lie in buffers, and tails where a layer has not all of its own.
+
+    A tail that stays may hold compressed rows.
+    """
+    torn = [layer for layer in state if not _whole(layer)]
+    new = {id(part) for layer in torn for part in layer.parts}
+    for rows in state.rows.values():
+        if any(id(part) in new for part in rows):
+            _settle_rows(rows)
     for part in state.recents:
         part.settle()
-    for layer in state:
+    for layer in torn:
         layer.empty_tails()
 
 
@@ -91,21 +107,15 @@ def _in_tails(state: DecodeState) -> bool:
     return there and all(map(is_, own, [part.tail for part in state.parts]))
 
 
+def _whole(layer: LayerState) -> bool:
+    """The same of one layer."""
+    tails = layer.window.tail
+    return tails is not None and all(part.tail is tails for part in layer.parts)
+
+
 def _alike(parts: Sequence[buffers.Part]) -> bool:
     """Whether the tails of all begin at the same place."""
     return len({part.settled for part in parts}) <= 1
-
-
-def _settle_full(state: DecodeState) -> None:
-    """Have full tails begin anew, behind the rows that they held."""
-    recents = state.recents
-    if recents[0].end - recents[0].settled == buffers.SPAN:
-        pairs = [[part.buffer, part.newer] for part in recents]
-        for part, buffer in zip(recents, _moved_up(pairs), strict=True):
-            part.moved_up(buffer)
-    for rows in state.rows.values():
-        if rows and rows[0].full:
-            _settle_rows(rows)
 
 
 @mx.compile
