@@ -74,15 +74,18 @@ class Bench:
             "matrices of a stack": self.together,
         }
         self.seconds: dict[str, float] = {}
+        self.peaks: dict[str, int] = {}
         self.every, self.sums = self.taking(
             "inputs made up", lambda: realistic(arguments.columns, arguments.tokens)
         )
 
     def taking(self, name: str, work: Callable[[], Found]) -> Found:
         """Do the work, and keep and say how many seconds it took."""
+        mx.reset_peak_memory()
         begun = time.perf_counter()
         found = work()
         self.seconds[name] = round(time.perf_counter() - begun, 4)
+        self.peaks[name] = mx.get_peak_memory()
         self.keep()
         elapsed = time.perf_counter() - self.begun
         print(f"{elapsed:7.1f} s: {name}, {self.seconds[name]:.3f} s", file=sys.stderr, flush=True)
@@ -129,7 +132,6 @@ class Bench:
         stack, took = [gates[n % DISTINCT] for n in range(self.together)], []
         expected = self.seconds["one matrix with feedback"] * self.together
         while len(took) < self.stacks and self.left() > 1.2 * expected + 1:
-            mx.reset_peak_memory()
             self.taking(f"stack {len(took) + 1} of gate and up", partial(fed, stack, moment))
             expected = self.seconds[f"stack {len(took) + 1} of gate and up"]
             took.append(expected)
@@ -160,10 +162,10 @@ class Bench:
     def keep(self) -> None:
         """Write what is known."""
         self.figures["seconds"] = self.seconds
-        self.figures["peak bytes"] = {
-            "device": mx.get_peak_memory(),
-            "host, with what the benchmark makes up": peak_of_the_process(),
-        }
+        self.figures["peak bytes of the device"] = self.peaks
+        self.figures["peak bytes of the host, with what the benchmark makes up"] = (
+            peak_of_the_process()
+        )
         if self.path:
             self.path.write_text(json.dumps(self.figures, indent=1) + "\n")
 

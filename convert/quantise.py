@@ -12,7 +12,7 @@ import numpy as np
 
 from ds4mlx.convert.quantise_iq2 import quantise_iq2
 from ds4mlx.convert.quantise_k import Q2_K, Q4_K, q2_k_planes, q4_k_planes, quantise_k
-from ds4mlx.custom_kernels.codes import iq2_nearest
+from ds4mlx.custom_kernels.codes import iq2_feedback, iq2_feedback_text, iq2_nearest
 from ds4mlx.errors import DataError
 from ds4mlx.formats import DTYPES, FORMATS
 from ds4mlx.formats.gguf_blocks import BLOCK_BYTES, block_planes
@@ -23,7 +23,7 @@ LEAST = 2.0**-60
 # The files that decide the bytes that quantising gives.
 SOURCES = (
     *("quantise.py", "quantise_iq2.py", "quantise_k.py", "fitting.py"),
-    *("quantise_fed.py", "feedback.py", "feedback_iq2.py", "rounding_iq2.py", "rounding_k.py"),
+    *("quantise_fed.py", "feedback.py", "rounding_iq2.py", "rounding_k.py"),
 )
 # Blocks quantised at a time: the search of IQ2_XXS takes about 64 KB of scratch a block.
 CPU_BATCH, GPU_BATCH = 1 << 9, 1 << 15
@@ -70,7 +70,8 @@ class Quantised:
 @cache
 def quantisers_version() -> str:
     """Digest of the quantisers' source: rows of two versions must never meet in one file."""
-    paths = [*(Path(__file__).with_name(name) for name in SOURCES), Path(iq2_nearest.__file__)]
+    searches = (Path(str(each.__file__)) for each in (iq2_nearest, iq2_feedback, iq2_feedback_text))
+    paths = [*(Path(__file__).with_name(name) for name in SOURCES), *searches]
     texts = (path.read_bytes() for path in paths)
     return hashlib.sha256(b"".join(texts)).hexdigest()[:16]
 

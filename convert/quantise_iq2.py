@@ -10,11 +10,11 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from ds4mlx.convert.fitting import fit_scale, halved, nearest, safe_divide
+from ds4mlx.custom_kernels.codes.iq2_feedback import TOP_LEVEL
 from ds4mlx.custom_kernels.codes.iq2_nearest import even_signs, grid_levels
 
 # Scales that a group of 32 tries, relative to the first guess.
 CANDIDATES = [3 / (3.5 + 0.5 * k) for k in range(7)]
-TOP_LEVEL = 15
 
 
 class Groups(NamedTuple):

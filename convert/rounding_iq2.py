@@ -3,9 +3,9 @@
 import mlx.core as mx
 
 from ds4mlx.convert.feedback import BLOCK, GROUP, Moment
-from ds4mlx.convert.feedback_iq2 import Codes, changed, searched, typical
 from ds4mlx.convert.fitting import halved, safe_divide
-from ds4mlx.convert.quantise_iq2 import TOP_LEVEL, stored
+from ds4mlx.convert.quantise_iq2 import stored
+from ds4mlx.custom_kernels.codes.iq2_feedback import TOP_LEVEL, Codes, changed, searched, typical
 from ds4mlx.custom_kernels.codes.iq2_nearest import signs_of
 
 PER_BLOCK = BLOCK // GROUP

@@ -1,4 +1,4 @@
-"""The search for stored points: equal to its reference, alone and inside error feedback."""
+"""The searches for stored points: equal to their references, alone and inside error feedback."""
 
 from functools import partial
 
@@ -22,14 +22,29 @@ from ds4mlx.custom_kernels import dispatch
 from ds4mlx.custom_kernels.cases import searches as cases
 from ds4mlx.custom_kernels.codes import iq2_nearest
 
-nearest = partial(cases.nearest, 21, 4)
+nearest, searched = partial(cases.nearest, 21, 4), partial(cases.searched, 67)
+changed = partial(cases.changed, 67)
+BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
 FAULTS = [
     ("iq2_nearest", nearest, "odd << weakest", "odd"),
     ("iq2_nearest", nearest, "at % PLACES", "0"),
     ("iq2_nearest", nearest, "scale[at / PLACES]", "scale[0]"),
-    ("iq2_nearest", nearest, "fma(b.w, v[7], cost)", "fma(b.w, v[6], cost)"),
+    ("iq2_nearest", nearest, "fma(b.w, u[7], cost)", "fma(b.w, u[6], cost)"),
     ("iq2_nearest", nearest, "(mem_flags::mem_threadgroup);", "(mem_flags::mem_none);"),
     ("iq2_nearest", nearest, "if (at >= uint(x_shape[0])) return;", ""),
+    ("iq2_searched", searched, "sizes + j, 4", "sizes, 4"),
+    ("iq2_searched", searched, "k = 8 * j + 8; k < 32", "k = 8 * j + 9; k < 32"),
+    ("iq2_searched", searched, "- float(LEVELS / 2)", "- float(LEVELS / 2 - 3)"),
+    ("iq2_searched", searched, "i / 64 * 8 + i % 8]", "i % 8]"),
+    ("iq2_searched", searched, "costs[i] < costs[best]", "costs[i] > costs[best]"),
+    ("iq2_searched", searched, f"costs[own] = cost;\n    {BARRIER}", "costs[own] = cost;"),
+    ("iq2_searched", searched, "row < uint(d_shape[0])", "true"),
+    ("iq2_changed", changed, "if (cost < 0)", "if (true)"),
+    ("iq2_changed", changed, "better ? code : codes[j]", "code"),
+    ("iq2_changed", changed, "0.5f * sum - slope[8 * j + c]", "sum - slope[8 * j + c]"),
+    ("iq2_changed", changed, "parts[64 * j + 8 * i + c]", "parts[8 * i + c]"),
+    ("iq2_changed", changed, "c = 8 * j + 8; c < 32", "c = 8 * j + 12; c < 32"),
+    ("iq2_changed", changed, "near = level[row];", ""),
 ]
 
 
@@ -39,7 +54,7 @@ def test_fault_is_caught(name, compute, old, new):
     assert_caught(name, compute, old, new)
 
 
-def test_it_has_two_faults():
+def test_every_kernel_has_two_faults():
     assert_two_each(FAULTS)
 
 
@@ -47,6 +62,8 @@ def test_it_has_two_faults():
 def test_texts_keep_apples_rules():
     with handed_to_metal() as handed:
         nearest()
+        searched()
+        changed()
     assert check(*dict(handed).values()) == []
 
 
@@ -71,6 +88,20 @@ def test_odd_values_are_stored_as_by_the_reference():
             got = iq2_nearest.by_kernel(mx.array(x), scale, w)
         for a, b in zip(got, want, strict=True):
             np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("search", [searched, changed])
+def test_what_a_group_is_stored_as_is_stored(search):
+    """Values are those of the codes to the bit, whatever moved."""
+    with on_metal():
+        got = search()
+    level, points, values = (pair[0] for pair in got[:3])
+    points, scale = np.array(points).astype(np.uint32), np.array(2 * level + 1)
+    levels = np.array(iq2_nearest.grid_levels())[points & 255].reshape(-1, 32)
+    minus = points[..., None] >> np.arange(8, 16) & 1
+    signed = np.where(minus.reshape(-1, 32), -levels, levels) * scale
+    share = np.array(values) / signed  # the scale d of a row
+    np.testing.assert_allclose(share, np.broadcast_to(share[:, :1], share.shape), rtol=1e-6)
 
 
 def test_feedback_by_kernel():

@@ -18,7 +18,56 @@ from ds4mlx.formats.iq import iq2_grid
 
 THREADS = 256  # each has an eight
 
-STORE8 = """
+# The grid in threadgroup memory, and the weighted squares of its points for every place of an eight.
+POINTS = """
+inline void stage(const device float* levels, const threadgroup float* w, uint places,
+                  threadgroup float4* table, threadgroup float* sizes, uint own, uint threads) {
+  for (uint point = own; point < 256; point += threads) {
+    float level[8];
+    load8(levels + 8 * point, level);
+    for (uint place = 0; place < places; place++) {
+      float size = 0;
+      for (uint i = 0; i < 8; i++) size = fma(w[8 * place + i] * level[i], level[i], size);
+      sizes[places * point + place] = size;
+    }
+    for (uint half = 0; half < 2; half++) {
+      float4 q;
+      q.x = level[4 * half]; q.y = level[4 * half + 1];
+      q.z = level[4 * half + 2]; q.w = level[4 * half + 3];
+      table[2 * point + half] = q;
+    }
+  }
+}
+// The code of what is stored of an eight v, and its values. `sizes`: those of its place.
+inline uint nearest(const threadgroup float4* table, const threadgroup float* sizes, uint places,
+                    const threadgroup float* w, float s, thread const float* v, thread float* values) {
+  uint minus = 0, odd = 0, weakest = 0, best = 0;
+  float least = INFINITY, u[8];
+  for (uint i = 0; i < 8; i++) {
+    uint below = v[i] < 0.0f;
+    minus |= below << i;
+    odd ^= below;
+    float matters = w[i] * v[i] * v[i];
+    if (matters < least) { least = matters; weakest = i; }
+  }
+  minus ^= odd << weakest;
+  for (uint i = 0; i < 8; i++) u[i] = v[i] * (((minus >> i) & 1u) ? 2.0f : -2.0f) * w[i];
+  least = INFINITY;
+  for (uint point = 0; point < 256; point++) {
+    float4 a = table[2 * point], b = table[2 * point + 1];
+    float cost = s * sizes[places * point];
+    cost = fma(a.x, u[0], cost); cost = fma(a.y, u[1], cost);
+    cost = fma(a.z, u[2], cost); cost = fma(a.w, u[3], cost);
+    cost = fma(b.x, u[4], cost); cost = fma(b.y, u[5], cost);
+    cost = fma(b.z, u[6], cost); cost = fma(b.w, u[7], cost);
+    if (cost < least) { least = cost; best = point; }
+  }
+  float4 a = table[2 * best], b = table[2 * best + 1];
+  values[0] = a.x; values[1] = a.y; values[2] = a.z; values[3] = a.w;
+  values[4] = b.x; values[5] = b.y; values[6] = b.z; values[7] = b.w;
+  for (uint i = 0; i < 8; i++) values[i] *= ((minus >> i) & 1u) ? -s : s;
+  return best | minus << 8;
+}
 inline void store8(device float* p, thread const float* v) {
   for (int i = 0; i < 2; i++) {
     float4 q;
@@ -31,51 +80,18 @@ inline void store8(device float* p, thread const float* v) {
 BODY = """
     threadgroup float4 table[512];
     threadgroup float sizes[256 * PLACES];
+    threadgroup float weights[8 * PLACES];
     uint own = thread_index_in_threadgroup, at = threadgroup_position_in_grid.x * THREADS + own;
-    for (uint point = own; point < 256; point += THREADS) {
-        float level[8];
-        load8(levels + 8 * point, level);
-        for (uint place = 0; place < PLACES; place++) {
-            float size = 0;
-            for (uint i = 0; i < 8; i++) size = fma(w[8 * place + i] * level[i], level[i], size);
-            sizes[PLACES * point + place] = size;
-        }
-        for (uint half = 0; half < 2; half++) {
-            float4 q;
-            q.x = level[4 * half]; q.y = level[4 * half + 1];
-            q.z = level[4 * half + 2]; q.w = level[4 * half + 3];
-            table[2 * point + half] = q;
-        }
-    }
+    for (uint i = own; i < 8 * PLACES; i += THREADS) weights[i] = w[i];
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    stage(levels, weights, PLACES, table, sizes, own, THREADS);
     threadgroup_barrier(mem_flags::mem_threadgroup);
     if (at >= uint(x_shape[0])) return;
-    uint place = at % PLACES, minus = 0, odd = 0, weakest = 0;
-    float v[8], least = INFINITY, s = scale[at / PLACES];
+    uint place = at % PLACES;
+    float v[8], found[8];
     load8(x + 8 * at, v);
-    for (uint i = 0; i < 8; i++) {
-        uint below = v[i] < 0.0f;
-        minus |= below << i;
-        odd ^= below;
-        float matters = w[8 * place + i] * v[i] * v[i];
-        if (matters < least) { least = matters; weakest = i; }
-    }
-    minus ^= odd << weakest;
-    for (uint i = 0; i < 8; i++) v[i] *= (((minus >> i) & 1u) ? 2.0f : -2.0f) * w[8 * place + i];
-    uint best = 0;
-    least = INFINITY;
-    for (uint point = 0; point < 256; point++) {
-        float4 a = table[2 * point], b = table[2 * point + 1];
-        float cost = s * sizes[PLACES * point + place];
-        cost = fma(a.x, v[0], cost); cost = fma(a.y, v[1], cost);
-        cost = fma(a.z, v[2], cost); cost = fma(a.w, v[3], cost);
-        cost = fma(b.x, v[4], cost); cost = fma(b.y, v[5], cost);
-        cost = fma(b.z, v[6], cost); cost = fma(b.w, v[7], cost);
-        if (cost < least) { least = cost; best = point; }
-    }
-    codes[at] = best | minus << 8;
-    load8(levels + 8 * best, v);
-    for (uint i = 0; i < 8; i++) v[i] *= ((minus >> i) & 1u) ? -s : s;
-    store8(values + 8 * at, v);
+    codes[at] = nearest(table, sizes + place, PLACES, weights + 8 * place, scale[at / PLACES], v, found);
+    store8(values + 8 * at, found);
 """
 
 
@@ -83,7 +99,7 @@ BODY = """
 def kernel() -> Kernel:
     """The kernel; the number of weights is a template argument."""
     inputs, outputs = ["x", "scale", "w", "levels"], ["codes", "values"]
-    return Kernel("iq2_nearest", inputs, outputs, BODY, LOAD8 + STORE8)
+    return Kernel("iq2_nearest", inputs, outputs, BODY, LOAD8 + POINTS)
 
 
 @lru_cache(maxsize=1)

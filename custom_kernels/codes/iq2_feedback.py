@@ -1,8 +1,9 @@
-"""The searches of IQ2_XXS with error feedback, for one group of all rows at a time.
+"""The searches of IQ2_XXS with error feedback, for one group of 32 columns of all rows at a time.
 
 In the first pass a group's scale level is searched among nine around its size; for each the four
 eights snap in turn, and what one gets wrong is made good by those behind it. In the descent eights snap
 to where the gradient vanishes: all four at once, with the level or one beside it, then each by itself.
+Each search is a launch, in which a thread has a row with one of its levels.
 """
 
 from functools import cache
@@ -10,20 +11,41 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from ds4mlx.convert.feedback import GROUP
-from ds4mlx.convert.fitting import nearest, safe_divide
-from ds4mlx.convert.quantise_iq2 import TOP_LEVEL
-from ds4mlx.custom_kernels.codes.iq2_nearest import grid_levels, nearest_points
+from ds4mlx.custom_kernels import dispatch
+from ds4mlx.custom_kernels.codes.iq2_feedback_text import CHANGED, HEADER, SEARCHED
+from ds4mlx.custom_kernels.codes.iq2_nearest import POINTS, grid_levels, nearest_points
+from ds4mlx.custom_kernels.codes.tables import bits
+from ds4mlx.custom_kernels.dialect import Kernel
+from ds4mlx.custom_kernels.words import LOAD8
 
-# Scale levels that are tried, from the one that the size of a group suggests.
-AROUND = 4
+GROUP = 32
+TOP_LEVEL = 15
+# Scale levels that are tried around the one that the size of a group suggests, and around a stored one.
+AROUND, BESIDE = 4, 1
+# Threads of a threadgroup.
+SEARCHING, CHANGING = 128, 96
 EIGHTS = [slice(a, a + 8) for a in range(0, GROUP, 8)]
+
+SEARCHED_KERNEL = Kernel(
+    "iq2_searched",
+    ["x", "d", "root", "inverse", "levels"],
+    ["found", "points", "values", "errors"],
+    SEARCHED,
+    LOAD8 + POINTS + HEADER,
+)
+CHANGED_KERNEL = Kernel(
+    "iq2_changed",
+    ["level", "points", "values", "g", "d", "h", "inverse", "eighths", "levels"],
+    ["new_level", "new_points", "new_values"],
+    CHANGED,
+    LOAD8 + POINTS + HEADER,
+)
 
 
 class Codes(NamedTuple):
     """How groups of 32 are stored, and the values that this stands for.
 
-    level (R,), points and signs as `nearest_points` gives them (R, 4), values (R, 32).
+    level float32 (R,), points and signs as `nearest_points` gives them (R, 4), values (R, 32).
     """
 
     level: mx.array
@@ -38,10 +60,78 @@ def typical() -> float:
 
 
 def searched(x: mx.array, d: mx.array, root: mx.array, inverse: mx.array) -> tuple[Codes, mx.array]:
-    """Codes of groups x (R, 32) for scales d (R,), and their errors times the root's block (R, 32).
+    """Codes of groups x float32 (R, 32) for scales d (R,), and their errors times the root's block (R, 32).
 
-    root, inverse (32, 32): the group's own blocks of both.
+    root, inverse (32, 32): the group's own blocks of both, upper triangular.
     """
+    suits = dispatch.active(x, "iq2_searched")
+    return (searched_by_kernel if suits else searched_plain)(x, d, root, inverse)
+
+
+def changed(
+    old: Codes, g: mx.array, d: mx.array, h: mx.array, inverse: mx.array, eighths: mx.array
+) -> Codes:
+    """The codes of a group, better ones where there are any.
+
+    First all of it moves, with the level or one beside it, then one eight after another. g (R, 32):
+    the gradient; h, inverse (32, 32): the group's block of H and its inverse; eighths (4, 8, 8): the
+    inverses of the blocks in that.
+    """
+    suits = dispatch.active(g, "iq2_changed")
+    return (changed_by_kernel if suits else changed_plain)(old, g, d, h, inverse, eighths)
+
+
+def searched_by_kernel(
+    x: mx.array, d: mx.array, root: mx.array, inverse: mx.array
+) -> tuple[Codes, mx.array]:
+    """`searched` in one launch."""
+    rows, floats = len(x), mx.float32
+    outputs = [
+        ((rows,), floats),
+        ((rows, 4), mx.uint32),
+        ((rows, 32), floats),
+        ((rows, 32), floats),
+    ]
+    template = [("LEVELS", 2 * AROUND + 1), ("TOP", TOP_LEVEL), ("TYPICAL", bits(typical()))]
+    groups, more = _grid(rows, SEARCHING, 2 * AROUND + 1)
+    *codes, errors = SEARCHED_KERNEL(
+        [x, d, root, inverse, grid_levels()],
+        outputs,
+        groups=groups,
+        threads=SEARCHING,
+        template=template + more,
+    )
+    return Codes(*codes), errors
+
+
+def changed_by_kernel(
+    old: Codes, g: mx.array, d: mx.array, h: mx.array, inverse: mx.array, eighths: mx.array
+) -> Codes:
+    """`changed` in one launch."""
+    groups, more = _grid(len(g), CHANGING, 2 * BESIDE + 1)
+    return Codes(
+        *CHANGED_KERNEL(
+            [*old, g, d, h, inverse, eighths, grid_levels()],
+            [(each.shape, each.dtype) for each in old],
+            groups=groups,
+            threads=CHANGING,
+            template=[("LEVELS", 2 * BESIDE + 1), ("TOP", TOP_LEVEL), *more],
+        )
+    )
+
+
+def _grid(
+    rows: int, threads: int, levels: int
+) -> tuple[tuple[int, int, int], list[tuple[str, int]]]:
+    """Threadgroups for rows, of each of which so many levels are tried, and what the text is told."""
+    each = threads // levels
+    return (-(-rows // each), 1, 1), [("THREADS", threads), ("EACH", each)]
+
+
+def searched_plain(
+    x: mx.array, d: mx.array, root: mx.array, inverse: mx.array
+) -> tuple[Codes, mx.array]:
+    """`searched` by MLX's own operations."""
     squares = mx.square(root)
     weights = mx.stack([squares[own, own].sum(-1) for own in EIGHTS])
     level = levels_near(x, d, weights.reshape(-1))
@@ -63,8 +153,9 @@ def searched(x: mx.array, d: mx.array, root: mx.array, inverse: mx.array) -> tup
 
 def levels_near(x: mx.array, d: mx.array, weights: mx.array) -> mx.array:
     """Levels (R, 9) around the ones that give the grid the size of x (R, 32)."""
-    rms = mx.sqrt((mx.square(x) @ weights) / weights.sum())
-    middle = nearest(0.5 * (safe_divide(rms, d * typical()) - 1), TOP_LEVEL)
+    rms, size = mx.sqrt((mx.square(x) @ weights) / weights.sum()), d * typical()
+    share = mx.where(size == 0, 0.0, rms / mx.where(size == 0, 1.0, size))
+    middle = mx.clip(mx.round(0.5 * (share - 1)), 0, TOP_LEVEL)
     return mx.clip(middle[:, None] + mx.arange(-AROUND, AROUND + 1), 0, TOP_LEVEL)
 
 
@@ -74,15 +165,10 @@ def chosen(candidates: mx.array, best: mx.array) -> mx.array:
     return mx.take_along_axis(candidates, index, axis=1)[:, 0]
 
 
-def changed(
+def changed_plain(
     old: Codes, g: mx.array, d: mx.array, h: mx.array, inverse: mx.array, eighths: mx.array
 ) -> Codes:
-    """The codes of a group, better ones where there are any.
-
-    First all of it moves, with the level or one beside it, then one eight after another. g (R, 32):
-    the gradient; h, inverse (32, 32): the group's block of H and its inverse; eighths (4, 8, 8): the
-    inverses of the blocks in that.
-    """
+    """`changed` by MLX's own operations."""
     new = _group_moved(old, g, d, h, inverse)
     g = mx.addmm(g, new.values - old.values, h, alpha=-1)
     return _eights_moved(new, g, d, h, eighths)
@@ -90,7 +176,7 @@ def changed(
 
 def _group_moved(old: Codes, g: mx.array, d: mx.array, h: mx.array, inverse: mx.array) -> Codes:
     """The eights snap to where the gradient vanishes, all at once, where that is better."""
-    near = mx.clip(old.level[:, None] + mx.arange(-1, 2), 0, TOP_LEVEL)
+    near = mx.clip(old.level[:, None] + mx.arange(-BESIDE, BESIDE + 1), 0, TOP_LEVEL)
     goal = mx.addmm(old.values, g, inverse).reshape(-1, 1, 4, 8)
     goal = mx.broadcast_to(goal, (*near.shape, 4, 8))
     points, values = nearest_points(goal, d[:, None] * (2 * near + 1), mx.diag(h).reshape(4, 8))
