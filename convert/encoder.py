@@ -20,9 +20,9 @@ from ds4mlx.weights.inventory import Entry, experts
 CHUNK = 32 << 20
 TILE = 128
 NOTHING_LOST = Loss()
-# Weights of a stack of experts that are rounded together where they share second moments: 1 GiB of
-# float32 on a GPU, for which a matrix of Flash alone would be too many launches.
-CPU_STACK, GPU_STACK = 1 << 20, 1 << 28
+# Weights of a stack of experts that are rounded together where they share second moments: on a GPU two
+# matrices of Flash, as the launches for one are too small.
+CPU_STACK, GPU_STACK = 1 << 20, 1 << 24
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ wrong is made good, as far as the inputs of columns go together, by those not ro
 then changes groups and scales one at a time where it helps. What a format can store is a `Rounding`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Protocol
 
 import mlx.core as mx
@@ -39,6 +39,25 @@ class Moment:
     root: mx.array
     inverse: mx.array
 
+    @cached_property
+    def own(self) -> list[mx.array]:
+        """The blocks of 32 on H's diagonal, as arrays of their own, which no kernel has to copy."""
+        return _pieces(self.h[at, at] for at in _groups(self.h))
+
+    @cached_property
+    def beside(self) -> list[mx.array]:
+        """The same with all columns of their blocks of 256, (32, 256)."""
+        return _pieces(self.h[at, _block(at)] for at in _groups(self.h))
+
+    @cached_property
+    def roots(self) -> list[tuple[mx.array, mx.array, mx.array]]:
+        """In the moment's order of every group its own blocks of root and inverse, and the rest of the
+        inverse in its block of 256, (32, up to 224)."""
+        groups = _groups(self.h)
+        sides = (self.root[at, at] for at in groups), (self.inverse[at, at] for at in groups)
+        behind = (self.inverse[at, at.stop : _block(at).stop] for at in groups)
+        return list(zip(*map(_pieces, (*sides, behind)), strict=True))
+
     @classmethod
     def of(cls, sums: np.ndarray) -> "Moment":
         """From sums of x x^T over any number of inputs, (D, D).
@@ -57,6 +76,22 @@ class Moment:
         found = (h, inverses(h, GROUP), inverses(h, 8), root, inverted(root))
         h, groups, eighths, root, inverse = (mx.array(a.astype(np.float32)) for a in found)
         return cls(h, groups, eighths, order, root, inverse)
+
+
+def _groups(h: mx.array) -> list[slice]:
+    return [slice(a, a + GROUP) for a in range(0, len(h), GROUP)]
+
+
+def _block(group: slice) -> slice:
+    """The block of 256 that a group is in."""
+    start = group.start // BLOCK * BLOCK
+    return slice(start, start + BLOCK)
+
+
+def _pieces(slices: Iterable[mx.array]) -> list[mx.array]:
+    pieces = [mx.contiguous(each) for each in slices]
+    mx.eval(pieces)
+    return pieces
 
 
 def inverses(h: np.ndarray, side: int) -> np.ndarray:
@@ -114,12 +149,10 @@ def first_pass(w: mx.array, stored: Rounding, moment: Moment) -> None:
     for start in range(0, w.shape[1], BLOCK):
         panel, errors, end = rest[:, :BLOCK], [], start + BLOCK
         for a in range(start, end, GROUP):
-            own, k = slice(a, a + GROUP), int(moment.order[a // GROUP])
-            blocks = moment.root[own, own], moment.inverse[own, own]
-            errors.append(stored.round_group(k, panel[:, :GROUP], *blocks))
+            k, (root, inverse, behind) = int(moment.order[a // GROUP]), moment.roots[a // GROUP]
+            errors.append(stored.round_group(k, panel[:, :GROUP], root, inverse))
             mx.eval(errors[-2:-1])  # no more than a group ahead of the device: candidates are large
             if a + GROUP < end:
-                behind = moment.inverse[own, a + GROUP : end]
                 panel = mx.addmm(panel[:, GROUP:], errors[-1], behind, alpha=-1)
         if end < w.shape[1]:
             behind, error = moment.inverse[start:end, end:], mx.concatenate(errors, -1)
@@ -139,9 +172,9 @@ def descend(w: mx.array, stored: Rounding, moment: Moment) -> mx.array:
             own, before = slice(block * BLOCK, (block + 1) * BLOCK), stored.values(block)
             g, h = gradient[:, own], moment.h[own, own]
             for a in range(0, BLOCK, GROUP) if sweep else ():
-                at, k = slice(a, a + GROUP), (own.start + a) // GROUP
-                change = stored.change_group(k, g[:, at], h[at, at])
-                g = _after(mx.addmm(g, change, h[at], alpha=-1), g)
+                k = (own.start + a) // GROUP
+                change = stored.change_group(k, g[:, a : a + GROUP], moment.own[k])
+                g = _after(mx.addmm(g, change, moment.beside[k], alpha=-1), g)
             stored.refit(block, g, h)
             change = stored.values(block) - before
             gradient = _after(mx.addmm(gradient, change, moment.h[own], alpha=-1), gradient)
