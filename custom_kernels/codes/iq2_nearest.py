@@ -1,9 +1,9 @@
 """The grid points of IQ2_XXS nearest to given values, eight at a time, with signs that can be stored.
 
 A group of eight keeps its signs in seven bits, so that an odd number of minus signs is impossible:
-where the values have one, the sign that matters least is flipped. All 256 points are then compared. A
-kernel does both with the grid in threadgroup memory; by MLX's own operations every distance would go to
-memory and back.
+where the values have one, the sign that matters least is flipped. All 256 points are then compared.
+POINTS does both in a kernel, with the grid in threadgroup memory; by MLX's own operations every distance
+goes to memory and back.
 """
 
 from functools import lru_cache
@@ -11,12 +11,7 @@ from functools import lru_cache
 import mlx.core as mx
 import numpy as np
 
-from ds4mlx.custom_kernels import dispatch
-from ds4mlx.custom_kernels.dialect import Kernel
-from ds4mlx.custom_kernels.words import LOAD8
 from ds4mlx.formats.iq import iq2_grid
-
-THREADS = 256  # each has an eight
 
 # The grid in threadgroup memory, and the weighted squares of its points for every place of an eight.
 POINTS = """
@@ -77,30 +72,6 @@ inline void store8(device float* p, thread const float* v) {
 }
 """
 
-BODY = """
-    threadgroup float4 table[512];
-    threadgroup float sizes[256 * PLACES];
-    threadgroup float weights[8 * PLACES];
-    uint own = thread_index_in_threadgroup, at = threadgroup_position_in_grid.x * THREADS + own;
-    for (uint i = own; i < 8 * PLACES; i += THREADS) weights[i] = w[i];
-    threadgroup_barrier(mem_flags::mem_threadgroup);
-    stage(levels, weights, PLACES, table, sizes, own, THREADS);
-    threadgroup_barrier(mem_flags::mem_threadgroup);
-    if (at >= uint(x_shape[0])) return;
-    uint place = at % PLACES;
-    float v[8], found[8];
-    load8(x + 8 * at, v);
-    codes[at] = nearest(table, sizes + place, PLACES, weights + 8 * place, scale[at / PLACES], v, found);
-    store8(values + 8 * at, found);
-"""
-
-
-@lru_cache
-def kernel() -> Kernel:
-    """The kernel; the number of weights is a template argument."""
-    inputs, outputs = ["x", "scale", "w", "levels"], ["codes", "values"]
-    return Kernel("iq2_nearest", inputs, outputs, BODY, LOAD8 + POINTS)
-
 
 @lru_cache(maxsize=1)
 def grid_levels() -> mx.array:
@@ -112,17 +83,8 @@ def nearest_points(x: mx.array, scale: mx.array, w: mx.array) -> tuple[mx.array,
     """What is stored of eights x float32 (..., P, 8), and the values that this stands for, as x.
 
     scale float32 (...), at least 0; w float32 (P, 8): how much each value matters. A code, uint32
-    (..., P), is a point with a byte of signs above it. A point is nearest by the sum of w (x - s l)^2.
-    """
-    if dispatch.active(x, "iq2_nearest"):
-        return by_kernel(x, scale, w)
-    return plain(x, scale, w)
-
-
-def plain(x: mx.array, scale: mx.array, w: mx.array) -> tuple[mx.array, mx.array]:
-    """`nearest_points` by MLX's own operations.
-
-    Of w (v - s l)^2 only w s l^2 - 2 w v l tells points apart, as s >= 0.
+    (..., P), is a point with a byte of signs above it. A point is nearest by the sum of w (x - s l)^2,
+    of which only w s l^2 - 2 w x l tells points apart.
     """
     minus, v = even_signs(x, w)
     levels, points = grid_levels(), []
@@ -143,19 +105,6 @@ def even_signs(x: mx.array, w: mx.array) -> tuple[mx.array, mx.array]:
     weakest = mx.arange(8) == mx.argmin(w * x * x, axis=-1, keepdims=True)
     minus = mx.not_equal(minus, weakest & odd)
     return minus, mx.where(minus, -x, x)
-
-
-def by_kernel(x: mx.array, scale: mx.array, w: mx.array) -> tuple[mx.array, mx.array]:
-    """`nearest_points` in one launch."""
-    count = x.size // 8
-    codes, values = kernel()(
-        [x.reshape(count, 8), scale.reshape(-1), w, grid_levels()],
-        [((count,), mx.uint32), ((count, 8), mx.float32)],
-        groups=(-(-count // THREADS), 1, 1),
-        threads=THREADS,
-        template=[("PLACES", len(w)), ("THREADS", THREADS)],
-    )
-    return codes.reshape(x.shape[:-1]), values.reshape(x.shape)
 
 
 def signs_of(codes: mx.array) -> mx.array:

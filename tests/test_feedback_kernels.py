@@ -20,18 +20,13 @@ from ds4mlx.convert.feedback import Moment
 from ds4mlx.convert.quantise_fed import quantise_fed
 from ds4mlx.custom_kernels import dispatch
 from ds4mlx.custom_kernels.cases import searches as cases
-from ds4mlx.custom_kernels.codes import iq2_nearest
+from ds4mlx.custom_kernels.codes import iq2_feedback, iq2_nearest
 
-nearest, searched = partial(cases.nearest, 21, 4), partial(cases.searched, 67)
-changed = partial(cases.changed, 67)
+searched, changed = partial(cases.searched, 67), partial(cases.changed, 67)
 BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
 FAULTS = [
-    ("iq2_nearest", nearest, "odd << weakest", "odd"),
-    ("iq2_nearest", nearest, "at % PLACES", "0"),
-    ("iq2_nearest", nearest, "scale[at / PLACES]", "scale[0]"),
-    ("iq2_nearest", nearest, "fma(b.w, u[7], cost)", "fma(b.w, u[6], cost)"),
-    ("iq2_nearest", nearest, "(mem_flags::mem_threadgroup);", "(mem_flags::mem_none);"),
-    ("iq2_nearest", nearest, "if (at >= uint(x_shape[0])) return;", ""),
+    ("iq2_searched", searched, "odd << weakest", "odd"),
+    ("iq2_searched", searched, "fma(b.w, u[7], cost)", "fma(b.w, u[6], cost)"),
     ("iq2_searched", searched, "sizes + j, 4", "sizes, 4"),
     ("iq2_searched", searched, "k = 8 * j + 8; k < 32", "k = 8 * j + 9; k < 32"),
     ("iq2_searched", searched, "- float(LEVELS / 2)", "- float(LEVELS / 2 - 3)"),
@@ -61,7 +56,6 @@ def test_every_kernel_has_two_faults():
 @executor_only
 def test_texts_keep_apples_rules():
     with handed_to_metal() as handed:
-        nearest()
         searched()
         changed()
     assert check(*dict(handed).values()) == []
@@ -77,17 +71,19 @@ def test_all_that_is_stored_has_an_even_number_of_minuses():
 
 
 def test_odd_values_are_stored_as_by_the_reference():
-    """Zeros of either sign, weights of 0, values of any size, and scales of 0 or almost 0."""
-    x = np.random.default_rng(6).standard_normal((9, 1, 8)).astype(np.float32)
-    x[0], x[1], x[2, 0, 3] = 0.0, -0.0, -0.0
-    x[3, 0, 1], x[4, 0, 2], x[5, 0, 4] = 1e18, -1e18, 1e-30
-    scale = mx.array([1, 1, 1, 1, 1, 1, 0, 1e-45, np.inf], mx.float32)
-    for w in (mx.ones((1, 8)), mx.zeros((1, 8))):
-        want = iq2_nearest.plain(mx.array(x), scale, w)
+    """Zeros of either sign, values of any size, and scales of 0 or almost 0."""
+    x = np.random.default_rng(6).standard_normal((9, 32)).astype(np.float32)
+    x[0], x[1], x[2, 3] = 0.0, -0.0, -0.0
+    x[3, 1], x[4, 2], x[5, 4] = 1e12, -1e12, 1e-30
+    d = mx.array([1, 1, 1, 1, 1, 1, 0, 1e-45, 1e6], mx.float32)
+    _, root, inverse = cases.moment(2)
+    for factors in ((root, inverse), (mx.eye(32), mx.eye(32))):
+        want, error = iq2_feedback.searched_plain(mx.array(x), d, *factors)
         with on_metal():
-            got = iq2_nearest.by_kernel(mx.array(x), scale, w)
+            got, off = iq2_feedback.searched_by_kernel(mx.array(x), d, *factors)
         for a, b in zip(got, want, strict=True):
             np.testing.assert_array_equal(a, b)
+        np.testing.assert_allclose(off, error, rtol=1e-5, atol=1e-5 * np.abs(x).max())
 
 
 @pytest.mark.parametrize("search", [searched, changed])
