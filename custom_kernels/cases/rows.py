@@ -16,6 +16,7 @@ from ds4mlx.custom_kernels.products.columns import side_by_side
 EPS = 1e-6
 TOKENS_OF_A_STEP, NUMBER = 3, 1  # and which of them it is
 COMPRESSORS = {0: 0, 4: 2, 128: 1}
+SEED, EACH = 100, 5  # the first key, and keys of a compressor
 KEEP = {0: 255, 4: 135, 128: 255}  # settled projections; of the window as many as of ratio 128
 
 
@@ -66,24 +67,24 @@ def held_of(
     ratio: int, sizes: Sizes, token: Token, forms: Sequence[Form], dtype: mx.Dtype, seed: int
 ) -> Held:
     """What a state holds of a layer when a token comes. Rows of no token are NaN."""
-    keys = iter(range(seed, seed + 20))
 
-    def recent(keep: int, *row: int) -> mx.array:
+    def recent(key: int, keep: int, *row: int) -> mx.array:
         """Projections; NaN where there is no token yet, or any more."""
         places = mx.arange(token.settled - keep, token.settled + sizes.span)
         there = (places >= 0) & (places < token.position)
-        values = normal((keep + sizes.span, *row), mx.float32, next(keys))
+        values = normal((keep + sizes.span, *row), mx.float32, key)
         return mx.where(there.reshape(-1, *[1] * len(row)), values, mx.nan)
 
-    def packed(form: Form, count: int) -> mx.array:
-        return form.pack(normal((count, form.layout.width), dtype, next(keys)))
+    def packed(key: int, form: Form, count: int) -> mx.array:
+        return form.pack(normal((count, form.layout.width), dtype, key))
 
     lanes, tail = (2, sizes.tails[0]) if ratio == 4 else (1, sizes.tails[1])
-    befores, tails = [packed(forms[0], KEEP[0])], [packed(forms[0], sizes.span)]
-    for form in forms[: COMPRESSORS[ratio]]:
-        projections = recent(KEEP[ratio], 2, lanes * form.layout.width)
-        befores += [projections[: KEEP[ratio]], packed(form, 8)]
-        tails += [projections[KEEP[ratio] :], packed(form, tail)]
+    befores, tails = [packed(seed, forms[0], KEEP[0])], [packed(seed + 1, forms[0], sizes.span)]
+    for number, form in enumerate(forms[: COMPRESSORS[ratio]]):
+        key = seed + 5 + EACH * number
+        projections = recent(key, KEEP[ratio], 2, lanes * form.layout.width)
+        befores += [projections[: KEEP[ratio]], packed(key + 1, form, 8)]
+        tails += [projections[KEEP[ratio] :], packed(key + 2, form, tail)]
     own = joined(tails)
     pairs = zip(befores[1::2], own[1::2], befores[2::2], own[2::2], strict=True)
     poolings = [(Recent(old, near), Grown(full, far)) for old, near, full, far in pairs]
@@ -103,43 +104,35 @@ def operands(
     The token is the second of three, beside whose products stand others that nothing here reads; and so
     many tokens of other sequences, which are told to be one of the three.
     """
-    keys = iter(range(100, 200))
 
-    def some(*shape: int, scale: float = 1.0, dtype: mx.Dtype = mx.float32) -> mx.array:
-        return normal(shape, dtype, next(keys), scale)
+    def some(key: int, *shape: int, scale: float = 1.0, dtype: mx.Dtype = mx.float32) -> mx.array:
+        return normal(shape, dtype, SEED + key, scale)
 
     lanes, own_forms = 2 if ratio == 4 else 1, forms[: COMPRESSORS[ratio]]
     widths = [sizes.rank, sizes.width]
     widths += [lanes * form.layout.width for form in own_forms for _ in range(2)]
-    products = some(TOKENS_OF_A_STEP, sum(widths) + 4, scale=2.0)
+    products = some(2, TOKENS_OF_A_STEP, sum(widths) + 4, scale=2.0)
     latent, kv, *projections = side_by_side(products, widths)
     poolings = []
     for number, form in enumerate(own_forms):
         values, scores = projections[2 * number : 2 * number + 2]
-        bias = some(ratio, values.width, dtype=mx.bfloat16)
-        norm = 1 + some(form.layout.width, scale=0.2, dtype=dtype)
+        bias = some(3 + EACH * number, ratio, values.width, dtype=mx.bfloat16)
+        norm = 1 + some(4 + EACH * number, form.layout.width, scale=0.2, dtype=dtype)
         poolings.append(rows.Pooling(values, scores, bias, norm, form, form.layout.kind == "index"))
-    norms = [1 + some(n, scale=0.2, dtype=dtype) for n in (sizes.width, sizes.rank)]
+    last = 3 + EACH * len(own_forms)
+    norms = [
+        1 + some(last + i, n, scale=0.2, dtype=dtype)
+        for i, n in enumerate((sizes.width, sizes.rank))
+    ]
     turns = (TOKENS_OF_A_STEP, 4, 1, sizes.rope // 2)
     turns = mx.random.uniform(-3, 3, turns, key=mx.random.key(9))
     angles = mx.concatenate([mx.cos(turns), mx.sin(turns)], axis=2)
     tokens = [beside(token, number, ratio) for number in range(others + 1)]
     held = [
-        held_of(ratio, sizes, each, forms, dtype, 200 + 20 * n) for n, each in enumerate(tokens)
+        held_of(ratio, sizes, each, forms, dtype, SEED + 20 * n) for n, each in enumerate(tokens)
     ]
-    places = [
-        [
-            each.position,
-            each.settled,
-            each.rows,
-            each.rows,
-            (NUMBER + n) % TOKENS_OF_A_STEP,
-            0,
-            0,
-            0,
-        ]
-        for n, each in enumerate(tokens)
-    ]
+    told = [(each.position, each.settled, each.rows, each.rows) for each in tokens]
+    places = [[*own, (NUMBER + n) % TOKENS_OF_A_STEP, 0, 0, 0] for n, own in enumerate(told)]
     arrays = [kv, latent, *norms, poolings, held, mx.array(places, dtype=mx.int32), angles]
     return arrays, {"ratio": ratio, "form": forms[0], "eps": EPS, "dtype": dtype}
 
@@ -178,7 +171,7 @@ def unpacked(got: mx.array, want: mx.array, old: mx.array, form: Form) -> Pairs:
     a, b = form.unpack(got), form.unpack(want)
     if form.layout.kind == "plain":
         return [(stays, mx.ones_like(stays)), (a, b)]
-    return [(stays, mx.ones_like(stays)), stepped(a, b, form, a.shape[1] // 20)]
+    return [(stays, mx.ones_like(stays)), stepped(a, b, form, a.shape[1] // 30)]
 
 
 def stepped(a: mx.array, b: mx.array, form: Form, most: int) -> tuple[mx.array, mx.array]:
@@ -251,7 +244,7 @@ def timed(forms: Forms) -> Iterator[tuple[str, Callable[[int, mx.array], mx.arra
 
         def call(i: int, products: mx.array, arrays=arrays, options=options) -> mx.array:
             """The tails, from products."""
-            return rows.by_kernel(*over(products, arrays), **options).held[0].window.tail.array
+            return rows.by_kernel(*over(products, arrays), **options).held[0].array
 
         title = f"rows of ratio {ratio} at position {position}"
         moved = 4 * sum(tail.form.words for tail in arrays[5][0].tails)

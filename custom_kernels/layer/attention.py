@@ -156,23 +156,18 @@ def _seen(
     ratio, form = options["ratio"], options["form"]
     position = place[0] + mx.arange(-options["before"], 1)
     near = mx.clip(position - place[1] + len(window.old), 0, None)
-    values = [form.unpack(_all(window)[near])]
+    values = [form.unpack(window.value[near])]
     seen = [position >= 0]
     if rows is not None:
         capacity, done = len(rows.full), place[2 if ratio == 4 else 3]
         number = mx.arange(capacity + rows.tail.rows) if chosen is None else chosen
         lies = mx.where(number < done, number, capacity + number - done)
         there = mx.clip(lies, 0, capacity + rows.tail.rows - 1)
-        values.append(form.unpack(_all(rows)[there]))
+        values.append(form.unpack(rows.value[there]))
         seen.append(number >= 0 if chosen is not None else number < (place[0] + 1) // ratio)
     visible = mx.concatenate(seen)
     # Rows that are not seen may be anything, NaN as well.
     return mx.where(visible[:, None], mx.concatenate(values), 0), visible
-
-
-def _all(rows: Recent | Grown) -> mx.array:
-    """Those before the tail, and its own."""
-    return mx.concatenate([rows[0], rows.tail.value])
 
 
 def by_kernel(

@@ -73,6 +73,11 @@ class Recent(NamedTuple):
     old: mx.array
     tail: Tail
 
+    @property
+    def value(self) -> mx.array:
+        """Both in one array."""
+        return mx.concatenate([self.old, self.tail.value])
+
 
 class Grown(NamedTuple):
     """All rows: those settled in `full` (capacity, elements), the newer ones in the tail."""
@@ -80,12 +85,22 @@ class Grown(NamedTuple):
     full: mx.array
     tail: Tail
 
+    @property
+    def value(self) -> mx.array:
+        """Both in one array, the buffer with all the room that it has."""
+        return mx.concatenate([self.full, self.tail.value])
+
 
 class Held(NamedTuple):
     """What a state holds of a layer: its window, and of each compressor projections and rows."""
 
     window: Recent
     poolings: Sequence[tuple[Recent, Grown]]
+
+    @property
+    def array(self) -> mx.array:
+        """The array in which all its tails lie."""
+        return self.window.tail.array
 
     @property
     def tails(self) -> list[Tail]:

@@ -256,10 +256,10 @@ def _launched(
     lying = [
         array
         for each in given
-        for array in (each.window.tail.array, *(recent.old for recent, _ in each.poolings))
+        for array in (each.array, *(recent.old for recent, _ in each.poolings))
     ]
     outputs = [((tokens, rank), options["dtype"])] if tokens else []
-    outputs += [(own.window.tail.array.shape, mx.uint32) for own in given]
+    outputs += [(own.array.shape, mx.uint32) for own in given]
     pieces = sum(-(-tail.form.room // (WORDS * 32 * GROUPS)) for tail in held[0].tails)
     return kernel(options["ratio"], options["form"].layout.kind, kinds, tokens > 0, len(given))(
         [*inputs, *lying],

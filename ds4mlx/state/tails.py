@@ -7,7 +7,6 @@ nothing that can be asked of the state.
 
 from collections.abc import Iterator, Sequence
 from itertools import repeat
-from operator import is_, is_not
 
 import mlx.core as mx
 import numpy as np
@@ -21,8 +20,9 @@ from ds4mlx.state.step import Step
 
 def settle(state: DecodeState) -> None:
     """Have all layers in step, with room in every tail."""
-    if not (_in_tails(state) and _alike(state.recents)):
-        _begin(state)
+    torn = [layer for layer in state if not _whole(layer)]
+    if torn or not _alike(state.recents):
+        _begin(state, torn)
     elif state.recents[0].end - state.recents[0].settled == buffers.SPAN:
         pairs = [[part.buffer, part.newer] for part in state.recents]
         for part, buffer in zip(state.recents, _moved_up(pairs), strict=True):
@@ -32,12 +32,11 @@ def settle(state: DecodeState) -> None:
             _settle_rows(rows)
 
 
-def _begin(state: DecodeState) -> None:
-    """Have every layer's recent rows lie in buffers, and tails where a layer has not all of its own.
+def _begin(state: DecodeState, torn: Sequence[LayerState]) -> None:
+    """Have every layer's recent rows lie in buffers, and new tails where a layer has not all of its own.
 
     A tail that stays may hold compressed rows.
     """
-    torn = [layer for layer in state if not _whole(layer)]
     new = {id(part) for layer in torn for part in layer.parts}
     for rows in state.rows.values():
         if any(id(part) in new for part in rows):
@@ -99,16 +98,8 @@ def append(layers: Sequence[LayerState], tails: Sequence[mx.array], step: Step) 
         }
 
 
-def _in_tails(state: DecodeState) -> bool:
-    """Whether every part has its tail in the array of its layer's."""
-    tails = [layer.window.tail for layer in state.layers]
-    own = [array for layer, array in zip(state.layers, tails, strict=True) for _ in layer.parts]
-    there = all(map(is_not, tails, repeat(None)))
-    return there and all(map(is_, own, [part.tail for part in state.parts]))
-
-
 def _whole(layer: LayerState) -> bool:
-    """The same of one layer."""
+    """Whether every part of a layer has its tail in one array."""
     tails = layer.window.tail
     return tails is not None and all(part.tail is tails for part in layer.parts)
 

@@ -141,7 +141,7 @@ def _traced(
     for number, (layer, sequences) in enumerate(zip(model.layers, layers, strict=True)):
         carried, after = step_block(layer, carried, following(model, number), ids, sequences)
         for own, each in zip(tails, after, strict=True):
-            own.append(each.window.tail.array)
+            own.append(each.array)
     known = dense_known(model.head)
     logits = head(model, carried) if known else model.logits(carried.streams)
     return logits, carried.streams, tails
@@ -167,7 +167,7 @@ def _in_parts(
             sides = following(model, number), batch.ids, sequences
             carried, after = step_block(layer, carried, *sides)
             for span, state, each in zip(batch.spans, states, after, strict=True):
-                append([state[number]], [each.window.tail.array], span.step)
+                append([state[number]], [each.array], span.step)
     apart = listened() or not dense_known(model.head)
     logits = model.logits(carried.streams) if apart else head(model, carried)
     return logits, carried.streams
