@@ -9,7 +9,7 @@ import pytest
 from ds4mlx.config import ModelConfig
 from ds4mlx.custom_kernels.layer.plain import rotate
 from ds4mlx.model.batch import Batch, row_positions
-from ds4mlx.model.rope import Rotary, frequencies, rotary_tables
+from ds4mlx.model.rope import Rotary, frequencies, rotary_tables, step_angles
 from ds4mlx.state.step import Step
 
 FLASH = ModelConfig()
@@ -34,6 +34,16 @@ def test_angles_are_float32_products_with_full_range_reduction(position):
     for i, f in enumerate(frequencies(FLASH, True)):
         angle = float(np.float32(np.float32(position) * f))
         assert abs(cos[i] - math.cos(angle)) < 1e-7 and abs(sin[i] - math.sin(angle)) < 1e-7
+
+
+def test_angles_of_steps_are_those_of_tokens_and_rows():
+    """Of a token in both kinds of layers, and of the rows of ratio 4 and 128 to which it belongs."""
+    tables, positions = rotary_tables(FLASH), [0, 31, 32, 4095, 65_536, 1_048_575]
+    for position, got in zip(positions, step_angles(tables, positions), strict=True):
+        places = position, position, position // 4 * 4, position // 128 * 128
+        for ratio, place, angles in zip((0, 4, 4, 128), places, got, strict=True):
+            want = tables[ratio].angles(np.array([place]))
+            assert np.array_equal(angles, [np.array(each)[0] for each in want])
 
 
 def test_rotation_is_interleaved_on_the_last_channels_and_undone_by_its_inverse():

@@ -95,7 +95,7 @@ def test_bytes_moved_are_those_of_the_weights(q2):
 @pytest.mark.parametrize("position", [0, 4096, 1_048_575])
 def test_what_every_launch_is_told_lies_side_by_side(q2, position):
     """MLX would copy anything else for every launch that takes it."""
-    told = step_angles(q2._rotary, position)
+    told = step_angles(q2._rotary, [position])
     assert told.flags.c_contiguous and told.dtype == np.float32
     assert memoryview(begin(q2, mx.zeros((3,), mx.int32)).streams.view(mx.uint16)).c_contiguous
 

@@ -6,12 +6,17 @@ trigonometry is wrong at long contexts.
 """
 
 import math
+from collections.abc import Sequence
+from functools import lru_cache
 
 import mlx.core as mx
 import numpy as np
 
 from ds4mlx.config import ModelConfig
 from ds4mlx.custom_kernels.layer.plain import Angles
+
+# Positions for which the angles of steps are made at once, each of which is about to be needed.
+AT_ONCE = 32
 
 
 class Rotary:
@@ -30,22 +35,29 @@ class Rotary:
         return mx.array(cos), mx.array(sin)
 
 
-def turns(angle: np.ndarray) -> np.ndarray:
-    """cos and sin of angles float32 (...), float32 (2, ...)."""
+def turns(angle: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """cos and sin, float32, of angles float32."""
     angle = angle.astype(np.float64)
-    return np.stack([np.cos(angle), np.sin(angle)]).astype(np.float32)
+    return np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
 
 
-def step_angles(tables: dict[int, Rotary], position: int) -> np.ndarray:
-    """What a step of one token needs, float32 (4, 2, rope_dims / 2), cos and sin.
+def step_angles(tables: dict[int, Rotary], positions: Sequence[int]) -> np.ndarray:
+    """What a step of one token of each of B sequences needs, float32 (B, 4, 2, rope_dims / 2), cos and sin.
 
     The angles at its position in layers that do not compress, and in those that do; and in the latter
     at the first token of the rows of ratio 4 and of ratio 128 to which it belongs.
     """
-    places = position, position, position // 4 * 4, position // 128 * 128
-    frequencies = np.stack([tables[ratio].frequencies for ratio in (0, 4, 4, 128)])
-    angles = turns(np.array(places, np.float32)[:, None] * frequencies)
-    return np.ascontiguousarray(angles.swapaxes(0, 1))  # or every launch would make it so
+    kinds = tuple(tables[ratio] for ratio in (0, 4, 4, 128))
+    return np.array([_next_angles(kinds, p // AT_ONCE)[p % AT_ONCE] for p in positions])
+
+
+@lru_cache(maxsize=64)
+def _next_angles(kinds: tuple[Rotary, ...], number: int) -> np.ndarray:
+    """`step_angles` of AT_ONCE positions, the `number`-th so many of all."""
+    position = np.arange(number * AT_ONCE, (number + 1) * AT_ONCE)
+    places = np.stack([position, position, position // 4 * 4, position // 128 * 128], 1)
+    frequencies = np.stack([table.frequencies for table in kinds])
+    return np.stack(turns(places.astype(np.float32)[..., None] * frequencies), 2)
 
 
 def rotary_tables(config: ModelConfig) -> dict[int, Rotary]:

@@ -16,17 +16,15 @@ import mlx.core as mx
 from ds4mlx.config import ModelConfig
 from ds4mlx.errors import DataError
 from ds4mlx.state.boundaries import Boundaries
-from ds4mlx.state.buffers import SLACK, Recent, Rows
+from ds4mlx.state.buffers import SLACK
 from ds4mlx.state.changes import changes
 from ds4mlx.state.drafts import Drafts
 from ds4mlx.state.layer import LayerState
+from ds4mlx.state.parts import Parts
 from ds4mlx.state.record import layer_record, load_record, record_bytes, step_record
 from ds4mlx.state.rounding import Rounding
 from ds4mlx.state.row_forms import StateForm, row_bytes
 from ds4mlx.state.step import Step
-
-# Tokens to a compressed row, of the layers of each kind.
-RATIOS = (4, 128)
 
 # Boundary records kept in memory; longer sequences have them further apart.
 RECORDS = 32
@@ -69,7 +67,7 @@ class DecodeState:
 
     dtype and rounding are the model's. As the state passes multiples of 2,048 tokens, and the
     positions given to `add_boundary`, it makes boundary records, bytes (n,) by position.
-    `parts` are everything in the layers that grows: `recents`, and by ratio `rows`.
+    `parts` are everything in the layers that grows.
     `drafts` holds the draft blocks' states: rewinding, records and `nbytes` include them.
     `made_under` has the `changes` of the model under which any of its tokens were read.
     """
@@ -81,10 +79,7 @@ class DecodeState:
         self.boundaries = Boundaries()
         blocks = range(config.num_hidden_layers)
         self.layers = [LayerState(config, block, self.form) for block in blocks]
-        self.parts = [part for layer in self.layers for part in layer.parts]
-        self.recents = [part for part in self.parts if isinstance(part, Recent)]
-        rows = [part for part in self.parts if isinstance(part, Rows)]
-        self.rows = {ratio: [part for part in rows if part.ratio == ratio] for ratio in RATIOS}
+        self.parts = Parts(self.layers)
         self.drafts = Drafts(config, self.form)
         self.records: dict[int, mx.array] = {}  # without what they say of the drafts
         self.stored: Stored | None = None

@@ -7,6 +7,7 @@ bits, so that a row is few elements to gather.
 """
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Protocol
 
 import mlx.core as mx
@@ -201,6 +202,7 @@ class StateForm:
         return StateForm(kv, index)
 
 
+@cache  # asked for with every call of a model, to compare with those of its states
 def forms(
     width: int, index: int, rope: int, dtype: mx.Dtype, coded: bool
 ) -> tuple[RowForm, RowForm]:

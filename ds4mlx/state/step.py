@@ -5,7 +5,7 @@ leaves all of them as they were.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 
 import mlx.core as mx
@@ -19,34 +19,45 @@ class Step:
         self.boundaries = boundaries
         # What a record needs of a part of the state, by part and boundary.
         self.pieces: dict[tuple[object, int], mx.array] = {}
-        self.changes: list[tuple[object, str, object]] = []
+        # The changes, side by side: whose attribute of which name becomes what. No tuple of each is
+        # made, which would be a few hundred a token for Python to collect.
+        self.targets: list[object] = []
+        self.names: list[str] = []
+        self.values: list[object] = []
         self.arrays: list[mx.array] = []  # that the states will hold, for `mx.depends`
         # Begins to evaluate an array, and makes the changes so far, in a call that evaluates as it goes.
         self.submit: Callable[[mx.array], None] | None = None
 
     def change(self, target: object, **values: object) -> None:
         """Have attributes of `target` set when the step is done."""
-        self.changes += [(target, name, value) for name, value in values.items()]
+        self.targets += [target] * len(values)
+        self.names += values
+        self.values += values.values()
         self.arrays += [value for value in values.values() if isinstance(value, mx.array)]
+
+    def change_each(self, targets: Sequence[object], name: str, values: Sequence[object]) -> None:
+        """Have one attribute of every target set when the step is done, to a value of its own."""
+        self.targets += targets
+        self.names += [name] * len(targets)
+        self.values += values
 
     def clear(self) -> None:
         """Forget the changes, which were made."""
-        self.changes.clear()
-        self.arrays.clear()
+        for each in (self.targets, self.names, self.values, self.arrays):
+            each.clear()
 
     def cut(self) -> list[mx.array]:
         """Have the pieces of what the changes are of not hold the memory that they were cut from."""
-        targets = {id(target) for target, _, _ in self.changes}
+        targets = set(map(id, self.targets))
         own = [key for key in self.pieces if id(key[0]) in targets and self.pieces[key].size]
         self.pieces |= {key: mx.contiguous(self.pieces[key]) for key in own}
         return [self.pieces[key] for key in own]
 
 
-def commit(steps: Iterable[Step]) -> None:
+def commit(steps: Sequence[Step]) -> None:
     """Make all changes of all steps.
 
     One call into C, in which no handler of a signal runs: Ctrl-C comes before or after.
     """
-    changes = list(chain.from_iterable(step.changes for step in steps))
-    if changes:
-        deque(map(setattr, *zip(*changes, strict=True)), maxlen=0)
+    sides = zip(*[(step.targets, step.names, step.values) for step in steps], strict=True)
+    deque(map(setattr, *map(chain.from_iterable, sides)), maxlen=0)

@@ -6,28 +6,26 @@ nothing that can be asked of the state.
 """
 
 from collections.abc import Iterator, Sequence
-from itertools import repeat
+from typing import Any
 
 import mlx.core as mx
-import numpy as np
 
 from ds4mlx.custom_kernels.layer.buffers import Grown, Held, Recent, Tail, TailForm, begins
 from ds4mlx.state import buffers
-from ds4mlx.state.decode_state import RATIOS, DecodeState
+from ds4mlx.state.decode_state import DecodeState
 from ds4mlx.state.layer import LayerState
+from ds4mlx.state.parts import RATIOS, Parts
 from ds4mlx.state.step import Step
 
 
 def settle(state: DecodeState) -> None:
     """Have all layers in step, with room in every tail."""
-    torn = [layer for layer in state if not _whole(layer)]
-    if torn or not _alike(state.recents):
-        _begin(state, torn)
-    elif state.recents[0].end - state.recents[0].settled == buffers.SPAN:
-        pairs = [[part.buffer, part.newer] for part in state.recents]
-        for part, buffer in zip(state.recents, _moved_up(pairs), strict=True):
-            part.moved_up(buffer)
-    for rows in state.rows.values():
+    parts, first = state.parts, state.parts.recents[0]
+    if not _whole(state.layers) or not _alike(parts.recents):
+        _begin(state, [layer for layer in state if not _whole([layer])])
+    elif first.end - first.settled == buffers.SPAN:
+        _move_up(parts.recents)
+    for rows in parts.rows.values():
         if rows and (rows[0].full or not _alike(rows)):
             _settle_rows(rows)
 
@@ -38,31 +36,27 @@ def _begin(state: DecodeState, torn: Sequence[LayerState]) -> None:
     A tail that stays may hold compressed rows.
     """
     new = {id(part) for layer in torn for part in layer.parts}
-    for rows in state.rows.values():
+    for rows in state.parts.rows.values():
         if any(id(part) in new for part in rows):
             _settle_rows(rows)
-    for part in state.recents:
+    for part in state.parts.recents:
         part.settle()
     for layer in torn:
         layer.empty_tails()
 
 
-def place(state: DecodeState, number: int) -> np.ndarray:
-    """Where the next token stands, int32 (8,): its position, where the tails of what every token makes
-    begin, the number of the first row in those of ratio 4 and of ratio 128; its own among the tokens."""
-    firsts = (rows[0].settled if rows else 0 for rows in state.rows.values())
-    return np.array([state.offset, state.recents[0].settled, *firsts, number, 0, 0, 0], np.int32)
-
-
-def arrays_of(state: DecodeState) -> list[mx.array]:
-    """The tails of every layer of a settled state, then the buffers of all parts."""
-    arrays = [layer.window.tail for layer in state.layers]
-    arrays += [part.buffer for part in state.parts]
-    return [array for array in arrays if array is not None]
+def place(state: DecodeState, number: int, among: int = -1) -> list[int]:
+    """Where the next token stands, 8 words: its position, where the tails of what every token makes
+    begin, the number of the first row in those of ratio 4 and of ratio 128; its own among the tokens,
+    and among those that select rows."""
+    parts = state.parts
+    fours, others = (rows[0].settled if rows else 0 for rows in parts.rows.values())
+    return [state.offset, parts.recents[0].settled, fours, others, number, among, 0, 0]
 
 
 def held_in(arrays: Sequence[mx.array], poolings: Sequence[int]) -> Iterator[Held]:
-    """Of every layer what `arrays_of` a state gave, as kernels take it; each with so many compressors."""
+    """Of every layer the `arrays` of a settled state's parts, as kernels take them; each with so many
+    compressors."""
     lying = iter(arrays[len(poolings) :])
     for tails, count in zip(arrays, poolings, strict=False):
         window, *pooled = (next(lying) for _ in range(1 + 2 * count))
@@ -75,33 +69,33 @@ def held_in(arrays: Sequence[mx.array], poolings: Sequence[int]) -> Iterator[Hel
         yield Held(Recent(window, own[0]), pairs)
 
 
-def append(layers: Sequence[LayerState], tails: Sequence[mx.array], step: Step) -> None:
-    """Have layers of a state take new tails, with a row of each that the token completes.
+def append(parts: Parts, tails: Sequence[mx.array], step: Step) -> None:
+    """Have the parts take their layers' new tails, with a row of each that the token completes.
 
     Once a token for every part of every state: so it is done by few statements.
     """
-    parts = [part for layer in layers for part in layer.parts]
-    recents = [part for part in parts if isinstance(part, buffers.Recent)]
-    own = [array for layer, array in zip(layers, tails, strict=True) for _ in layer.parts]
+    own = parts.spread(tails)
     step.arrays += tails
-    step.changes += zip(parts, repeat("tail"), own)
-    step.changes += zip(recents, repeat("end"), repeat(step.end))
-    if step.end % min(RATIOS) == 0:
-        rows = (part for part in parts if isinstance(part, buffers.Rows))
-        full = (part for part in rows if step.end % part.ratio == 0)
-        step.changes += [(part, "count", part.count + 1) for part in full]
+    step.change_each(parts.every, "tail", own)
+    step.change_each(parts.recents, "end", [step.end] * len(parts.recents))
+    for ratio in RATIOS:
+        if step.end % ratio == 0:
+            rows = parts.rows[ratio]
+            step.change_each(rows, "count", [part.count + 1 for part in rows])
     if step.boundaries:
-        arrays = zip(parts, own, strict=True)
-        made = {part: array for part, array in arrays if isinstance(part, buffers.Recent)}
-        step.pieces |= {
-            (part, step.end): part.piece(array, step.end) for part, array in made.items()
-        }
+        made = zip(parts, own, strict=True)
+        recents = [(part, tail) for part, tail in made if isinstance(part, buffers.Recent)]
+        step.pieces |= {(part, step.end): part.piece(tail, step.end) for part, tail in recents}
 
 
-def _whole(layer: LayerState) -> bool:
-    """Whether every part of a layer has its tail in one array."""
-    tails = layer.window.tail
-    return tails is not None and all(part.tail is tails for part in layer.parts)
+def _whole(layers: Sequence[LayerState]) -> bool:
+    """Whether every layer has the tails of all its parts in one array; loops take Python the least time."""
+    for layer in layers:
+        tail = layer.window.tail
+        for part in layer.parts:
+            if tail is None or part.tail is not tail:
+                return False
+    return True
 
 
 def _alike(parts: Sequence[buffers.Part]) -> bool:
@@ -109,10 +103,21 @@ def _alike(parts: Sequence[buffers.Part]) -> bool:
     return len({part.settled for part in parts}) <= 1
 
 
+def _move_up(parts: Sequence[buffers.Recent]) -> None:
+    """Have the rows of full tails lie in buffers."""
+    moved = _moved_up([[part.buffer, part.tail, part.tail_at] for part in parts])
+    for part, buffer in zip(parts, moved, strict=True):
+        part.moved_up(buffer)
+
+
 @mx.compile
-def _moved_up(pairs: list[list[mx.array]]) -> list[mx.array]:
-    """Buffers that end with the rows of full tails."""
-    return [mx.concatenate([buffer[len(tail) :], tail]) for buffer, tail in pairs]
+def _moved_up(parts: list[list[Any]]) -> list[mx.array]:
+    """Buffers that end with the rows of full tails; of each: its own, the array of the tail, and from
+    which word on."""
+    forms = [TailForm((buffers.SPAN, *own.shape[1:]), own.dtype) for own, _, _ in parts]
+    each = zip(parts, forms, strict=True)
+    tails = [(own, Tail(array, begin, form).value) for (own, array, begin), form in each]
+    return [mx.concatenate([own[len(tail) :], tail]) for own, tail in tails]
 
 
 def _settle_rows(parts: Sequence[buffers.Rows]) -> None:

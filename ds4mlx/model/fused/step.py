@@ -3,11 +3,11 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import compress
 from operator import is_
 from typing import Any, Protocol
 
 import mlx.core as mx
-import numpy as np
 
 from ds4mlx.config import ModelConfig
 from ds4mlx.custom_kernels import dialect, dispatch
@@ -26,7 +26,8 @@ from ds4mlx.model.module import changes
 from ds4mlx.model.rope import Rotary, step_angles
 from ds4mlx.model.taps import listened
 from ds4mlx.state.decode_state import DecodeState
-from ds4mlx.state.tails import append, arrays_of, held_in, place, settle
+from ds4mlx.state.parts import Parts
+from ds4mlx.state.tails import append, held_in, place, settle
 
 # What a traced step gives: logits (B, vocab), streams (B, n, D), and of each sequence every layer's new tails.
 Traced = tuple[mx.array, mx.array, list[list[mx.array]]]
@@ -73,7 +74,7 @@ def step_outputs(
     """
     for state in states:
         settle(state)
-    held = [arrays_of(state) for state in states]
+    held = [state.parts.arrays for state in states]
     selects = [int(_selects(model, state)) for state in states]
     places = _places(model, states, selects)
     step = _compiled(model)
@@ -84,18 +85,19 @@ def step_outputs(
     _compare_first(model, step, states, sides)
     logits, streams, tails = step.call(*sides)
     for span, state, own in zip(batch.spans, states, tails, strict=True):
-        append(state.layers, own, span.step)
+        append(state.parts, own, span.step)
     return logits, streams
 
 
 def _places(model: Stepped, states: Sequence[DecodeState], selects: Sequence[int]) -> Places:
     """Where the next token of each state stands."""
-    angles = np.stack([step_angles(model._rotary, state.offset) for state in states])
-    every = np.stack([place(state, number) for number, state in enumerate(states)])
-    which = np.array(selects, bool)
-    every[:, 5] = np.where(which, which.cumsum() - 1, -1)
-    selecting = mx.array(every[which]) if which.any() else None
-    return Places(mx.array(every), selecting, mx.array(angles))
+    among = [sum(selects[:number]) if own else -1 for number, own in enumerate(selects)]
+    every = [place(state, number, among[number]) for number, state in enumerate(states)]
+    which, placed = list(compress(every, selects)), mx.array(every, mx.int32)
+    # Where all select, one array is both: to make another takes longer than the rest of this.
+    selecting = placed if which == every else mx.array(which, mx.int32) if which else None
+    angles = step_angles(model._rotary, [state.offset for state in states])
+    return Places(placed, selecting, mx.array(angles))
 
 
 def _selects(model: Stepped, state: DecodeState) -> bool:
@@ -120,8 +122,7 @@ def _compare_first(
     """Have the kernels of a step compared that never were here, since inside a trace nothing can be."""
     if dispatch.decided() is not None:
         return
-    sizes = tuple(max(len(part.arrays[0]) for part in state.parts) for state in states)
-    key = (sizes, *sides[-2])
+    key = (*(state.parts.capacity for state in states), *sides[-2])
     if key not in step.compared:
         prepare(lambda: _traced(model, *sides))
         step.compared.add(key)
@@ -167,7 +168,7 @@ def _in_parts(
             sides = following(model, number), batch.ids, sequences
             carried, after = step_block(layer, carried, *sides)
             for span, state, each in zip(batch.spans, states, after, strict=True):
-                append([state[number]], [each.array], span.step)
+                append(Parts([state[number]]), [each.array], span.step)
     apart = listened() or not dense_known(model.head)
     logits = model.logits(carried.streams) if apart else head(model, carried)
     return logits, carried.streams
