@@ -126,10 +126,15 @@ FAULTS = [
     ("dense_matvec_q8_0", of("q8_0", dtype=BF16), "codes(w >> 8)", "codes(w >> 4)"),
     ("dense_matvec_bf16", of("bf16"), "word(p, 2 * i + 1)", "word(p, 2 * i)"),
     ("dense_matvec_bf16", of("bf16"), "at -= parts * groups", "at -= parts - 1"),
-    ("dense_matvec_f16", of("f16"), "min(uint(t), tokens - 1) * stride", "0"),
+    ("dense_matvec_f16", of("f16"), "min(t, last) * stride", "0"),
     ("dense_matvec_f16", of("f16"), "simd_shuffle_xor(other, 1u << s)", "other"),
     ("dense_matvec_f32", many, "t < tokens && row0 + r < rows)", "true)"),
-    ("dense_matvec_f32", of("f32"), "c0 + 32 * u <= last ? scale[u][r] * sum[r][t]", "true ? 1.0f"),
+    (
+        "dense_matvec_f32",
+        of("f32"),
+        "c0 + 32 * u <= last ? k.scale[u][r] * sum[r][t]",
+        "true ? 1.0f",
+    ),
 ]
 
 
@@ -143,7 +148,7 @@ BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
 mx8, q8 = (partial(cases.products, BF16, [(kind, 37)], 1280, 5) for kind in ("mxfp8", "q8_0"))
 TILE_FAULTS = [
     ("dense_tiles_mxfp8", mx8, "(v >> (8 * u))", "(v >> 8)"),
-    ("dense_tiles_mxfp8", mx8, "upper, lower, c + SUBS", "upper, upper, c + SUBS"),
+    ("dense_tiles_mxfp8", mx8, "own, upper, lower, c + SUBS", "own, upper, upper, c + SUBS"),
     ("dense_tiles_mxfp8", mx8, BARRIER, ""),
     ("dense_tiles_q8_0", q8, "halves(v.y, s + 2)", "halves(v.x, s + 2)"),
     ("dense_tiles_q8_0", q8, "row >= rows || ", ""),

@@ -39,9 +39,15 @@ if (at < parts * groups) {{
   {struct} w;
   {planes}
   uint group = at / parts, row = (at % parts * SUBS + sub) * R + group * each;
-  if (row < (group + 1) * each)
-    product<{struct}, R, N, U, M>(w, x + group * columns, groups * columns, uint(x_shape[0]), out + begin,
-                                     every, row, (group + 1) * each, columns, lane);
+  if (row < (group + 1) * each) {{
+    Rows<X> own = {{x + group * columns, groups * columns, uint(x_shape[0]) - 1}};
+    uint rows = (group + 1) * each;
+    float y[M];
+    #pragma unroll
+    for (int i = 0; i < M; i++) y[i] = 0;
+    multiply_from<{struct}, R, N, U>(w, own, y, row, rows, columns, lane);
+    put<R, N, M>(y, own.last + 1, out + begin, every, row, rows, lane);
+  }}
   return;
 }}
 at -= parts * groups;
@@ -207,6 +213,7 @@ def by_kernel(matrices: Matrices, x: mx.array, dtype: mx.Dtype = mx.float32) -> 
         threads=32 * cut.subs,
         template=[
             ("GROUPED", len(grouped)),
+            *([] if tiled else [("X", x.dtype)]),
             *cut.template(),
         ],
     )[0]

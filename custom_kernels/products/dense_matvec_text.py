@@ -16,6 +16,13 @@ inline void load4(const device bfloat16_t* p, thread float* v) {
   uint2 q = *(const device uint2*)p;
   brains(q.x, v); brains(q.y, v + 2);
 }
+// Rows of activations, `stride` elements apart, four columns at a time; a row past the last is that.
+template <typename T> struct Rows {
+  const device T* first; uint stride, last;
+  inline void quad(uint t, uint i, thread float* v) const {
+    load4(first + min(t, last) * stride + 4 * i, v);
+  }
+};
 inline uint word(uint4 w, int i) { return i == 0 ? w.x : i == 1 ? w.y : i == 2 ? w.z : w.w; }
 // A scale of MXFP8: a power of two, or NaN.
 inline float power_or_nan(uint e) {
@@ -110,7 +117,7 @@ struct F32 {
 STRUCTS = {"mxfp8": "Mxfp8", "q8_0": "Q80", "bf16": "Bf16", "f16": "F16", "f32": "F32"}
 COLUMNS = {"mxfp8": 16, "q8_0": 16, "bf16": 8, "f16": 8, "f32": 4}  # of a piece
 
-# Rows row0 .. row0 + R - 1 of a matrix times N rows of x, `stride` elements apart.
+# Rows row0 .. row0 + R - 1 of a matrix times N rows of x.
 PRODUCT = """
 // The sums over all lanes of M values, a power of two: lane l < M gets that of value `which`.
 template <int M>
@@ -134,56 +141,69 @@ inline float totals(thread float* v, uint lane, thread uint& which) {
   for (uint b = M; b < 32; b *= 2) sum += simd_shuffle_xor(sum, b);
   return sum;
 }
-template <typename F, int R, int N, int U, int M, typename T, typename O>
-inline void product(F w, const device T* x, uint stride, uint tokens, device O* out, uint out_stride,
-                    uint row0, uint rows, uint all, uint lane) {
-  float y[M];
+// What a lane loads at a time: U pieces of each of R rows.
+template <int R, int U> struct Pieces { uint4 codes[U][R]; float scale[U][R]; };
+template <typename F, int R, int U>
+inline void fetch(thread Pieces<R, U>& k, F w, uint row0, uint rows, uint all, uint c0) {
+  uint last = all / F::COLUMNS - 1;
   #pragma unroll
-  for (int i = 0; i < M; i++) y[i] = 0;
-  uint pieces = all / F::COLUMNS, last = pieces - 1;
-  for (uint c0 = lane; c0 < pieces; c0 += 32 * U) {
-    uint4 p[U][R];
-    float scale[U][R];
+  for (int u = 0; u < U; u++) {
     #pragma unroll
-    for (int u = 0; u < U; u++) {
-      #pragma unroll
-      for (int r = 0; r < R; r++) {
-        uint row = min(row0 + r, rows - 1), c = min(c0 + 32 * u, last);
-        p[u][r] = w.load(row, c, all);
-        scale[u][r] = c0 + 32 * u <= last ? w.scale(row, c, all) : 0.0f;
-      }
-    }
-    #pragma unroll
-    for (int u = 0; u < U; u++) {
-      const device T* at = x + min(c0 + 32 * u, last) * F::COLUMNS;
-      float sum[R][N];
-      #pragma unroll
-      for (int q = 0; q < F::COLUMNS / 4; q++) {
-        float v[R][4];
-        #pragma unroll
-        for (int r = 0; r < R; r++) F::quad(p[u][r], q, v[r]);
-        #pragma unroll
-        for (int t = 0; t < N; t++) {
-          float a[4];
-          load4(at + min(uint(t), tokens - 1) * stride + 4 * q, a);
-          #pragma unroll
-          for (int r = 0; r < R; r++) {
-            float s = q ? sum[r][t] : 0.0f;
-            #pragma unroll
-            for (int i = 0; i < 4; i++) s = fma(v[r][i], a[i], s);
-            sum[r][t] = s;
-          }
-        }
-      }
-      // A piece past the end counts nothing, also where its product is no number.
-      #pragma unroll
-      for (int r = 0; r < R; r++) {
-        #pragma unroll
-        for (int t = 0; t < N; t++)
-          y[r * N + t] += c0 + 32 * u <= last ? scale[u][r] * sum[r][t] : 0.0f;
-      }
+    for (int r = 0; r < R; r++) {
+      uint row = min(row0 + r, rows - 1), c = min(c0 + 32 * u, last);
+      k.codes[u][r] = w.load(row, c, all);
+      k.scale[u][r] = c0 + 32 * u <= last ? w.scale(row, c, all) : 0.0f;
     }
   }
+}
+// y += products of a lane's pieces, the first of which is number c0 of a row.
+template <typename F, int R, int N, int U, typename X>
+inline void multiply(const thread Pieces<R, U>& k, X x, thread float* y, uint c0, uint all) {
+  uint last = all / F::COLUMNS - 1;
+  #pragma unroll
+  for (int u = 0; u < U; u++) {
+    uint first = min(c0 + 32 * u, last) * (F::COLUMNS / 4);
+    float sum[R][N];
+    #pragma unroll
+    for (int q = 0; q < F::COLUMNS / 4; q++) {
+      float v[R][4];
+      #pragma unroll
+      for (int r = 0; r < R; r++) F::quad(k.codes[u][r], q, v[r]);
+      #pragma unroll
+      for (int t = 0; t < N; t++) {
+        float a[4];
+        x.quad(t, first + q, a);
+        #pragma unroll
+        for (int r = 0; r < R; r++) {
+          float s = q ? sum[r][t] : 0.0f;
+          #pragma unroll
+          for (int i = 0; i < 4; i++) s = fma(v[r][i], a[i], s);
+          sum[r][t] = s;
+        }
+      }
+    }
+    // A piece past the end counts nothing, also where its product is no number.
+    #pragma unroll
+    for (int r = 0; r < R; r++) {
+      #pragma unroll
+      for (int t = 0; t < N; t++)
+        y[r * N + t] += c0 + 32 * u <= last ? k.scale[u][r] * sum[r][t] : 0.0f;
+    }
+  }
+}
+// y += products of all of a lane's pieces from number c0 of a row on.
+template <typename F, int R, int N, int U, typename X>
+inline void multiply_from(F w, X x, thread float* y, uint row0, uint rows, uint all, uint c0) {
+  for (; c0 < all / F::COLUMNS; c0 += 32 * U) {
+    Pieces<R, U> k;
+    fetch(k, w, row0, rows, all, c0);
+    multiply<F, R, N, U>(k, x, y, c0, all);
+  }
+}
+// Sums over the lanes, each to its place.
+template <int R, int N, int M, typename O>
+inline void put(thread float* y, uint tokens, device O* out, uint out_stride, uint row0, uint rows,
+                uint lane) {
   uint which = 0;
   float total = totals<M>(y, lane, which);
   uint r = which / N, t = which % N;

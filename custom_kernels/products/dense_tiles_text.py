@@ -66,33 +66,35 @@ inline void four_scales(Bf16, uint, uint, uint, thread float* s) {
 
 # Threadgroup's product of 16 rows: SUBS SIMD-groups take turns at 128 columns, and add up.
 PRODUCT = """
-struct Chunk { uint4 codes[2][4]; float scale[2][4]; };
+struct Chunk { uint4 codes[2][4], x[4]; float scale[2][4]; };
 // Of numbers that bfloat16 has room for.
 inline uint pair_of(float a, float b) {
   return (as_type<uint>(a) >> 16) | (as_type<uint>(b) & 0xffff0000u);
 }
 template <typename F>
-inline void fetch(thread Chunk& k, F w, uint upper, uint lower, uint c, uint all, uint q) {
+inline void fetch(thread Chunk& k, F w, const device bfloat16_t* x, uint upper, uint lower, uint c,
+                  uint all, uint q) {
   #pragma unroll
   for (uint u = 0; u < 4; u++) {
+    k.x[u] = ((const device uint4*)x)[16 * c + 4 * u];
     k.codes[0][u] = eight(w, upper, 16 * c + 4 * u + q, all);
     k.codes[1][u] = eight(w, lower, 16 * c + 4 * u + q, all);
   }
   four_scales(w, upper, c, all, k.scale[0]);
   four_scales(w, lower, c, all, k.scale[1]);
 }
-template <typename F, int SUBS, typename T, typename O>
-inline void tile(F w, const device T* x, uint stride, uint tokens, device O* out, uint out_stride,
+template <typename F, int SUBS, typename O>
+inline void tile(F w, const device bfloat16_t* x, uint stride, uint tokens, device O* out, uint out_stride,
                  uint row0, uint rows, uint all, threadgroup float* sums, uint sub, uint lane) {
   uint g = lane / 4, q = lane % 4, upper = min(row0 + g, rows - 1), lower = min(row0 + g + 8, rows - 1);
-  const device T* own = x + min(g, tokens - 1) * stride + 8 * q;
+  const device bfloat16_t* own = x + min(g, tokens - 1) * stride + 8 * q;
   float y[4] = {0, 0, 0, 0};
   uint chunks = all / 128;
   Chunk k;
-  if (sub < chunks) fetch(k, w, upper, lower, sub, all, q);
+  if (sub < chunks) fetch(k, w, own, upper, lower, sub, all, q);
   for (uint c = sub; c < chunks; c += SUBS) {
     Chunk next = k;
-    if (c + SUBS < chunks) fetch(next, w, upper, lower, c + SUBS, all, q);
+    if (c + SUBS < chunks) fetch(next, w, own, upper, lower, c + SUBS, all, q);
     #pragma unroll
     for (int u = 0; u < 4; u++) {
       float block[4] = {0, 0, 0, 0};
@@ -104,8 +106,7 @@ inline void tile(F w, const device T* x, uint stride, uint tokens, device O* out
         a[0] = pair_of(v[0], v[1]); a[1] = pair_of(v[2], v[3]);
         F::quad(k.codes[1][u], i, v);
         b[0] = pair_of(v[0], v[1]); b[1] = pair_of(v[2], v[3]);
-        load4(own + 128 * c + 32 * u + 4 * i, v);
-        at[0] = pair_of(v[0], v[1]); at[1] = pair_of(v[2], v[3]);
+        at[0] = word(k.x[u], 2 * i); at[1] = word(k.x[u], 2 * i + 1);
         multiply(block, a, b, at, lane);
       }
       #pragma unroll
