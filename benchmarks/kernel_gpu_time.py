@@ -18,16 +18,18 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
 from ds4mlx.bench.kernels import PAIRS, Experts
-from ds4mlx.custom_kernels.cases import dense_matvec
+from ds4mlx.custom_kernels.cases import dense_hyper, dense_matvec, hyper_dense
 from ds4mlx.custom_kernels.products import experts_down, experts_up
 
 LAUNCHES = 3
+DENSE = (dense_matvec, hyper_dense, dense_hyper)  # the cases of dense matrices
 METRICS = ("gpu__time_duration.sum", "dram__bytes_read.sum")
 UNITS = {
     "ns": 1e-9,
@@ -119,7 +121,7 @@ def summary(text: str) -> list[dict]:
 def launch(formats: str, combinations: list[tuple[int, int]]) -> None:
     """Each decode kernel a few times, one launch at a time."""
     if not formats:
-        for _, call, x, _ in dense_matvec.timed():
+        for _, call, x, _ in chain(*(cases.timed() for cases in DENSE)):
             for i in range(LAUNCHES):
                 mx.eval(call(i, x))
     for module, call in launches(formats.split(",") if formats else []):

@@ -189,8 +189,8 @@ many = partial(cases.many, F32, 296, 33)
 BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
 FAULTS = [
     ("hyper_in", before, "sum += partial[", "sum = partial["),
-    ("hyper_in", before, f"scale[0], pre_base = base[lane & 3];\n    {BARRIER}", "scale[0], pre_base = base[lane & 3];"),
-    ("hyper_in", before, "8 * j + e % 8", "8 * (3 - j) + e % 8"),
+    ("hyper_in", before, f"{BARRIER}\n    float mix", "float mix"),
+    ("hyper_in", before, "x[4 * i + j].values", "x[4 * i + 3 - j].values"),
     ("hyper_in", before, "base[4 + four]", "base[four]"),
     ("hyper_in", before, "k[4 * i + 3] * column[3]", "k[4 * i + 3] * column[2]"),
     ("hyper_in", short, "n = 1; n < ITER", "n = 2; n < ITER"),

@@ -100,7 +100,7 @@ FAULTS = [
     ("experts_down_q4_k", down("q4_k"), "(c & 2u) != 0", "(c & 1u) != 0"),
     ("experts_down_q4_k", down("q4_k"), "(p.mins >> (8 * h))", "(p.mins >> (8 - 8 * h))"),
     ("experts_down_mxfp4", down("mxfp4"), "(w >> 3)", "(w >> 2)"),
-    ("experts_down_mxfp4", down("mxfp4"), "row0 + r < WIDTH) routed", "true) routed"),
+    ("experts_down_mxfp4", down("mxfp4"), "row0 + r < WIDTH) PUT_ROUTED", "true) PUT_ROUTED"),
     (
         "experts_up_iq2_xxs_bytes",
         up8("iq2_xxs"),

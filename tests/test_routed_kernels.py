@@ -190,7 +190,7 @@ FAULTS = [
     ("routed_down_q2_k", down, "hidden_of<T>(g.y, u.y, limit)", "hidden_of<T>(g.y, u.x, limit)"),
     ("routed_down_q2_k", down, "t * ALL + UPS_AT", "t * ALL + GATES_AT"),
     ("routed_up_q4_k", hashed, "* ALL + LOGITS_AT", "* EXPERTS"),
-    ("routed_down_q2_k", down, "shared[t * WIDTH + row0 + r]", "shared[row0 + r]"),
+    ("routed_down_q2_k", down, "shared[(t) * WIDTH + (row)]", "shared[row]"),
     ("routed_down_q2_k", down, "part %= PARTS;", ""),
     ("routed_down_q2_k", down, "token = part / PARTS", "token = 0"),
     ("routed_down_q2_k", down, "j % quads) * pieces + j / quads", "j % quads) * pieces"),

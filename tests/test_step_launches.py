@@ -61,10 +61,10 @@ def recorded(model, states, target: Target = "metal"):
 
 
 @pytest.mark.parametrize("target", ["metal", "cuda"])
-def test_at_most_sixteen_launches_a_layer(q2, target):
+def test_at_most_twelve_launches_a_layer(q2, target):
     for tokens in (100, 4096, 1_000_000):
         launches, others = recorded(q2, [after(q2, tokens)], target)
-        assert (len(launches) + len(others)) / len(q2.layers) <= 16
+        assert (len(launches) + len(others)) / len(q2.layers) <= 12
 
 
 @pytest.mark.parametrize("tokens", [4096, 1_000_000])
@@ -102,16 +102,19 @@ def test_what_every_launch_is_told_lies_side_by_side(q2, position):
 
 @pytest.mark.parametrize("target", ["metal", "cuda"])
 def test_launches_of_several_sequences(q2, target):
-    """One for all of them, but for what is added to states, which is one for four."""
+    """One for all of them, but for what is added to states, which is one for four. What comes before
+    and after both sublayers are launches of their own, where one sequence has them with products."""
     one, four, eight = (
         recorded(q2, [after(q2, 4096) for _ in range(n)], target)[0] for n in (1, 4, 8)
     )
-    assert len(four) == len(one)
-    assert len(eight) == len(one) + len(q2.layers)
+    assert len(four) == len(one) + 4 * len(q2.layers)
+    assert len(eight) == len(four) + len(q2.layers)
     names = [Counter(launch.name.partition("_x")[0] for launch in each) for each in (one, eight)]
+    for name in ("hyper_in", "hyper_out", "hyper_out_two"):
+        assert names[1][name] and not names[0][name]
     for name in ("attention_share", "index_scores_coded"):
         assert names[1][f"{name}_8"] == names[0][name] > 0
-    for name in ("attention_merge", "index_select", "hyper_in"):
+    for name in ("attention_merge", "index_select"):
         assert names[1][name] == names[0][name] > 0
 
 

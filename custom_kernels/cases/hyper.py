@@ -34,7 +34,7 @@ def partials(streams: mx.array, fn: mx.array) -> mx.array:
     return mx.stack(parts, axis=1)
 
 
-def _norm(width: int, dtype: mx.Dtype) -> mx.array:
+def norm_of(width: int, dtype: mx.Dtype) -> mx.array:
     return (1 + normal((width,), F32, 5, 0.3)).astype(dtype)
 
 
@@ -49,7 +49,7 @@ def before(
     """steep: of the weights between streams before Sinkhorn's iterations."""
     streams, fn = normal((tokens, STREAMS, width), dtype, 4, scale), fn_of(MIXES, width)
     weights = normal((MIXES,), F32, 2, steep), normal((3,), F32, 3)
-    norm, options = _norm(width, dtype), {"iterations": iterations, **EPS}
+    norm, options = norm_of(width, dtype), {"iterations": iterations, **EPS}
     got = hyper_in.by_kernel(streams, partials(streams, fn), *weights, norm, **options)
     want = before_sublayer(streams.astype(F32), fn, *weights, norm, **options)
     return list(zip(got, want, strict=True))
@@ -57,12 +57,12 @@ def before(
 
 def many(dtype: mx.Dtype, width: int, tokens: int, scale: float = 1.0) -> Pairs:
     streams, fn = normal((tokens, STREAMS, width), dtype, 1, scale), fn_of(MIXES, width)
-    return _mixed(hyper_before.mixes(streams, fn), streams, fn)
+    return mixed(hyper_before.mixes(streams, fn), streams, fn)
 
 
 def head(dtype: mx.Dtype, width: int, tokens: int, scale: float = 1.0) -> Pairs:
     streams, fn = normal((tokens, STREAMS, width), dtype, 4, scale), fn_of(STREAMS, width)
-    base, by, norm = normal((STREAMS,), F32, 2), normal((1,), F32, 3), _norm(width, dtype)
+    base, by, norm = normal((STREAMS,), F32, 2), normal((1,), F32, 3), norm_of(width, dtype)
     got = head_in.by_kernel(streams, partials(streams, fn), base, by, norm, **EPS)
     pre = mx.sigmoid(project(streams, fn, EPS["norm_eps"]) * by + base) + EPS["eps"]
     return [(got, rms_norm(collapse(streams.astype(F32), pre), norm, EPS["norm_eps"]))]
@@ -77,15 +77,15 @@ def after(
     post, comb = normal((tokens, 4), F32, 6), normal((tokens, 4, 4), F32, 7)
     new, sums = hyper_out.by_kernel(streams, given, post, comb, fn)
     want = merged(streams.astype(F32), sum(given[1:], given[0]), post, comb)
-    return [(new, want), *_mixed(sums, new, fn)]
+    return [(new, want), *mixed(sums, new, fn)]
 
 
 def mix(dtype: mx.Dtype, width: int, tokens: int, rows: int = MIXES) -> Pairs:
     streams, fn = normal((tokens, STREAMS, width), dtype, 1), fn_of(rows, width)
-    return _mixed(hyper_out.mix_by_kernel(streams, fn), streams, fn)
+    return mixed(hyper_out.mix_by_kernel(streams, fn), streams, fn)
 
 
-def _mixed(sums: mx.array, streams: mx.array, fn: mx.array) -> Pairs:
+def mixed(sums: mx.array, streams: mx.array, fn: mx.array) -> Pairs:
     want = partials(streams, fn).sum(axis=1)
     got = sums.sum(axis=1)
     return [(got[:, :-1], want[:, :-1]), (got[:, -1], want[:, -1])]
@@ -145,7 +145,7 @@ Timed = tuple[str, Callable[[int, mx.array], mx.array], mx.array, int]
 def timed(counts: Sequence[int] = (1, 2, 4, 8), width: int = 4096) -> Iterator[Timed]:
     """At Flash's width: (title, call(i, x), x, bytes moved); call depends on x."""
     dtype, matrices = mx.bfloat16, [fn_of(MIXES, width, seed) for seed in range(40)]
-    norm, base, scale = _norm(width, dtype), normal((MIXES,), F32, 2), normal((3,), F32, 3)
+    norm, base, scale = norm_of(width, dtype), normal((MIXES,), F32, 2), normal((3,), F32, 3)
     for count in counts:
         streams, out = normal((count, 4, width), dtype, 1), normal((count, width), F32, 2)
         post, comb = normal((count, 4), F32, 6), mx.full((count, 4, 4), 0.25)

@@ -2,18 +2,21 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
 from ds4mlx.custom_kernels.cases.base import Case, Pairs, normal
+from ds4mlx.custom_kernels.cases.hyper import fn_of, mixed
 from ds4mlx.custom_kernels.codes import staging
-from ds4mlx.custom_kernels.products import routed_down, routed_up
+from ds4mlx.custom_kernels.layer.hyper_post import plain as spread
+from ds4mlx.custom_kernels.layer.hyper_pre import MIXES, STREAMS
+from ds4mlx.custom_kernels.products import routed_down, routed_hyper, routed_up
 from ds4mlx.custom_kernels.products.columns import Columns, whole
 from ds4mlx.custom_kernels.products.experts import DOWN, UP
 from ds4mlx.custom_kernels.random_weights import random_planes
-from ds4mlx.formats import FORMATS
+from ds4mlx.formats import FORMATS, Planes
 
 F32, BF16 = mx.float32, mx.bfloat16
 LIMIT = 0.7  # low, so that many values are clamped
@@ -46,7 +49,17 @@ def up(
     return [(a.astype(F32), b.astype(F32)) for a, b in zip(got, want, strict=True)]
 
 
-def down(
+class Down(NamedTuple):
+    """What `routed_down` is given, and what it should give in float32."""
+
+    planes: Planes
+    hidden: mx.array
+    chosen: mx.array
+    shared: routed_down.Shared
+    wanted: tuple[mx.array, mx.array]
+
+
+def down_of(
     format: str,
     dtype: mx.Dtype,
     shared: str,
@@ -54,7 +67,7 @@ def down(
     tokens: int,
     topk: int,
     eight: bool = False,
-) -> Pairs:
+) -> Down:
     """sizes: experts, routed and shared hidden values, width."""
     experts, hidden, inner, width = sizes
     planes = random_planes(format, (experts, width, hidden), 1)
@@ -64,15 +77,37 @@ def down(
     values = normal((tokens * topk, hidden), dtype, 4)
     products = normal((tokens, 2 * inner + 12), F32, 5)
     both = Columns(products, 4, inner), Columns(products, inner + 8, inner)
-    sides = chosen, routed_down.Shared(shared, matrix, *both, LIMIT)
-    got = routed_down.by_kernel(format, planes, values, *sides, dtype=dtype, eight=eight)
-    values = staging.as_bytes(values) if eight else values.astype(F32)
-    routed, _ = routed_down.plain(format, planes, values, *sides, dtype=F32)
+    own = routed_down.Shared(shared, matrix, *both, LIMIT)
+    exact = staging.as_bytes(values) if eight else values.astype(F32)
+    routed, _ = routed_down.plain(format, planes, exact, chosen, own, dtype=F32)
     rounded = products.astype(dtype).astype(F32)
-    both = both[0]._replace(array=rounded), both[1]._replace(array=rounded)
-    sides = chosen, routed_down.Shared(shared, matrix, *both, LIMIT)
-    _, common = routed_down.plain(format, planes, values, *sides, dtype=F32)
-    return list(zip(got, (routed, common), strict=True))
+    gates, ups = both[0]._replace(array=rounded), both[1]._replace(array=rounded)
+    sides = chosen, routed_down.Shared(shared, matrix, gates, ups, LIMIT)
+    _, common = routed_down.plain(format, planes, exact, *sides, dtype=F32)
+    return Down(planes, values, chosen, own, (routed, common))
+
+
+def down(format: str, dtype: mx.Dtype, *more: Any, eight: bool = False) -> Pairs:
+    """more: as `down_of` has it."""
+    given = down_of(format, dtype, *more, eight=eight)
+    sides = given.planes, given.hidden, given.chosen, given.shared
+    got = routed_down.by_kernel(format, *sides, dtype=dtype, eight=eight)
+    return list(zip(got, given.wanted, strict=True))
+
+
+def merged(
+    format: str, dtype: mx.Dtype, *more: Any, rows: int = MIXES, eight: bool = False
+) -> Pairs:
+    """The streams after a sublayer, and their mixes by so many rows, of one token."""
+    given = down_of(format, dtype, *more, eight=eight)
+    width = given.wanted[0].shape[1]
+    streams, fn = normal((1, STREAMS, width), dtype, 8), fn_of(rows, width)
+    weights = normal((1, 4), F32, 6), normal((1, 4, 4), F32, 7)
+    sides = given.planes, given.hidden, given.chosen, given.shared
+    both = routed_hyper.Streams(streams, *weights, fn)
+    new, sums = routed_hyper.by_kernel(format, *sides, both, eight=eight)
+    out = given.wanted[0] + given.wanted[1]
+    return [(new, spread(streams.astype(F32), out, *weights)), *mixed(sums, new, fn)]
 
 
 def small() -> Iterator[Case]:
@@ -90,6 +125,8 @@ def small() -> Iterator[Case]:
             sizes = (5, 256, 320, 37)
             call = partial(down, format, dtype, shared, sizes, tokens, 3)
             yield Case(f"routed_down {format} with {shared} {sizes}, {tokens} tokens", dtype, call)
+            call = partial(merged, format, dtype, shared, (*sizes[:3], 40), 1, 3)
+            yield Case(f"routed_hyper {format} with {shared} {sizes}", dtype, call)
 
 
 def _bytes(dtype: mx.Dtype) -> Iterator[Case]:
@@ -101,6 +138,8 @@ def _bytes(dtype: mx.Dtype) -> Iterator[Case]:
     for format in ("q2_k", "q4_k"):
         call = partial(down, format, dtype, "mxfp8", (5, 256, 320, 37), 2, 3, eight=True)
         yield Case(f"routed_down {format}, bytes", dtype, call)
+        call = partial(merged, format, dtype, "mxfp8", (5, 256, 320, 40), 1, 3, eight=True)
+        yield Case(f"routed_hyper {format}, bytes", dtype, call)
 
 
 def wide() -> Iterator[Case]:
@@ -109,6 +148,8 @@ def wide() -> Iterator[Case]:
     yield Case("routed_up iq2_xxs of 256 experts by 4096", BF16, call)
     call = partial(down, "q2_k", BF16, "mxfp8", (8, 2048, 2048, 21), 1, 6)
     yield Case("routed_down q2_k by 2048", BF16, call)
+    call = partial(merged, "q2_k", BF16, "mxfp8", (8, 2048, 2048, 24), 1, 6, rows=STREAMS)
+    yield Case("routed_hyper q2_k by 2048", BF16, call)
     for tokens, shared, inner in ((8, "mxfp8", 1184), (5, "bf16", 1048), (8, "f32", 636)):
         call = partial(down, "mxfp4", BF16, shared, (5, 256, inner, 37), tokens, 2)
         yield Case(f"routed_down mxfp4 with {shared} of {inner}, {tokens} tokens", BF16, call)

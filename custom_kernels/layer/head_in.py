@@ -12,13 +12,18 @@ from ds4mlx.custom_kernels.layer.hyper_pre import STREAMS, collapse
 from ds4mlx.custom_kernels.layer.plain import rms_norm
 from ds4mlx.custom_kernels.words import LOAD8
 
+_BODY = f"""
+    bool collapses = true;
+{hyper_text.LOADS}{hyper_text.MIXES}{hyper_text.COLLAPSE}{hyper_text.STORE}
+"""
+
 
 @lru_cache
 def kernel() -> Kernel:
     """The kernel; the streams' type is a template argument."""
     inputs = ["streams", "partial", "base", "scale", "weight"]
-    header = LOAD8 + hyper_text.STORES + hyper_text.SIGMOID
-    return Kernel("head_in", inputs, ["out"], hyper_text.MIXES + hyper_text.COLLAPSE, header)
+    header = LOAD8 + hyper_text.EIGHT + hyper_text.STORES + hyper_text.SIGMOID
+    return Kernel("head_in", inputs, ["out"], _BODY, header)
 
 
 def head_in(

@@ -29,9 +29,13 @@ inline float of_four(const thread float* v, uint i) {
 }
 """
 
+FIRST = """
+    bool collapses = threadgroup_position_in_grid.x == 0;
+"""
+
 # Lane 4 j + k begins with the weight from stream j to stream k; lanes 16.. repeat them.
 WEIGHTS = """
-    if (threadgroup_position_in_grid.x == 1) {
+    if (!collapses) {
         if (group > 0) return;
         uint e = lane & 15, four = lane & 3;
         float after = simd_shuffle(mix, 4 + four) * scale[1] + base[4 + four];
@@ -73,8 +77,9 @@ WEIGHTS = """
 def kernel() -> Kernel:
     """The kernel; the streams' type is a template argument."""
     inputs, outputs = ["streams", "partial", "base", "scale", "weight"], ["out", "post", "comb"]
-    body = hyper_text.MIXES + WEIGHTS + hyper_text.COLLAPSE
-    header = LOAD8 + hyper_text.STORES + hyper_text.SIGMOID + HEADER
+    body = FIRST + hyper_text.LOADS + hyper_text.MIXES + WEIGHTS + hyper_text.COLLAPSE
+    body += hyper_text.STORE
+    header = LOAD8 + hyper_text.EIGHT + hyper_text.STORES + hyper_text.SIGMOID + HEADER
     return Kernel("hyper_in", inputs, outputs, body, header, metal=METAL, cuda=CUDA)
 
 

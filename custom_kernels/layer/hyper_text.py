@@ -27,12 +27,34 @@ inline void store4(device bfloat16_t* p, thread const float* v) {
 }
 """
 
+# Eight channels as they are stored, until they are wanted: so they take half the registers.
+EIGHT = """
+template <typename T> struct Eight {
+  uint4 words[sizeof(T) / 2];
+  inline void load(const device T* p) {
+    #pragma unroll
+    for (uint i = 0; i < sizeof(T) / 2; i++) words[i] = ((const device uint4*)p)[i];
+  }
+  inline void values(thread float* v) const {
+    if (sizeof(T) == 2) {
+      two(words[0].x, v); two(words[0].y, v + 2); two(words[0].z, v + 4); two(words[0].w, v + 6);
+    } else {
+      #pragma unroll
+      for (uint i = 0; i < sizeof(T) / 2; i++) {
+        v[4 * i] = as_type<float>(words[i].x); v[4 * i + 1] = as_type<float>(words[i].y);
+        v[4 * i + 2] = as_type<float>(words[i].z); v[4 * i + 3] = as_type<float>(words[i].w);
+      }
+    }
+  }
+};
+"""
+
 SIGMOID = """
 inline float sigmoid(float v) { return 1.0f / (1.0f + exp(-v)); }
 """
 
-# Afterwards lane m of every SIMD-group has mix m, normed; that of the squares is used up.
-MIXES = """
+# `collapses`: whether the threadgroup collapses the streams of a token.
+LOADS = """
     threadgroup float parts[SUMMING * 32];
     threadgroup float squares[GROUPS];
     uint lane = thread_index_in_simdgroup, group = simdgroup_index_in_threadgroup;
@@ -46,21 +68,23 @@ MIXES = """
                 sum += partial[(token * SLICES + s) * (ROWS + 1) + lane];
         parts[32 * group + lane] = sum;
     }
-    float x[32 * PASSES] = {0};
+    Eight<T> x[4 * PASSES];
     float w[8 * PASSES] = {0};
-    if (threadgroup_position_in_grid.x == 0) {
+    if (collapses) {
         #pragma unroll
         for (uint i = 0; i < PASSES; i++) {
             uint c = 8 * (i * 32 * GROUPS + id);
-            if (c < WIDTH) {
-                #pragma unroll
-                for (uint j = 0; j < 4; j++)
-                    load8(streams + (token * 4 + j) * WIDTH + c, x + 32 * i + 8 * j);
-                load8(weight + c, w + 8 * i);
-            }
+            #pragma unroll
+            for (uint j = 0; j < 4; j++)
+                x[4 * i + j].load(streams + (token * 4 + j) * WIDTH + min(c, uint(WIDTH - 8)));
+            if (c < WIDTH) load8(weight + c, w + 8 * i);
         }
     }
     float pre_scale = scale[0], pre_base = base[lane & 3];
+"""
+
+# Afterwards lane m of every SIMD-group has mix m, normed; that of the squares is used up.
+MIXES = """
     threadgroup_barrier(mem_flags::mem_threadgroup);
     float mix = 0;
     #pragma unroll
@@ -68,18 +92,28 @@ MIXES = """
     mix *= 1.0f / sqrt(simd_shuffle(mix, ROWS) / float(4 * WIDTH) + norm_eps);
 """
 
+# Afterwards a thread has eight channels of every pass, normed, in `y`.
 COLLAPSE = """
     float own = sigmoid(mix * pre_scale + pre_base) + eps, square = 0;
     float pre[4], y[8 * PASSES];
     #pragma unroll
     for (uint j = 0; j < 4; j++) pre[j] = simd_shuffle(own, j);
     #pragma unroll
-    for (uint e = 0; e < 8 * PASSES; e++) {
-        float v = 0;
+    for (uint i = 0; i < PASSES; i++) {
+        float v[8] = {0};
         #pragma unroll
-        for (uint j = 0; j < 4; j++) v = fma(pre[j], x[e / 8 * 32 + 8 * j + e % 8], v);
-        y[e] = float(static_cast<T>(v));
-        square = fma(y[e], y[e], square);
+        for (uint j = 0; j < 4; j++) {
+            float own[8];
+            x[4 * i + j].values(own);
+            #pragma unroll
+            for (uint t = 0; t < 8; t++) v[t] = fma(pre[j], own[t], v[t]);
+        }
+        bool inside = 8 * (i * 32 * GROUPS + id) < WIDTH;
+        #pragma unroll
+        for (uint t = 0; t < 8; t++) {
+            y[8 * i + t] = inside ? float(static_cast<T>(v[t])) : 0.0f;
+            square = fma(y[8 * i + t], y[8 * i + t], square);
+        }
     }
     square = simd_sum(square);
     if (lane == 0) squares[group] = square;
@@ -88,9 +122,15 @@ COLLAPSE = """
     float norm = 1.0f / sqrt(square / float(WIDTH) + norm_eps);
     #pragma unroll
     for (uint i = 0; i < PASSES; i++) {
-        uint c = 8 * (i * 32 * GROUPS + id);
         #pragma unroll
         for (uint t = 0; t < 8; t++) y[8 * i + t] = y[8 * i + t] * norm * w[8 * i + t];
+    }
+"""
+
+STORE = """
+    #pragma unroll
+    for (uint i = 0; i < PASSES; i++) {
+        uint c = 8 * (i * 32 * GROUPS + id);
         if (c < WIDTH) {
             store4(out + token * WIDTH + c, y + 8 * i);
             store4(out + token * WIDTH + c + 4, y + 8 * i + 4);

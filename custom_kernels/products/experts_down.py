@@ -77,9 +77,11 @@ PRODUCTS = """
     #pragma unroll
     for (uint r = 0; r < ROWS; r++) {
         float y = simd_sum(ys[r]);
-        if (lane == 0 && row0 + r < WIDTH) routed[token * WIDTH + row0 + r] = y;
+        if (lane == 0 && row0 + r < WIDTH) PUT_ROUTED(row0 + r, y);
     }
 """
+
+PUT = "#define PUT_ROUTED(row, y) routed[token * WIDTH + (row)] = y\n"
 
 BODY = (
     DECLARED
@@ -93,17 +95,16 @@ def kernel(format: str, dtype: mx.Dtype, eight: bool) -> Kernel:
     """The kernel for experts in a format and hidden values of a type."""
     inputs = ["hidden", "experts", *PACKINGS[format].names("down")]
     name = f"experts_down_{format}_{staging.arithmetic(dtype, eight)}"
-    return Kernel(
-        name, inputs, ["routed"], BODY, header(format, dtype, eight, "(STAGED / 32 * WORDS)")
-    )
+    text = header(format, dtype, eight, "(STAGED / 32 * WORDS)", PUT)
+    return Kernel(name, inputs, ["routed"], BODY, text)
 
 
-def header(format: str, dtype: mx.Dtype, eight: bool, words: str) -> str:
-    """What the body stands on; `words`: the 16-byte words of what is staged."""
+def header(format: str, dtype: mx.Dtype, eight: bool, words: str, put: str) -> str:
+    """What the body stands on; `words`: the 16-byte words of what is staged; `put`: where sums go."""
     packing = PACKINGS[format]
     assert not packing.lut, "no table of points is staged"
     names = f"#define DOWN {', '.join(packing.names('down'))}\n#define XS {words}\n"
-    return names + staging.products(packing, dtype, eight)
+    return names + put + staging.products(packing, dtype, eight)
 
 
 def experts_down(

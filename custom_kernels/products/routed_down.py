@@ -5,7 +5,7 @@ of the shared expert's matrix once for all tokens, whose hidden values each of t
 """
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
@@ -33,7 +33,7 @@ template <typename T> inline uint hidden_of(float gate, float up, float limit) {
 """
 
 # Quad q of piece c of token t lies at (t * quads of a piece + q) * pieces + c.
-_SHARED = """
+SHARED = """
     uint row0 = (part * GROUPS + simdgroup_index_in_threadgroup) * SHARED_ROWS;
     const uint quads = DENSE::COLUMNS / 4, pieces = SPAN / DENSE::COLUMNS;
     const uint last = INNER / DENSE::COLUMNS - 1;
@@ -111,10 +111,12 @@ _SHARED = """
         #pragma unroll
         for (uint t = 0; t < TOKENS; t++) {
             float y = simd_sum(ys[r][t]);
-            if (lane == 0 && t < tokens && row0 + r < WIDTH) shared[t * WIDTH + row0 + r] = y;
+            if (lane == 0 && t < tokens && row0 + r < WIDTH) PUT_SHARED(t, row0 + r, y);
         }
     }
 """
+
+PUT = "#define PUT_SHARED(t, row, y) shared[(t) * WIDTH + (row)] = y\n"
 
 _BODY = """
 %s
@@ -137,15 +139,19 @@ def kernel(format: str, dtype: mx.Dtype, eight: bool, dense_format: str) -> Kern
     """The kernel for routed experts in a format, hidden values of a type, and a shared expert."""
     planes = {plane: f"dense_{plane}" for plane in FORMATS[dense_format].layout}
     taken = " ".join(f"w.{plane} = {name};" for plane, name in planes.items())
-    body = _BODY % (experts_down.DECLARED, experts_down.PRODUCTS, taken, _SHARED)
-    header = experts_down.header(
-        format, dtype, eight, "MOST(STAGED / 32 * WORDS, TOKENS * SPAN / 4)"
-    )
-    header += swiglu.HEADER + _HEADER + dense.LOAD4 + dense.FORMATS[dense_format]
-    header += f"#define DENSE {dense.STRUCTS[dense_format]}\n"
+    body = _BODY % (experts_down.DECLARED, experts_down.PRODUCTS, taken, SHARED)
+    header = shared_header(format, dtype, eight, dense_format, experts_down.PUT + PUT)
     inputs = ["hidden", "experts", "products", *PACKINGS[format].names("down")]
     name = _name(format, dtype, eight, dense_format)
     return Kernel(name, [*inputs, *planes.values()], ["routed", "shared"], body, header)
+
+
+def shared_header(format: str, dtype: mx.Dtype, eight: bool, dense_format: str, put: str) -> str:
+    """What both jobs stand on; `put`: where their sums go."""
+    words = "MOST(STAGED / 32 * WORDS, TOKENS * SPAN / 4)"
+    header = experts_down.header(format, dtype, eight, words, put)
+    header += swiglu.HEADER + _HEADER + dense.LOAD4 + dense.FORMATS[dense_format]
+    return header + f"#define DENSE {dense.STRUCTS[dense_format]}\n"
 
 
 def _name(format: str, dtype: mx.Dtype, eight: bool, dense_format: str) -> str:
@@ -202,13 +208,20 @@ def takes(
     eight: bool = False,
 ) -> bool:
     """Whether the kernel multiplies hidden values (N * k, H) and (N, F) by matrices in the formats."""
-    suits = format in experts.DOWN.formats and hidden.shape[1] % staging.CHUNK == 0
-    suits = suits and chosen.shape[1] <= dispatch.MOST_CHOSEN and len(chosen) <= dispatch.FEW
-    piece = dense.COLUMNS.get(shared.format)
-    suits = suits and piece is not None and shared.inner % piece == 0 and shared.aligned
+    if not suits(format, hidden, chosen, shared):
+        return False
     # How a shared format is read is compared as `dense_matvec`, which has the same text.
     name = _name(format, hidden.dtype, eight, shared.format).removesuffix(f"_{shared.format}")
-    return suits and dispatch.active(hidden, name)
+    return dispatch.active(hidden, name)
+
+
+def suits(format: str, hidden: mx.array, chosen: mx.array, shared: Shared) -> bool:
+    """Whether sizes and formats are such as the text takes."""
+    chunks = hidden.shape[1] % staging.CHUNK == 0
+    few = chosen.shape[1] <= dispatch.MOST_CHOSEN and len(chosen) <= dispatch.FEW
+    piece = dense.COLUMNS.get(shared.format)
+    read = piece is not None and shared.inner % piece == 0 and shared.aligned
+    return format in experts.DOWN.formats and chunks and few and read
 
 
 def plain(
@@ -241,32 +254,39 @@ def by_kernel(
 ) -> tuple[mx.array, mx.array]:
     """`routed_down` in one launch; H is a multiple of 64, F of a piece's columns, k at most 32."""
     assert hidden.dtype == dtype
-    (count, topk), (width, inner) = chosen.shape, (down["weight"].shape[-2], shared.inner)
+    count, width = len(chosen), down["weight"].shape[-2]
     each, rest = experts_down.ROWS * experts_down.GROUPS, ROWS * experts_down.GROUPS
-    routed, dense_parts = -(-width // each), -(-width // rest)
-    padded = dispatch.made_up(count)
-    span = min(inner, max(STEP, STAGED // padded // STEP * STEP))
-    packing = PACKINGS[format]
-    planes = [down[p] for p in packing.planes]
-    planes += [shared.down[p] for p in FORMATS[shared.format].layout]
     sums = kernel(format, dtype, eight, shared.format)(
-        [hidden, chosen, shared.gates.array, *planes],
+        [hidden, chosen, shared.gates.array, *planes_of(format, down, shared)],
         [((count, width), mx.float32), ((count, width), mx.float32)],
-        groups=(routed * count + dense_parts, 1, 1),
+        groups=(-(-width // each) * count + -(-width // rest), 1, 1),
         threads=32 * experts_down.GROUPS,
-        template=[
-            ("T", dtype),
-            *experts_down.template(hidden, width, topk),
-            ("TOKENS", padded),
-            ("PARTS", routed),
-            ("INNER", inner),
-            ("ALL", shared.gates.array.shape[1]),
-            ("GATES_AT", shared.gates.begin),
-            ("UPS_AT", shared.ups.begin),
-            ("SPAN", span),
-            ("SHARED_ROWS", ROWS),
-            ("LIMIT", bits(shared.limit)),
-        ],
-        reads=parts(packing.names("down"), chosen.size, len(down["weight"])),
+        template=[*template(hidden, chosen, shared, width), ("PARTS", -(-width // each))],
+        reads=parts(PACKINGS[format].names("down"), chosen.size, len(down["weight"])),
     )
     return sums[0], sums[1]
+
+
+def planes_of(format: str, down: Planes, shared: Shared) -> list[mx.array]:
+    """The arrays of both matrices."""
+    own = [down[plane] for plane in PACKINGS[format].planes]
+    return own + [shared.down[plane] for plane in FORMATS[shared.format].layout]
+
+
+def template(
+    hidden: mx.array, chosen: mx.array, shared: Shared, width: int
+) -> list[tuple[str, Any]]:
+    """What the text of both jobs is told, for rows of `width` values."""
+    padded, inner = dispatch.made_up(len(chosen)), shared.inner
+    return [
+        ("T", hidden.dtype),
+        *experts_down.template(hidden, width, chosen.shape[1]),
+        ("TOKENS", padded),
+        ("INNER", inner),
+        ("ALL", shared.gates.array.shape[1]),
+        ("GATES_AT", shared.gates.begin),
+        ("UPS_AT", shared.ups.begin),
+        ("SPAN", min(inner, max(STEP, STAGED // padded // STEP * STEP))),
+        ("SHARED_ROWS", ROWS),
+        ("LIMIT", bits(shared.limit)),
+    ]

@@ -18,19 +18,28 @@ from ds4mlx.model.linear import Matrix
 from ds4mlx.state.row_forms import StateForm
 
 
-def attend(attn: Attention, x: mx.array, sequences: Sequences) -> tuple[mx.array, list[Held]]:
-    """The output float32 (B, D) for the tokens x (B, D), and what their states then hold."""
-    projections = [m for c in compressors_of(attn) for m in (c.wkv, c.wgate)]
-    weights, index = [], []
-    if isinstance(attn, SparseAttention):
-        weights, index = [attn.indexer.weights_proj], [attn.indexer.wq_b]
-    first = products([attn.wq_a, attn.wkv, *projections, *weights], x)
-    latents, held = extend(attn, first, sequences, x.dtype)
+def attend(
+    attn: Attention, first: mx.array, sequences: Sequences, dtype: mx.Dtype
+) -> tuple[mx.array, list[Held]]:
+    """The heads (B, .) of tokens of a type, which wo_b takes, and what their states then hold.
+
+    first: products of the tokens with the matrices `read_first`, side by side.
+    """
+    columns = side_by_side(first, [m.rows for m in read_first(attn)])
+    latents, held = extend(attn, columns, sequences, dtype)
+    index = [attn.indexer.wq_b] if isinstance(attn, SparseAttention) else []
     queries, *index_queries = products([attn.wq_b, *index], latents)
     chosen = None
     if isinstance(attn, SparseAttention) and sequences.places.selecting is not None:
-        chosen = choose(attn, index_queries[0], first[-1], held, sequences, x.dtype)
-    return output(attn, core(attn, queries, held, chosen, sequences, x.dtype)), held
+        chosen = choose(attn, index_queries[0], columns[-1], held, sequences, dtype)
+    return grouped(attn, core(attn, queries, held, chosen, sequences, dtype)), held
+
+
+def read_first(attn: Attention) -> list[Matrix]:
+    """The matrices that the tokens themselves are multiplied by."""
+    projections = [m for c in compressors_of(attn) for m in (c.wkv, c.wgate)]
+    weights = [attn.indexer.weights_proj] if isinstance(attn, SparseAttention) else []
+    return [attn.wq_a, attn.wkv, *projections, *weights]
 
 
 def extend(
@@ -114,10 +123,10 @@ def core(
     )
 
 
-def output(attn: Attention, heads: mx.array) -> mx.array:
-    """Heads (B, H, c) -> float32 (B, D): each group of heads through wo_a, all through wo_b."""
+def grouped(attn: Attention, heads: mx.array) -> mx.array:
+    """Heads (B, H, c) -> (B, .): each group of them through its part of wo_a."""
     groups = heads.reshape(len(heads), attn._config.o_groups, -1)
-    return product(attn.wo_b, product(attn.wo_a, groups, heads.dtype))
+    return product(attn.wo_a, groups, heads.dtype)
 
 
 def products(matrices: Sequence[Matrix], x: mx.array) -> list[Columns]:

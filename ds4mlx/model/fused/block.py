@@ -1,18 +1,21 @@
 """A block as launches: attention and MoE, each inside a hyper-connection."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import mlx.core as mx
 
 from ds4mlx.custom_kernels.layer.buffers import Held
-from ds4mlx.custom_kernels.layer.hyper_in import hyper_in
-from ds4mlx.custom_kernels.layer.hyper_out import hyper_out
+from ds4mlx.custom_kernels.products.dense_hyper import dense_hyper
+from ds4mlx.custom_kernels.products.hyper_dense import Before, hyper_dense
+from ds4mlx.custom_kernels.products.routed_hyper import Streams
+from ds4mlx.formats import Planes
 from ds4mlx.model.block import Block
-from ds4mlx.model.fused.attention import attend
-from ds4mlx.model.fused.moe import mixture
+from ds4mlx.model.fused.attention import attend, read_first
+from ds4mlx.model.fused.moe import mixture, routing
 from ds4mlx.model.fused.sequences import Sequences
 from ds4mlx.model.hyper import HyperConnection
-from ds4mlx.model.linear import RMSNorm
+from ds4mlx.model.linear import Matrix, RMSNorm
 
 
 class Carried(NamedTuple):
@@ -33,22 +36,34 @@ def step_block(
 
     following: the matrix `fn` of the hyper-connection that comes next.
     """
-    x, post, comb = before(block.hc_attn, block.attn_norm, carried)
-    out, held = attend(block.attn, x, sequences)
-    carried = Carried(*hyper_out(carried.streams, [out], post, comb, block.hc_ffn.fn))
-    x, post, comb = before(block.hc_ffn, block.ffn_norm, carried)
-    outs = mixture(block.ffn, x, ids)
-    return Carried(*hyper_out(carried.streams, outs, post, comb, following)), held
+    first = before(block.hc_attn, block.attn_norm, carried, stored(read_first(block.attn)))
+    heads, held = attend(block.attn, first.products, sequences, carried.streams.dtype)
+    sides = carried.streams, first.post, first.comb, block.hc_ffn.fn
+    last = block.attn.wo_b
+    carried = Carried(*dense_hyper(last.format, last.planes, heads, *sides))
+    first = before(block.hc_ffn, block.ffn_norm, carried, routing(block.ffn), given=True)
+    streams = Streams(carried.streams, first.post, first.comb, following)
+    return Carried(*mixture(block.ffn, first, ids, streams)), held
 
 
 def before(
-    site: HyperConnection, norm: RMSNorm, carried: Carried
-) -> tuple[mx.array, mx.array, mx.array]:
-    """A sublayer's input (B, D), normed, and the weights post and comb for what it gives."""
+    site: HyperConnection,
+    norm: RMSNorm,
+    carried: Carried,
+    matrices: Sequence[tuple[str, Planes]],
+    given: bool = False,
+) -> Before:
+    """Products of a sublayer's input with matrices, the weights for what it gives, the input if asked for."""
     config = site._config
-    return hyper_in(
-        *(carried.streams, carried.partial, site.base, site.scale, norm.weight),
+    return hyper_dense(
+        *(matrices, carried.streams, carried.partial, site.base, site.scale, norm.weight),
         iterations=config.hc_sinkhorn_iters,
         eps=config.hc_eps,
         norm_eps=config.rms_norm_eps,
+        given=given,
     )
+
+
+def stored(matrices: Sequence[Matrix]) -> list[tuple[str, Planes]]:
+    """Matrices as kernels take them."""
+    return [(m.format, m.planes) for m in matrices]

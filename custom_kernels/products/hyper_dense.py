@@ -1,0 +1,252 @@
+"""The first products of a sublayer, whose input every threadgroup makes for itself: one launch.
+
+Streams are collapsed and normed as `hyper_in` does, into threadgroup memory, and multiplied by rows of
+several matrices as `dense_matvec` does, by a SIMD-group each. A lane asks for its first weights before
+the input is made. The first threadgroup makes the weights for what the sublayer gives.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple, TypedDict, Unpack
+
+import mlx.core as mx
+
+from ds4mlx.custom_kernels import dispatch
+from ds4mlx.custom_kernels.dialect import Kernel
+from ds4mlx.custom_kernels.layer import hyper_in, hyper_text
+from ds4mlx.custom_kernels.layer.hyper_pre import MIXES, STREAMS
+from ds4mlx.custom_kernels.products import dense_matvec
+from ds4mlx.custom_kernels.products import dense_matvec_text as dense
+from ds4mlx.custom_kernels.products.dense_matvec import Matrices
+from ds4mlx.custom_kernels.words import LOAD8
+from ds4mlx.formats import FORMATS
+
+STEPS = 3  # pieces of a row that a lane loads at a time
+MOST_WIDTH = 7168  # whose input leaves room in threadgroup memory for sums
+
+# The input lies as float32, four columns to a word of 16 bytes. Lanes read words some columns apart:
+# put in another order, the words that are read at a time lie in different banks.
+_HEADER = """
+inline uint place_of(uint quad) { return quad ^ ((quad >> 3) & 7u); }
+struct Input {
+  const threadgroup uint4* words;
+  inline void quad(uint, uint i, thread float* v) const {
+    uint4 q = words[place_of(i)];
+    v[0] = as_type<float>(q.x); v[1] = as_type<float>(q.y);
+    v[2] = as_type<float>(q.z); v[3] = as_type<float>(q.w);
+  }
+};
+template <typename T> inline uint stored(float v) { return as_type<uint>(float(static_cast<T>(v))); }
+"""
+
+_FIRST = """
+    bool collapses = threadgroup_position_in_grid.x > 0;
+"""
+
+# A SIMD-group finds its matrix, which is of format number `kind`, and its row.
+_FIND = """
+    uint job = threadgroup_position_in_grid.x - 1, kind = 0, row = 0, rows = 0, at = 0, every = 0;
+"""
+_MATRIX = """
+    {{
+        uint each = uint(w{i}_weight_shape[0]), parts = (each - 1) / GROUPS + 1;
+        if (collapses && rows == 0 && job < parts) {{
+            kind = {kind}; row = job * GROUPS + group; rows = each; at = every;
+            {planes}
+        }}
+        job -= parts;
+        every += each;
+    }}
+"""
+
+_STORE = """
+    threadgroup uint4 words[WIDTH / 4];
+    #pragma unroll
+    for (uint i = 0; i < 2 * PASSES; i++) {
+        uint c = 8 * (i / 2 * 32 * GROUPS + id) + i % 2 * 4;
+        if (c < WIDTH) {
+            uint4 q;
+            q.x = stored<T>(y[4 * i]); q.y = stored<T>(y[4 * i + 1]);
+            q.z = stored<T>(y[4 * i + 2]); q.w = stored<T>(y[4 * i + 3]);
+            words[place_of(c / 4)] = q;
+        }
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    if (row >= rows) return;
+    Input input = {words};
+"""
+_GIVE = f"""
+    if (threadgroup_position_in_grid.x == 1) {{{hyper_text.STORE}    }}
+"""
+
+_MULTIPLY = """{{
+        multiply<{struct}, 1, 1, STEPS>(first, input, sums, lane, WIDTH);
+        multiply_from<{struct}, 1, 1, STEPS>(m{k}, input, sums, row, rows, WIDTH, lane + 32 * STEPS);
+    }}"""
+_PUT = """
+    put<1, 1, 1>(sums, 1, products + at, every, row, rows, lane);
+"""
+
+
+class Before(NamedTuple):
+    """What comes before a sublayer: products of its input, and weights for what it gives.
+
+    products float32 (B, all rows), side by side; post float32 (B, n); comb float32 (B, n, n); x (B, D),
+    the input, or None where nobody asked for it.
+    """
+
+    products: mx.array
+    post: mx.array
+    comb: mx.array
+    x: mx.array | None
+
+
+class Options(TypedDict):
+    """As `hyper_in` has them; given: whether the input is asked for."""
+
+    iterations: int
+    eps: float
+    norm_eps: float
+    given: bool
+
+
+@lru_cache
+def kernel(formats: tuple[str, ...], given: bool) -> Kernel:
+    """The kernel of matrices in these formats; the streams' type is a template argument."""
+    kinds = list(dict.fromkeys(formats))
+    inputs = ["streams", "partial", "base", "scale", "weight"]
+    outputs = ["products", "post", "comb", *["out"] * given]
+    for i, name in enumerate(formats):
+        inputs += [f"w{i}_{plane}" for plane in FORMATS[name].layout]
+    header = (
+        LOAD8
+        + hyper_text.EIGHT
+        + hyper_text.STORES
+        + hyper_text.SIGMOID
+        + hyper_in.HEADER
+        + _HEADER
+    )
+    header += dense.LOAD4 + "".join(dense.FORMATS[name] for name in kinds) + dense.PRODUCT
+    name = _name(formats) + "_given" * given
+    body = _body(formats, kinds, given)
+    return Kernel(name, inputs, outputs, body, header, metal=hyper_in.METAL, cuda=hyper_in.CUDA)
+
+
+def _body(formats: Sequence[str], kinds: Sequence[str], given: bool) -> str:
+    """The text; what is done with a matrix is there once for each format."""
+    find = _FIND
+    for i, name in enumerate(formats):
+        kind = kinds.index(name)
+        planes = " ".join(f"m{kind}.{plane} = w{i}_{plane};" for plane in FORMATS[name].layout)
+        find += _MATRIX.format(i=i, kind=kind, planes=planes)
+    structs = "".join(f"    {dense.STRUCTS[name]} m{k};\n" for k, name in enumerate(kinds))
+    fetch = "    Pieces<1, STEPS> first;\n" + _by_kind(
+        kinds, "fetch(first, m{k}, row, rows, WIDTH, lane);", "collapses && "
+    )
+    multiply = "    float sums[1] = {0};\n" + _by_kind(kinds, _MULTIPLY) + _PUT
+    made = hyper_text.MIXES + hyper_in.WEIGHTS + hyper_text.COLLAPSE + _GIVE * given
+    return _FIRST + hyper_text.LOADS + structs + find + fetch + made + _STORE + multiply
+
+
+def _by_kind(kinds: Sequence[str], statement: str, also: str = "") -> str:
+    """A statement for the format that the SIMD-group's matrix has."""
+    each = [
+        f"    if ({also}kind == {k}) {statement.format(k=k, struct=dense.STRUCTS[name])}\n"
+        for k, name in enumerate(kinds)
+    ]
+    return "".join(each)
+
+
+def _name(formats: Sequence[str]) -> str:
+    return "_".join(("hyper_dense", *formats))
+
+
+def hyper_dense(
+    matrices: Matrices,
+    streams: mx.array,
+    partial: mx.array,
+    base: mx.array,
+    scale: mx.array,
+    norm: mx.array,
+    **options: Unpack[Options],
+) -> Before:
+    """`dense_matvec` of matrices (format, planes of (rows, D)) with what `hyper_in` gives.
+
+    streams (B, n, D); partial, base, scale, norm: as `hyper_in` has them. Of one token a launch makes
+    both, of more there is a launch for each.
+    """
+    way = by_kernel if takes(matrices, streams) else apart
+    return way(matrices, streams, partial, base, scale, norm, **options)
+
+
+def takes(matrices: Matrices, streams: mx.array) -> bool:
+    """Whether the kernel multiplies matrices by what streams (B, n, D) collapse to."""
+    count, _, width = streams.shape
+    kinds = dict.fromkeys(name for name, _ in matrices)
+    suits = count == 1 and hyper_in.suits(streams) and width <= MOST_WIDTH
+    if not suits or any(width % dense.COLUMNS.get(kind, width + 1) for kind in kinds):
+        return False
+    return dispatch.active(streams, *(_name([kind]) for kind in kinds))
+
+
+def plain(
+    matrices: Matrices,
+    streams: mx.array,
+    partial: mx.array,
+    base: mx.array,
+    scale: mx.array,
+    norm: mx.array,
+    **options: Unpack[Options],
+) -> Before:
+    """`hyper_dense` by MLX's own operations."""
+    with dispatch.plain_operations():
+        return apart(matrices, streams, partial, base, scale, norm, **options)
+
+
+def apart(
+    matrices: Matrices,
+    streams: mx.array,
+    partial: mx.array,
+    base: mx.array,
+    scale: mx.array,
+    norm: mx.array,
+    **options: Unpack[Options],
+) -> Before:
+    """`hyper_dense` as two operations, each by a kernel or not."""
+    x, post, comb = hyper_in.hyper_in(
+        *(streams, partial, base, scale, norm),
+        iterations=options["iterations"],
+        eps=options["eps"],
+        norm_eps=options["norm_eps"],
+    )
+    return Before(dense_matvec.dense_matvec(matrices, x), post, comb, x)
+
+
+def by_kernel(
+    matrices: Matrices,
+    streams: mx.array,
+    partial: mx.array,
+    base: mx.array,
+    scale: mx.array,
+    norm: mx.array,
+    **options: Unpack[Options],
+) -> Before:
+    """`hyper_dense` in one launch; see `takes`."""
+    given, width = options["given"], streams.shape[2]
+    rows = [len(planes["weight"]) for _, planes in matrices]
+    parts = sum(-(-each // hyper_text.GROUPS) for each in rows)
+    outputs = [((1, sum(rows)), mx.float32), ((1, STREAMS), mx.float32)]
+    outputs += [((1, STREAMS, STREAMS), mx.float32), *[((1, width), streams.dtype)] * given]
+    made = kernel(tuple(name for name, _ in matrices), given)(
+        [streams, partial, base, scale, norm]
+        + [planes[p] for name, planes in matrices for p in FORMATS[name].layout],
+        outputs,
+        groups=(1 + parts, 1, 1),
+        threads=32 * hyper_text.GROUPS,
+        template=[
+            *hyper_in.collapsing(streams, partial, MIXES, options["eps"], options["norm_eps"]),
+            ("ITERATIONS", options["iterations"]),
+            ("STEPS", STEPS),
+        ],
+    )
+    return Before(made[0], made[1], made[2], made[3] if given else None)

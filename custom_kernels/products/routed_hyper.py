@@ -1,0 +1,178 @@
+"""Down of the experts, and at once the streams that come of them with their mixes: one launch.
+
+A threadgroup makes the same channels of the routed experts' sum and of the shared expert's values, one
+after the other, as `routed_down` does. Then it merges them into the streams, and multiplies their part
+of the next matrix `fn`, for which its threads asked before.
+"""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from ds4mlx.custom_kernels import dispatch
+from ds4mlx.custom_kernels.codes import staging
+from ds4mlx.custom_kernels.codes.packs import PACKINGS
+from ds4mlx.custom_kernels.dialect import Kernel, parts
+from ds4mlx.custom_kernels.layer import hyper_after_text as text
+from ds4mlx.custom_kernels.layer import hyper_out
+from ds4mlx.custom_kernels.layer.hyper_pre import STREAMS
+from ds4mlx.custom_kernels.products import experts_down, routed_down
+from ds4mlx.custom_kernels.products.experts_down import GROUPS
+from ds4mlx.custom_kernels.products.routed_down import Shared
+from ds4mlx.formats import FORMATS, Planes
+
+# Both jobs give a threadgroup as many channels as the merge takes.
+assert experts_down.ROWS * GROUPS == routed_down.ROWS * GROUPS == hyper_out.SLICE
+
+_PUT = """
+#define PUT_ROUTED(row, y) given[(row) - 32 * part] = y
+#define PUT_SHARED(t, row, y) common[(row) - 32 * part] = y
+"""
+
+_BODY = """
+%s
+    threadgroup float given[32], common[32];
+    uint part = threadgroup_position_in_grid.x, token = 0, tokens = 1;
+%s
+    {
+%s
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    {
+        DENSE w;
+        %s
+%s
+    }
+%s
+"""
+
+
+class Streams(NamedTuple):
+    """Streams (B, n, D) before a sublayer, and what they and their mixes are made of after it.
+
+    post float32 (B, n), comb float32 (B, n, n), fn float32 (rows, n D): as `hyper_out` has them.
+    """
+
+    before: mx.array
+    post: mx.array
+    comb: mx.array
+    fn: mx.array
+
+
+@lru_cache
+def kernel(format: str, dtype: mx.Dtype, eight: bool, dense_format: str) -> Kernel:
+    """The kernel for routed experts in a format, hidden values of a type, and a shared expert."""
+    planes = {plane: f"dense_{plane}" for plane in FORMATS[dense_format].layout}
+    taken = " ".join(f"w.{plane} = {name};" for plane, name in planes.items())
+    jobs = experts_down.PRODUCTS, taken, routed_down.SHARED
+    merge = text.merge("given[lane] + float(static_cast<T>(common[lane]))")
+    body = _BODY % (experts_down.DECLARED, text.BEGIN, *jobs, merge)
+    header = routed_down.shared_header(format, dtype, eight, dense_format, _PUT)
+    inputs = ["streams", "post", "comb", "fn", "hidden", "experts", "products"]
+    inputs += [*PACKINGS[format].names("down"), *planes.values()]
+    name = _name(format, dtype, eight, dense_format)
+    return Kernel(name, inputs, ["partial", "merged"], body, header)
+
+
+def _name(format: str, dtype: mx.Dtype, eight: bool, dense_format: str) -> str:
+    return f"routed_hyper_{format}_{staging.arithmetic(dtype, eight)}_{dense_format}"
+
+
+def routed_hyper(
+    format: str,
+    down: Planes,
+    hidden: mx.array,
+    experts: mx.array,
+    shared: Shared,
+    streams: Streams,
+    *,
+    eight: bool = False,
+) -> tuple[mx.array, mx.array]:
+    """`hyper_out` of what `routed_down` gives: new streams (B, n, D), and their partial mixes.
+
+    Of one token a launch makes both, of more there is a launch for each.
+    """
+    way = by_kernel if takes(format, hidden, experts, shared, streams, eight) else apart
+    return way(format, down, hidden, experts, shared, streams, eight=eight)
+
+
+def takes(
+    format: str,
+    hidden: mx.array,
+    chosen: mx.array,
+    shared: Shared,
+    streams: Streams,
+    eight: bool = False,
+) -> bool:
+    """Whether the kernel multiplies hidden values and merges what that gives into streams."""
+    suits = len(chosen) == 1 and streams.before.shape[1] == STREAMS
+    suits = suits and len(streams.fn) <= hyper_out.MOST_ROWS
+    suits = suits and streams.before.dtype == hidden.dtype
+    if not suits or not routed_down.suits(format, hidden, chosen, shared):
+        return False
+    # How a shared format is read is compared as `dense_matvec`, which has the same text.
+    name = _name(format, hidden.dtype, eight, shared.format).removesuffix(f"_{shared.format}")
+    return dispatch.active(hidden, name)
+
+
+def plain(
+    format: str,
+    down: Planes,
+    hidden: mx.array,
+    chosen: mx.array,
+    shared: Shared,
+    streams: Streams,
+    *,
+    eight: bool = False,
+) -> tuple[mx.array, mx.array]:
+    """`routed_hyper` by MLX's own operations, which know no bytes."""
+    with dispatch.plain_operations():
+        return apart(format, down, hidden, chosen, shared, streams, eight=eight)
+
+
+def apart(
+    format: str,
+    down: Planes,
+    hidden: mx.array,
+    chosen: mx.array,
+    shared: Shared,
+    streams: Streams,
+    *,
+    eight: bool = False,
+) -> tuple[mx.array, mx.array]:
+    """`routed_hyper` as two operations, each by a kernel or not."""
+    sides = {"dtype": streams.before.dtype, "eight": eight}
+    outs = routed_down.routed_down(format, down, hidden, chosen, shared, **sides)
+    before, *weights = streams
+    return hyper_out.hyper_out(before, outs, *weights)
+
+
+def by_kernel(
+    format: str,
+    down: Planes,
+    hidden: mx.array,
+    chosen: mx.array,
+    shared: Shared,
+    streams: Streams,
+    *,
+    eight: bool = False,
+) -> tuple[mx.array, mx.array]:
+    """`routed_hyper` in one launch; see `takes`."""
+    width, rows = streams.before.shape[2], len(streams.fn)
+    slices = -(-width // hyper_out.SLICE)
+    partial, new = kernel(format, hidden.dtype, eight, shared.format)(
+        [
+            *(*streams, hidden, chosen, shared.gates.array),
+            *routed_down.planes_of(format, down, shared),
+        ],
+        [((1, slices, rows + 1), mx.float32), (streams.before.shape, streams.before.dtype)],
+        groups=(slices, 1, 1),
+        threads=32 * GROUPS,
+        template=[
+            *routed_down.template(hidden, chosen, shared, width),
+            *text.template(rows, GROUPS),
+        ],
+        reads=parts(PACKINGS[format].names("down"), chosen.size, len(down["weight"])),
+    )
+    return new, partial
