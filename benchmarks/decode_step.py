@@ -18,6 +18,7 @@ from ds4mlx.bench.synth import RECIPES, config_like, synth_model
 from ds4mlx.bench.whole_model import synthetic_state
 from ds4mlx.model.model import Model
 from ds4mlx.state.decode_state import DecodeState
+from ds4mlx.submission import submit_by_number
 
 WARM, STEPS = 10, 56
 
@@ -46,6 +47,7 @@ def main() -> None:
     parser.add_argument("--recipe", choices=RECIPES, default="q2")
     parser.add_argument("--batch", type=numbers, default=[1])
     arguments = parser.parse_args()
+    submit_by_number()
     model = synth_model(config_like("flash", arguments.layers), arguments.recipe)
     print(device())
     for depth in arguments.depths:

@@ -27,6 +27,7 @@ from ds4mlx.custom_kernels import dispatch
 from ds4mlx.model.batch import Span
 from ds4mlx.model.model import Model
 from ds4mlx.model.taps import Listener, listening
+from ds4mlx.submission import submit_by_number
 
 GENERATED, BATCHED = 64, 4096  # steps that are timed; the depth of several sequences
 # By the end of its name, what a quantity is the last of; what is made of it later counts elsewhere.
@@ -60,6 +61,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path)
     arguments = parser.parse_args()
     config, begun = config_like("flash", arguments.layers), time.perf_counter()
+    submit_by_number()
     model = synth_model(config, arguments.recipe, mx.bfloat16)
     found: dict = {
         "device": device(),

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # Lowest first; rooms of one floor may import each other, but not in a circle.
 FLOORS = (
-    ("config", "config_keys", "errors", "durable", "blas", "precision", "user_files"),
+    ("config", "config_keys", "errors", "durable", "blas", "precision", "submission", "user_files"),
     ("formats",),
     ("custom_kernels",),
     ("state", "weights"),

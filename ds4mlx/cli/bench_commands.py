@@ -206,6 +206,7 @@ def _in_memory(config: ModelConfig, recipe: str, asked: Measurement | None, like
 
     from ds4mlx.bench.synth import check_memory, synth_model, weight_bytes
     from ds4mlx.bench.whole_model import check_room
+    from ds4mlx.submission import submit_by_number
 
     check_memory(config, recipe)
     if asked is not None:
@@ -219,6 +220,7 @@ def _in_memory(config: ModelConfig, recipe: str, asked: Measurement | None, like
         )
     begun = time.perf_counter()
     dtype = mx.float32 if mx.default_device() == mx.cpu else mx.bfloat16
+    submit_by_number()
     model = synth_model(config, recipe, dtype, partial(progress, "making", "weights"))
     seconds, size = time.perf_counter() - begun, mx.get_active_memory() / 1e9
     layers = config.num_hidden_layers

@@ -107,7 +107,9 @@ def open_model(
     context, adapter: see `load`.
     """
     from ds4mlx.engine.load import load
+    from ds4mlx.submission import submit_by_number
 
+    submit_by_number()
     told = partial(progress, "loading", "files")
     options: Any = {"context": context, "adapter": adapter, "on_file": told}
     opened = load(find_model(named), activations(dtype), **options)

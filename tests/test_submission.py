@@ -1,0 +1,33 @@
+"""When MLX hands launches to an NVIDIA GPU."""
+
+import os
+
+import mlx.core as mx
+import pytest
+
+from ds4mlx.cli.opening import open_model
+from ds4mlx.submission import VARIABLE, submit_by_number
+
+
+@pytest.fixture(autouse=True)
+def unset(monkeypatch):
+    monkeypatch.setenv(VARIABLE, "")  # so that it is put back
+    monkeypatch.delenv(VARIABLE)
+
+
+def test_a_command_submits_by_number(monkeypatch, tiny_dir):
+    monkeypatch.setattr(mx.metal, "is_available", lambda: False)
+    open_model(str(tiny_dir))
+    assert int(os.environ[VARIABLE]) == 10**6
+
+
+def test_what_is_set_stays(monkeypatch):
+    monkeypatch.setenv(VARIABLE, "40")
+    submit_by_number()
+    assert os.environ[VARIABLE] == "40"
+
+
+def test_nothing_changes_on_metal(monkeypatch):
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    submit_by_number()
+    assert VARIABLE not in os.environ
