@@ -220,15 +220,39 @@ def test_all_kernels_are_compared_at_both_types(target):
     assert router.kernel(True).name in types
 
 
-def test_loading_asks_about_what_answers_launch(small_dir, launched):
-    """So that nothing is compared while an answer is made."""
-    with on_metal(), dispatch.asking() as before:
+SPOILT = [
+    ("hyper_dense", "row = job * GROUPS + group", "row = group"),
+    ("dense_hyper", "spread = post[group]", "spread = post[0]"),
+]
+
+
+@pytest.mark.parametrize("fault", [None, *SPOILT], ids=["good", *(name for name, *_ in SPOILT)])
+def test_loading_asks_about_what_answers_launch(small_dir, launched, fault):
+    """So that nothing is compared while an answer is made, or several together: neither where a bad
+    kernel is replaced by others."""
+    with spoiled(*fault) if fault else on_metal(), dispatch.asking() as before:
         model, _ = load(small_dir, dtype=mx.float32)
-    names = {name for name, _ in before}
-    state = model.make_cache()
-    launched.clear()
-    with dispatch.asking() as during, on_metal():
-        mx.eval(model.last_logits(mx.array([list(range(60))]), state))
-        mx.eval(model.step(mx.array([1]), [state]))
+        names, known = {name for name, _ in before}, set(self_check._answers)
+        states = [model.make_cache() for _ in range(8)]
+        launched.clear()
+        with dispatch.asking() as during:
+            mx.eval(model.last_logits(mx.array([list(range(60))]), states[0]))
+            for count in (1, 2, 8):
+                mx.eval(model.step(mx.ones((count,), mx.int32), states[:count]))
     assert {name for name, _ in during} <= names and launched
-    assert max(launched.values()) < 40, "more than an answer launches"
+    assert set(self_check._answers) == known
+    assert max(launched.values()) < 120, "more than these answers launch"
+
+
+def test_what_stands_for_a_bad_kernel_is_asked_about(stored_model):
+    """Before a step is traced, in which nothing should be compared."""
+
+    def step():
+        return stored_model.step(mx.ones((1,), mx.int32), [stored_model.make_cache()])
+
+    with spoiled("dense_hyper", "spread = post[group]", "spread = post[0]"):
+        prepare(step)
+        known = set(self_check._answers)
+        assert ("metal", "hyper_out", mx.float32) in known
+        mx.eval(step())
+        assert set(self_check._answers) == known

@@ -75,13 +75,16 @@ def load(
 
 
 def _build(model: Model) -> None:
-    """The graphs of a few tokens, more than are decoded at a time, and of a step: what answers ask for.
+    """The graphs of a few tokens, more than are decoded at a time, and of steps of one, two and as many
+    sequences as go together: what answers ask for.
 
     They come after so many tokens that the indexer has to choose among the rows.
     """
     deep = fill_blank(model.make_cache(), 4 * (model.args.index_topk + 2))
     model.last_logits(mx.zeros((1, dispatch.FEW + 1), mx.int32), deep)
-    model.step(mx.zeros((1,), mx.int32), [deep])
+    states = [deep, *(model.make_cache() for _ in range(dispatch.FEW - 1))]
+    for count in (1, 2, dispatch.FEW):
+        model.step(mx.zeros((count,), mx.int32), states[:count])
 
 
 def locate(path: str | Path) -> Path:
