@@ -36,7 +36,10 @@ def main() -> None:
     if asked.serve:
         serve(asked.layers, asked.batch)
         return
-    processes = {side.partition("=")[0]: started(side, asked) for side in asked.sides}
+    names = [side.partition("=")[0] for side in asked.sides]
+    if not names or len(set(names)) < len(names) or not all("=" in side for side in asked.sides):
+        parser.error("each side is NAME=DIRECTORY, of a name of its own")
+    processes = dict(zip(names, (started(side, asked) for side in asked.sides), strict=True))
     name_of = [line(each.stdout) for each in processes.values()].pop()
     turns: dict[str, list[float]] = {name: [] for name in processes}
     for _ in range(asked.rounds):
@@ -54,7 +57,8 @@ def main() -> None:
 
 def started(side: str, asked: argparse.Namespace) -> subprocess.Popen[str]:
     """The process of a side, which waits for turns."""
-    directory, *settings = side.partition("=")[2].split(",")
+    named, *settings = side.partition("=")[2].split(",")
+    directory = str(Path(named).resolve(strict=True))
     path = os.pathsep.join([directory, os.environ.get("PYTHONPATH", "")])
     environment = {
         **os.environ,

@@ -3,8 +3,8 @@
 MLX ends a graph of CUDA's once its inputs are more than some megabytes, and counts the whole of every
 array: each product with the experts of a layer, of which it reads a few, would end one, and every end
 costs the host. What a graph has made is kept until its end, which training would need memory for: so
-it is commands that only read and generate that have longer ones. MLX looks at $MLX_MAX_MB_PER_BUFFER
-when it first uses the GPU.
+it is commands that generate, by kernels, that have longer ones. MLX looks at $MLX_MAX_MB_PER_BUFFER when
+it first uses the GPU.
 """
 
 import os

@@ -56,25 +56,25 @@ def test_one_launch_gives_what_two_give(dtype):
         (["mxfp8", "bf16"], 64, 1, ["hyper_dense_mxfp8_bf16_given"]),
         (["mxfp8"], 64, 2, ["hyper_in", "dense_matvec_mxfp8"]),
         (["mxfp8"], 7200, 1, ["hyper_in", "dense_matvec_mxfp8"]),
-        (["mxfp8"], 72, 1, ["hyper_in"]),
+        (["bf16"], 72, 1, ["hyper_in", "dense_matvec_bf16"]),
     ],
 )
 def test_how_many_launches(kinds, width, tokens, names):
-    """One for one token, of a width that has room; what no kernel takes is left to plain operations."""
-    matrices = [(kind, random_planes(kind, (3, width), 1)) for kind in kinds if width != 72]
-    matrices = matrices or [("q8_0", random_planes("f32", (3, width), 1))]
+    """One for one token, of a width that has room and is of whole eights of words."""
+    matrices = [(kind, random_planes(kind, (3, width), 1)) for kind in kinds]
     with recording("cuda") as launches, dispatch.asking() as asked:
-        if width == 72:
-            assert not hyper_dense.takes(matrices, site(BF16, width)[0])
-            names = []
-        else:
-            hyper_dense.hyper_dense(matrices, *site(BF16, width, tokens), **OPTIONS)
+        hyper_dense.hyper_dense(matrices, *site(BF16, width, tokens), **OPTIONS)
     assert [launch.name for launch in launches] == names
-    assert (
-        tokens > 1
-        or width > 64
-        or {name for name, _ in asked} == {f"hyper_dense_{kind}" for kind in kinds}
-    )
+    if len(names) == 1:
+        assert {name for name, _ in asked} == {f"hyper_dense_{kind}" for kind in kinds}
+
+
+def test_what_the_kernel_takes():
+    streams = site(BF16)[0]
+    with on_metal(), dispatch.kernels():
+        for kind, taken in (("mxfp8", True), ("f32", True), ("q4_k", False)):
+            assert hyper_dense.takes([(kind, {})], streams) == taken
+        assert not hyper_dense.takes([("bf16", {})], streams[:, :3])
 
 
 @executor_only

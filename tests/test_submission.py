@@ -6,6 +6,7 @@ import mlx.core as mx
 import pytest
 
 from ds4mlx.cli.opening import open_model
+from ds4mlx.custom_kernels import dispatch
 from ds4mlx.submission import VARIABLE, submit_by_number
 
 
@@ -15,10 +16,14 @@ def unset(monkeypatch):
     monkeypatch.delenv(VARIABLE)
 
 
-def test_a_command_submits_by_number(monkeypatch, tiny_dir):
+@pytest.mark.parametrize("kernels, generates", [(True, True), (False, True), (True, False)])
+def test_a_command_that_generates_by_kernels_submits_by_number(
+    monkeypatch, tiny_dir, kernels, generates
+):
     monkeypatch.setattr(mx.metal, "is_available", lambda: False)
-    open_model(str(tiny_dir))
-    assert int(os.environ[VARIABLE]) == 10**6
+    monkeypatch.setattr(dispatch, "in_use", lambda: kernels)
+    open_model(str(tiny_dir), generates=generates)
+    assert os.environ.get(VARIABLE) == ("1000000" if kernels and generates else None)
 
 
 def test_what_is_set_stays(monkeypatch):

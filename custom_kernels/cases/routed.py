@@ -126,7 +126,7 @@ def small() -> Iterator[Case]:
             call = partial(down, format, dtype, shared, sizes, tokens, 3)
             yield Case(f"routed_down {format} with {shared} {sizes}, {tokens} tokens", dtype, call)
             call = partial(merged, format, dtype, shared, (*sizes[:3], 40), 1, 3)
-            yield Case(f"routed_hyper {format} with {shared} {sizes}", dtype, call)
+            yield Case(f"routed_hyper {format} with {shared}", dtype, call)
 
 
 def _bytes(dtype: mx.Dtype) -> Iterator[Case]:

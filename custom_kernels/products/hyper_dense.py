@@ -183,7 +183,8 @@ def takes(matrices: Matrices, streams: mx.array) -> bool:
     """Whether the kernel multiplies matrices by what streams (B, n, D) collapse to."""
     count, _, width = streams.shape
     kinds = dict.fromkeys(name for name, _ in matrices)
-    suits = count == 1 and hyper_in.suits(streams) and width <= MOST_WIDTH
+    # In whole eights of words: `place_of` puts each eight in another order.
+    suits = count == 1 and hyper_in.suits(streams) and width <= MOST_WIDTH and width % 32 == 0
     if not suits or any(width % dense.COLUMNS.get(kind, width + 1) for kind in kinds):
         return False
     return dispatch.active(streams, *(_name([kind]) for kind in kinds))

@@ -101,15 +101,18 @@ def open_model(
     *,
     context: int | Length | None = None,
     adapter: Path | None = None,
+    generates: bool = True,
 ) -> tuple[network.Model, Tokenizer]:
     """Load a model for the command line: by default in bfloat16, or float32 where MLX has only the CPU.
 
-    context, adapter: see `load`.
+    context, adapter: see `load`. generates: whether it is to generate, for which MLX submits longer graphs.
     """
+    from ds4mlx.custom_kernels import dispatch
     from ds4mlx.engine.load import load
     from ds4mlx.submission import submit_by_number
 
-    submit_by_number()
+    if generates and dispatch.in_use():
+        submit_by_number()
     told = partial(progress, "loading", "files")
     options: Any = {"context": context, "adapter": adapter, "on_file": told}
     opened = load(find_model(named), activations(dtype), **options)

@@ -223,7 +223,7 @@ def imatrix(
             path,
             prompts,
             output,
-            lambda: opening.open_model(str(path))[0],
+            lambda: opening.open_model(str(path), generates=False)[0],
             moments=moments,
             per_expert=per_expert,
             length=ctx,

@@ -55,7 +55,7 @@ class Step:
 
 
 def commit(steps: Sequence[Step]) -> None:
-    """Make all changes of all steps.
+    """Make all changes of all steps, of which there is at least one.
 
     One call into C, in which no handler of a signal runs: Ctrl-C comes before or after.
     """
