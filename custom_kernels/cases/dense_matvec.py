@@ -106,15 +106,23 @@ FLASH: dict[str, tuple[Shapes, int, int]] = {
 CACHE = 256 << 20  # bytes that no cache keeps
 
 
+def copies_of(
+    shapes: Shapes, columns: int
+) -> tuple[list[list[tuple[str, dict[str, mx.array]]]], int]:
+    """The matrices of a launch, so often that no cache keeps them all, and the bytes of one copy."""
+    size = int(sum(rows * columns * FORMATS[name].bits / 8 for name, rows in shapes))
+    copies = [
+        [(name, random_planes(name, (rows, columns), i)) for name, rows in shapes]
+        for i in range(max(2, CACHE // size + 1))
+    ]
+    mx.eval([planes for matrices in copies for _, planes in matrices])
+    return copies, size
+
+
 def timed(tokens: Sequence[int] = (1, 2, 4, 8)) -> Iterator[Timed]:
     """At Flash's sizes: (title, call(i, x), x, bytes read); call depends on x, i turns the weights."""
     for title, (shapes, columns, groups) in FLASH.items():
-        size = int(sum(rows * columns * FORMATS[name].bits / 8 for name, rows in shapes))
-        copies = [
-            [(name, random_planes(name, (rows, columns), i)) for name, rows in shapes]
-            for i in range(max(2, CACHE // size + 1))
-        ]
-        mx.eval([planes for matrices in copies for _, planes in matrices])
+        copies, size = copies_of(shapes, columns)
         for count in tokens:
             x = normal((count, groups, columns) if groups else (count, columns), BF16, 1)
 

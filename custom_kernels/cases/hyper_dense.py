@@ -1,12 +1,12 @@
 """The first products of a sublayer in one launch beside what its input and they are, one after the other."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import mlx.core as mx
 
 from ds4mlx.custom_kernels.cases.base import Case, Pairs, normal
-from ds4mlx.custom_kernels.cases.dense_matvec import FLASH, KINDS
+from ds4mlx.custom_kernels.cases.dense_matvec import FLASH, KINDS, Shapes, copies_of
 from ds4mlx.custom_kernels.cases.hyper import EPS, F32, fn_of, norm_of, partials
 from ds4mlx.custom_kernels.layer import hyper_out
 from ds4mlx.custom_kernels.layer.hyper_pre import MIXES, STREAMS
@@ -14,9 +14,7 @@ from ds4mlx.custom_kernels.layer.hyper_pre import plain as before_sublayer
 from ds4mlx.custom_kernels.products import dense_matvec, hyper_dense
 from ds4mlx.custom_kernels.products.columns import side_by_side
 from ds4mlx.custom_kernels.random_weights import random_planes
-from ds4mlx.formats import FORMATS
 
-Shapes = Sequence[tuple[str, int]]  # format and rows of every matrix
 OPTIONS = {"iterations": 20, **EPS}
 
 
@@ -66,7 +64,6 @@ def wide() -> Iterator[Case]:
 
 
 Timed = tuple[str, Callable[[int, mx.array], mx.array], mx.array, int]
-CACHE = 256 << 20  # bytes that no cache keeps
 
 
 def timed(width: int = 4096) -> Iterator[Timed]:
@@ -76,12 +73,8 @@ def timed(width: int = 4096) -> Iterator[Timed]:
     sums = hyper_out.mix_by_kernel(streams, fn)
     for title in ("shared w1, w3, router", "wq_a, wkv, compressors"):
         shapes, columns, _ = FLASH[title]
-        size = int(sum(rows * columns * FORMATS[name].bits / 8 for name, rows in shapes))
-        copies = [
-            [(name, random_planes(name, (rows, columns), i)) for name, rows in shapes]
-            for i in range(max(2, CACHE // size + 1))
-        ]
-        mx.eval([planes for matrices in copies for _, planes in matrices], streams, sides, sums)
+        copies, size = copies_of(shapes, columns)
+        mx.eval(streams, sides, sums)
 
         def call(i: int, x: mx.array, copies=copies) -> mx.array:
             own = copies[i % len(copies)]
