@@ -119,7 +119,10 @@ def of(kind, tokens=3, columns=352, dtype=F32, **options):
 
 
 many = partial(cases.products, F32, [("f32", 2053)], 64, 4)  # of which a SIMD-group takes two
+shared = partial(cases.products, F32, [("mxfp8", 11)], 8192, 1)  # SIMD-groups share rows
 FAULTS = [
+    ("dense_matvec_mxfp8", shared, "32 * U * SPLIT", "32 * U"),
+    ("dense_matvec_mxfp8", shared, "y[i] += parts[", "y[i] = parts["),
     ("dense_matvec_mxfp8", of("mxfp8"), "scales[row * (all / 32) + c / 2]", "scales[c / 2]"),
     ("dense_matvec_mxfp8", of("mxfp8"), "(w >> 1) & 0x3f803f80u", "(w >> 1) & 0x3f003f80u"),
     ("dense_matvec_q8_0", of("q8_0"), "0x80808080u", "0x80808000u"),

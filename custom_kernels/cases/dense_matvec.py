@@ -54,6 +54,8 @@ def small() -> Iterator[Case]:
             yield _case(dtype, [(kind, 3 * 21)], 96, tokens, groups=3, out=dtype)
         mixed = [("mxfp8", 19), ("q8_0", 5), ("bf16", 34), ("f16", 1), ("f32", 3), ("bf16", 2)]
         yield _case(dtype, mixed, 544, 3)
+        yield _case(dtype, [("mxfp8", 11), ("q8_0", 3)], 8192, 1, out=dtype)
+        yield _case(dtype, [("bf16", 5)], 8200, 1)
     yield _case(BF16, [("mxfp8", 21), ("bf16", 9)], 288, 2)
     yield from tiles()
 

@@ -17,6 +17,7 @@ from ds4mlx.custom_kernels.layer.hyper_out import SLICE
 from ds4mlx.custom_kernels.layer.hyper_pre import STREAMS
 from ds4mlx.custom_kernels.products import dense_matvec
 from ds4mlx.custom_kernels.products import dense_matvec_text as dense
+from ds4mlx.custom_kernels.words import LOAD8
 from ds4mlx.formats import FORMATS, Planes
 
 GROUPS = 16  # SIMD-groups of a threadgroup
@@ -48,7 +49,7 @@ def kernel(format: str) -> Kernel:
     taken = " ".join(f"m.{plane} = {name};" for plane, name in planes.items())
     parts = {"begin": text.BEGIN, "merge": text.merge("given[lane]")}
     body = _BODY.format(struct=dense.STRUCTS[format], planes=taken, **parts)
-    header = dense.LOAD4 + dense.FORMATS[format] + dense.PRODUCT
+    header = LOAD8 + dense.LOAD4 + dense.FORMATS[format] + dense.PRODUCT
     inputs = ["streams", "post", "comb", "fn", "heads", *planes.values()]
     outputs = ["partial", "merged"]
     return Kernel(f"dense_hyper_{format}", inputs, outputs, body, header)

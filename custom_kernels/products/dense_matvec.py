@@ -1,10 +1,10 @@
 """Dense matrices times one to eight rows of activations: one launch reads every weight once.
 
 Several matrices that take the same activations share a launch, whatever their formats, and an array of
-results: every array costs the host, at every token. A SIMD-group
-makes R values for all rows of activations: its lanes load 16 bytes of each of R rows at a time and
-multiply in float32, so that no weight is ever written out wider than it is stored. More rows of
-bfloat16 activations go through matrix units instead.
+results: every array costs the host, at every token. A SIMD-group makes R values for all rows of
+activations, or shares long rows of a matrix with its neighbour: its lanes load 16 bytes of each of R
+rows at a time and multiply in float32, so that no weight is ever written out wider than it is stored.
+More rows of bfloat16 activations go through matrix units instead.
 """
 
 from collections.abc import Iterable, Sequence
@@ -17,6 +17,7 @@ from ds4mlx.custom_kernels import dispatch
 from ds4mlx.custom_kernels.dialect import Kernel, target
 from ds4mlx.custom_kernels.products import dense_matvec_text as text
 from ds4mlx.custom_kernels.products import dense_tiles_text as tiles
+from ds4mlx.custom_kernels.words import LOAD8
 from ds4mlx.formats import FORMATS, Planes
 
 MOST = 8  # rows of activations
@@ -24,7 +25,7 @@ TILE = 16  # rows of a matrix that a threadgroup takes on matrix units
 CHUNK = 128  # columns that matrix units take at a time
 # Rows of activations from which on matrix units are used: on Metal, where none was measured, never.
 TILED_FROM = {"cuda": 3, "metal": MOST + 1}
-LONG = 8192  # columns of a row that many loads at a time, or many SIMD-groups, go through best
+LONG = 8192  # columns of a row that several SIMD-groups go through best
 
 # A threadgroup finds its matrix by its number; those of a group of rows are its own. Sizes are data, so
 # that one kernel serves all matrices in the same formats.
@@ -34,20 +35,21 @@ uint sub = simdgroup_index_in_threadgroup, begin = 0, every = {every};
 uint columns = uint(x_shape[1 + GROUPED]), groups = GROUPED ? uint(x_shape[1]) : 1u, each, parts;
 """
 _PART = """
-each = uint(w{i}_weight_shape[0]) / groups, parts = (each - 1) / (SUBS * R) + 1;
+each = uint(w{i}_weight_shape[0]) / groups, parts = (each - 1) / (SUBS / SPLIT * R) + 1;
 if (at < parts * groups) {{
   {struct} w;
   {planes}
-  uint group = at / parts, row = (at % parts * SUBS + sub) * R + group * each;
-  if (row < (group + 1) * each) {{
-    Rows<X> own = {{x + group * columns, groups * columns, uint(x_shape[0]) - 1}};
-    uint rows = (group + 1) * each;
-    float y[M];
-    #pragma unroll
-    for (int i = 0; i < M; i++) y[i] = 0;
-    multiply_from<{struct}, R, N, U>(w, own, y, row, rows, columns, lane);
+  uint group = at / parts, rows = (group + 1) * each, share = sub % SPLIT;
+  uint row = (at % parts * (SUBS / SPLIT) + sub / SPLIT) * R + group * each;
+  Rows<X> own = {{x + group * columns, groups * columns, uint(x_shape[0]) - 1}};
+  float y[M];
+  #pragma unroll
+  for (int i = 0; i < M; i++) y[i] = 0;
+  if (row < rows)
+    multiply_from<{struct}, R, N, U, SPLIT>(w, own, y, row, rows, columns, 32 * U * share + lane);
+  if (SPLIT > 1) gather<SPLIT, M>(y, sums, sub, lane);
+  if (row < rows && share == 0)
     put<R, N, M>(y, own.last + 1, out + begin, every, row, rows, lane);
-  }}
   return;
 }}
 at -= parts * groups;
@@ -66,6 +68,10 @@ if (at < parts * groups) {{
 at -= parts * groups;
 begin += groups * each;
 """
+
+# What SIMD-groups add up: of a tile, or of rows that several share.
+_TILE_SUMS = "threadgroup float sums[SUBS * 128];\n"
+_ROW_SUMS = "threadgroup float sums[SPLIT > 1 ? SUBS * 32 * M : 1];\n"
 
 Matrices = Sequence[tuple[str, Planes]]
 
@@ -91,16 +97,21 @@ class Cut:
         return 8 if self.tokens == 1 else 4
 
     @property
+    def split(self) -> int:
+        """SIMD-groups that share a row."""
+        return 2 if self.tokens == 1 and self.columns >= LONG else 1
+
+    @property
     def height(self) -> int:
         """Rows that a SIMD-group takes: few where few rows would leave a large GPU's memory idle."""
-        most, filled = (2, 8192) if self.tokens == 1 else (4, 1024)
-        return next((r for r in (4, 2) if r <= most and sum(self.rows) >= r * filled), 1)
+        filled = 4096 if self.tokens == 1 else 1024
+        return next((r for r in (4, 2) if sum(self.rows) >= r * filled), 1)
 
     @property
     def steps(self) -> int:
         """Pieces of each row that a lane loads at a time."""
         if self.tokens == 1:
-            return 8 if self.columns >= LONG else 2
+            return min(2, 4 // self.height)
         return 1 if self.tokens > 4 else max(2, 4 // self.height)
 
     @property
@@ -110,7 +121,7 @@ class Cut:
 
     def parts(self) -> list[int]:
         """Threadgroups of each matrix."""
-        each = TILE if self.tiled else self.subs * self.height
+        each = TILE if self.tiled else self.subs // self.split * self.height
         return [self.groups * -(-(rows // self.groups) // each) for rows in self.rows]
 
     def template(self) -> list[tuple[str, int]]:
@@ -123,6 +134,7 @@ class Cut:
             ("R", self.height),
             ("U", self.steps),
             ("M", self.sums),
+            ("SPLIT", self.split),
         ]
 
 
@@ -131,15 +143,14 @@ def kernel(formats: tuple[str, ...], tiled: bool) -> Kernel:
     """The kernel of matrices in these formats, on matrix units or not."""
     every = " + ".join(f"uint(w{i}_weight_shape[0])" for i in range(len(formats)))
     inputs, body = ["x"], _START.format(every=every)
-    if tiled:
-        body += "threadgroup float sums[SUBS * 128];\n"
+    body += _TILE_SUMS if tiled else _ROW_SUMS
     for i, name in enumerate(formats):
         planes = tuple(FORMATS[name].layout)
         inputs += [f"w{i}_{p}" for p in planes]
         taken = " ".join(f"w.{p} = w{i}_{p};" for p in planes)
         body += (_TILE if tiled else _PART).format(i=i, struct=text.STRUCTS[name], planes=taken)
     kinds, outputs = dict.fromkeys(formats), ["out"]
-    header = text.LOAD4 + "".join(text.FORMATS[name] for name in kinds)
+    header = LOAD8 + text.LOAD4 + "".join(text.FORMATS[name] for name in kinds)
     if not tiled:
         return Kernel(_name(formats), inputs, outputs, body, header + text.PRODUCT)
     header += "".join(tiles.FORMATS[name] for name in kinds) + tiles.PRODUCT

@@ -3,24 +3,25 @@
 A piece is 16 bytes of a row of weights: its columns are those that share a lane's load.
 """
 
+# Goes after LOAD8 of `words`.
 LOAD4 = """
-inline void halves(uint w, thread float* v) { v[0] = low(as_half2(w)); v[1] = high(as_half2(w)); }
-inline void brains(uint w, thread float* v) {
-  v[0] = as_type<float>(w << 16); v[1] = as_type<float>(w & 0xffff0000u);
-}
 inline void load4(const device float* p, thread float* v) {
   float4 q = *(const device float4*)p;
   v[0] = q.x; v[1] = q.y; v[2] = q.z; v[3] = q.w;
 }
 inline void load4(const device bfloat16_t* p, thread float* v) {
   uint2 q = *(const device uint2*)p;
-  brains(q.x, v); brains(q.y, v + 2);
+  two(q.x, v); two(q.y, v + 2);
 }
-// Rows of activations, `stride` elements apart, four columns at a time; a row past the last is that.
+// Rows of activations, `stride` elements apart, four or eight columns at a time; a row past the last is
+// that.
 template <typename T> struct Rows {
   const device T* first; uint stride, last;
   inline void quad(uint t, uint i, thread float* v) const {
     load4(first + min(t, last) * stride + 4 * i, v);
+  }
+  inline void eight(uint t, uint i, thread float* v) const {
+    load8(first + min(t, last) * stride + 8 * i, v);
   }
 };
 inline uint word(uint4 w, int i) { return i == 0 ? w.x : i == 1 ? w.y : i == 2 ? w.z : w.w; }
@@ -82,7 +83,7 @@ struct Bf16 {
   }
   inline float scale(uint, uint, uint) const { return 1.0f; }
   static inline void quad(uint4 p, int i, thread float* v) {
-    brains(word(p, 2 * i), v); brains(word(p, 2 * i + 1), v + 2);
+    two(word(p, 2 * i), v); two(word(p, 2 * i + 1), v + 2);
   }
 };
 """,
@@ -95,7 +96,7 @@ struct F16 {
   }
   inline float scale(uint, uint, uint) const { return 1.0f; }
   static inline void quad(uint4 p, int i, thread float* v) {
-    halves(word(p, 2 * i), v); halves(word(p, 2 * i + 1), v + 2);
+    two_halves(word(p, 2 * i), v); two_halves(word(p, 2 * i + 1), v + 2);
   }
 };
 """,
@@ -159,25 +160,32 @@ inline void fetch(thread Pieces<R, U>& k, F w, uint row0, uint rows, uint all, u
 // y += products of a lane's pieces, the first of which is number c0 of a row.
 template <typename F, int R, int N, int U, typename X>
 inline void multiply(const thread Pieces<R, U>& k, X x, thread float* y, uint c0, uint all) {
+  // Lanes meet fewer lines of memory with 16 bytes of activations at a time than with 8.
+  enum { TAKEN = F::COLUMNS < 8 ? 4 : 8 };
   uint last = all / F::COLUMNS - 1;
   #pragma unroll
   for (int u = 0; u < U; u++) {
-    uint first = min(c0 + 32 * u, last) * (F::COLUMNS / 4);
+    uint first = min(c0 + 32 * u, last) * (F::COLUMNS / TAKEN);
     float sum[R][N];
     #pragma unroll
-    for (int q = 0; q < F::COLUMNS / 4; q++) {
-      float v[R][4];
+    for (int q = 0; q < F::COLUMNS / TAKEN; q++) {
+      float v[R][TAKEN];
       #pragma unroll
-      for (int r = 0; r < R; r++) F::quad(k.codes[u][r], q, v[r]);
+      for (int r = 0; r < R; r++) {
+        #pragma unroll
+        for (int i = 0; i < TAKEN / 4; i++)
+          F::quad(k.codes[u][r], q * (TAKEN / 4) + i, v[r] + 4 * i);
+      }
       #pragma unroll
       for (int t = 0; t < N; t++) {
-        float a[4];
-        x.quad(t, first + q, a);
+        float a[8];
+        if (TAKEN == 8) x.eight(t, first + q, a);
+        else x.quad(t, first + q, a);
         #pragma unroll
         for (int r = 0; r < R; r++) {
           float s = q ? sum[r][t] : 0.0f;
           #pragma unroll
-          for (int i = 0; i < 4; i++) s = fma(v[r][i], a[i], s);
+          for (int i = 0; i < TAKEN; i++) s = fma(v[r][i], a[i], s);
           sum[r][t] = s;
         }
       }
@@ -191,13 +199,26 @@ inline void multiply(const thread Pieces<R, U>& k, X x, thread float* y, uint c0
     }
   }
 }
-// y += products of all of a lane's pieces from number c0 of a row on.
-template <typename F, int R, int N, int U, typename X>
+// y += products of all of a lane's pieces from number c0 of a row on; SPLIT SIMD-groups share a row.
+template <typename F, int R, int N, int U, int SPLIT = 1, typename X>
 inline void multiply_from(F w, X x, thread float* y, uint row0, uint rows, uint all, uint c0) {
-  for (; c0 < all / F::COLUMNS; c0 += 32 * U) {
+  for (; c0 < all / F::COLUMNS; c0 += 32 * U * SPLIT) {
     Pieces<R, U> k;
     fetch(k, w, row0, rows, all, c0);
     multiply<F, R, N, U>(k, x, y, c0, all);
+  }
+}
+// What SPLIT SIMD-groups have of the same M sums goes to the first of them.
+template <int SPLIT, int M>
+inline void gather(thread float* y, threadgroup float* parts, uint sub, uint lane) {
+  #pragma unroll
+  for (uint i = 0; i < M; i++) parts[(sub * M + i) * 32 + lane] = y[i];
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  #pragma unroll
+  for (uint s = 1; s < SPLIT; s++) {
+    #pragma unroll
+    for (uint i = 0; i < M; i++)
+      if (sub % SPLIT == 0) y[i] += parts[((sub + s) * M + i) * 32 + lane];
   }
 }
 // Sums over the lanes, each to its place.

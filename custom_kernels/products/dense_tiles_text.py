@@ -53,7 +53,7 @@ inline uint4 eight(Q80 w, uint row, uint c, uint all) {
 }
 inline void four_scales(Q80 w, uint row, uint c, uint all, thread float* s) {
   uint2 v = ((const device uint2*)w.d)[row * (all / 128) + c];
-  halves(v.x, s); halves(v.y, s + 2);
+  two_halves(v.x, s); two_halves(v.y, s + 2);
 }
 """,
     "bf16": """

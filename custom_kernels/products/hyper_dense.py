@@ -35,6 +35,9 @@ struct Input {
     v[0] = as_type<float>(q.x); v[1] = as_type<float>(q.y);
     v[2] = as_type<float>(q.z); v[3] = as_type<float>(q.w);
   }
+  inline void eight(uint t, uint i, thread float* v) const {
+    quad(t, 2 * i, v); quad(t, 2 * i + 1, v + 4);
+  }
 };
 template <typename T> inline uint stored(float v) { return as_type<uint>(float(static_cast<T>(v))); }
 """
