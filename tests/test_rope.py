@@ -39,7 +39,10 @@ def test_angles_are_float32_products_with_full_range_reduction(position):
 def test_angles_of_steps_are_those_of_tokens_and_rows():
     """Of a token in both kinds of layers, and of the rows of ratio 4 and 128 to which it belongs."""
     tables, positions = rotary_tables(FLASH), [0, 31, 32, 4095, 65_536, 1_048_575]
-    for position, got in zip(positions, step_angles(tables, positions), strict=True):
+    alone = [step_angles(tables, [position])[0] for position in positions]
+    for position, got in zip(
+        [*positions, *positions], [*step_angles(tables, positions), *alone], strict=True
+    ):
         places = position, position, position // 4 * 4, position // 128 * 128
         for ratio, place, angles in zip((0, 4, 4, 128), places, got, strict=True):
             want = tables[ratio].angles(np.array([place]))

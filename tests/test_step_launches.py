@@ -13,7 +13,7 @@ from ds4mlx.custom_kernels.graph import operations
 from ds4mlx.custom_kernels.layer.attention import SHARES
 from ds4mlx.custom_kernels.recording import recording
 from ds4mlx.engine.admission import StateMemory
-from ds4mlx.model.fused.step import begin
+from ds4mlx.model.fused.step import _placed, begin
 from ds4mlx.model.linear import Matrix
 from ds4mlx.model.model import Model
 from ds4mlx.model.rope import step_angles
@@ -96,8 +96,22 @@ def test_bytes_moved_are_those_of_the_weights(q2):
 def test_what_every_launch_is_told_lies_side_by_side(q2, position):
     """MLX would copy anything else for every launch that takes it."""
     told = step_angles(q2._rotary, [position])
-    assert told.flags.c_contiguous and told.dtype == np.float32
+    assert memoryview(told).c_contiguous and told.dtype == mx.float32
     assert memoryview(begin(q2, mx.zeros((3,), mx.int32)).streams.view(mx.uint16)).c_contiguous
+
+
+def test_of_one_token_the_host_writes_nothing(q2):
+    """A GPU waits for what the host has just written: what a token is told is a view of what lies there."""
+    places = [_placed([[4096 + n, 4000, 1000, 24, 0, 0, 0, 0]]) for n in range(2)]
+    assert np.array(places[1]).tolist() == [[4097, 4000, 1000, 24, 0, 0, 0, 0]]
+    angles = [step_angles(q2._rotary, [4096 + n]) for n in range(2)]
+    assert apart(*places) == 4 * 8 and apart(*angles) == 4 * 4 * 2 * 32
+
+
+def apart(first: mx.array, second: mx.array) -> int:
+    """Bytes from where one array lies to where another does."""
+    begins = [np.asarray(memoryview(each)).ctypes.data for each in (first, second)]
+    return begins[1] - begins[0]
 
 
 @pytest.mark.parametrize("target", ["metal", "cuda"])

@@ -15,7 +15,7 @@ import numpy as np
 from ds4mlx.config import ModelConfig
 from ds4mlx.custom_kernels.layer.plain import Angles
 
-# Positions for which the angles of steps are made at once, each of which is about to be needed.
+# Positions for which what steps are told is made at once, each of which is about to be needed.
 AT_ONCE = 32
 
 
@@ -41,14 +41,25 @@ def turns(angle: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
 
 
-def step_angles(tables: dict[int, Rotary], positions: Sequence[int]) -> np.ndarray:
+def step_angles(tables: dict[int, Rotary], positions: Sequence[int]) -> mx.array:
     """What a step of one token of each of B sequences needs, float32 (B, 4, 2, rope_dims / 2), cos and sin.
 
     The angles at its position in layers that do not compress, and in those that do; and in the latter
     at the first token of the rows of ratio 4 and of ratio 128 to which it belongs.
     """
     kinds = tuple(tables[ratio] for ratio in (0, 4, 4, 128))
-    return np.array([_next_angles(kinds, p // AT_ONCE)[p % AT_ONCE] for p in positions])
+    if len(positions) > 1:
+        return mx.array(
+            np.array([_next_angles(kinds, p // AT_ONCE)[p % AT_ONCE] for p in positions])
+        )
+    number, own = divmod(positions[0], AT_ONCE)
+    return _held_angles(kinds, number)[own : own + 1]
+
+
+@lru_cache(maxsize=64)
+def _held_angles(kinds: tuple[Rotary, ...], number: int) -> mx.array:
+    """`_next_angles` where kernels read them: a GPU waits for what the host has just written."""
+    return mx.array(_next_angles(kinds, number))
 
 
 @lru_cache(maxsize=64)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from itertools import compress
 from operator import is_
 from typing import Any, Protocol
@@ -23,7 +23,7 @@ from ds4mlx.model.fused.sequences import Places, Sequences, compressors_of
 from ds4mlx.model.hyper import HyperHead
 from ds4mlx.model.linear import Embedding, Linear, RMSNorm
 from ds4mlx.model.module import changes
-from ds4mlx.model.rope import Rotary, step_angles
+from ds4mlx.model.rope import AT_ONCE, Rotary, step_angles
 from ds4mlx.model.taps import listened
 from ds4mlx.state.decode_state import DecodeState
 from ds4mlx.state.parts import Parts
@@ -93,11 +93,26 @@ def _places(model: Stepped, states: Sequence[DecodeState], selects: Sequence[int
     """Where the next token of each state stands."""
     among = [sum(selects[:number]) if own else -1 for number, own in enumerate(selects)]
     every = [place(state, number, among[number]) for number, state in enumerate(states)]
-    which, placed = list(compress(every, selects)), mx.array(every, mx.int32)
+    which, placed = list(compress(every, selects)), _placed(every)
     # Where all select, one array is both: to make another takes longer than the rest of this.
     selecting = placed if which == every else mx.array(which, mx.int32) if which else None
     angles = step_angles(model._rotary, [state.offset for state in states])
-    return Places(placed, selecting, mx.array(angles))
+    return Places(placed, selecting, angles)
+
+
+def _placed(places: Sequence[Sequence[int]]) -> mx.array:
+    """Where tokens stand, int32 (B, 8): of one, a view of what was made for those that follow it too."""
+    if len(places) > 1:
+        return mx.array(places, mx.int32)
+    [(position, *rest)] = places
+    own = position % AT_ONCE
+    return _held_places(position - own, *rest)[own : own + 1]
+
+
+@lru_cache(maxsize=64)
+def _held_places(begin: int, *rest: int) -> mx.array:
+    """Where AT_ONCE tokens from `begin` on stand, while nothing but the position changes: int32 (., 8)."""
+    return mx.array([[begin + n, *rest] for n in range(AT_ONCE)], mx.int32)
 
 
 def _selects(model: Stepped, state: DecodeState) -> bool:
