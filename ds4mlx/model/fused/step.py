@@ -100,7 +100,7 @@ def _places(model: Stepped, states: Sequence[DecodeState], selects: Sequence[int
     return Places(placed, selecting, angles)
 
 
-def _placed(places: Sequence[Sequence[int]]) -> mx.array:
+def _placed(places: list[list[int]]) -> mx.array:
     """Where tokens stand, int32 (B, 8): of one, a view of what was made for those that follow it too."""
     if len(places) > 1:
         return mx.array(places, mx.int32)
