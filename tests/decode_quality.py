@@ -1,19 +1,16 @@
-"""What bfloat16 costs the small model's next-token probabilities, decoded by launches and by plain operations.
+"""What bfloat16 costs the small model's probabilities, decoded by the Metal text of the launches, on a CPU.
 
-Held-out text is decoded one token at a time: by the launches of a step, whose Metal text the CPU
-executor runs where there is no GPU (some 0.6 s a token), and by the modules in plain operations.
-Both are held against the same weights in float32.
+Held-out text is decoded one token at a time: by the launches of a step, which the executor runs as a
+Mac would (some 0.6 s a token), and by plain operations. Both are held against the same weights in
+float32. `benchmarks/kernel_model.py` asks a GPU the same.
 
-    python decode_quality.py [--recipe official|q2] [--tokens N] [--results FILE]
+    PYTHONPATH=..:../oracle python decode_quality.py [--recipe official|q2] [--tokens N] [--results FILE]
 """
 
 import argparse
-import contextlib
 import json
 import os
-import platform
 import tempfile
-from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -24,6 +21,7 @@ from spoiling import on_metal
 from tqdm import tqdm
 
 from ds4mlx import load
+from ds4mlx.cli.doctor import processor
 from ds4mlx.convert import convert
 from ds4mlx.custom_kernels import dispatch
 from ds4mlx.engine.default_model import EMBEDDED, default_model
@@ -46,7 +44,7 @@ def main() -> None:
         ids = np.array(tokenizer.encode(text)[: arguments.tokens], np.int32)
         with dispatch.plain_operations():
             want = reference.run_chunks(exact, ids, [])
-            plain = reference.kl(want, decoded(half, ids))
+            plain = reference.kl(want, reference.run_chunks(half, ids, [1] * len(ids)))
         measure(arguments, half, ids, want, plain)
 
 
@@ -68,46 +66,20 @@ def weights(recipe: str, into: Path) -> Path:
 
 def measure(arguments: argparse.Namespace, half: Model, ids: np.ndarray, want, plain) -> None:
     """Decode by launches, and keep the means so far every now and then."""
-    divergences: list[float] = []
-    with through_launches():
-        for n, row in enumerate(tqdm(rows(half, ids), total=len(ids), unit=" tokens"), 1):
-            divergences.append(float(reference.kl(want[n - 1 : n], row)[0]))
-            if n % KEPT_EVERY == 0 or n == len(ids):
-                keep(arguments, summary(divergences, plain[:n]))
+    state, found = half.make_cache(), np.zeros(0)
+    with on_metal(), dispatch.kernels(), launches():
+        for begin in tqdm(range(0, len(ids), KEPT_EVERY), unit=f" times {KEPT_EVERY} tokens"):
+            piece = ids[begin : begin + KEPT_EVERY]
+            got = reference.run_chunks(half, piece, [1] * len(piece), state)
+            found = np.append(found, reference.kl(want[begin : begin + len(piece)], got))
+            keep(arguments, summary(found, plain[: len(found)]))
 
 
-@contextlib.contextmanager
-def through_launches() -> Iterator[None]:
-    """Inside the block steps go through launches: a GPU's, or by the executor of Metal text."""
-    on_gpu = mx.default_device() == mx.gpu
-    with contextlib.nullcontext() if on_gpu else on_metal(), dispatch.kernels(), launches():
-        yield
-
-
-def decoded(model: Model, ids: np.ndarray) -> np.ndarray:
-    """Logits (T, vocab) of one sequence, a token at a time."""
-    return np.concatenate(list(rows(model, ids)))
-
-
-def rows(model: Model, ids: np.ndarray) -> Iterator[np.ndarray]:
-    """Logits (1, vocab) after every token of one sequence."""
-    state = model.make_cache()
-    for token in ids:
-        yield np.array(model.step(mx.array([int(token)]), [state]))
-
-
-def summary(launched: list[float], plain: np.ndarray) -> dict:
+def summary(launched: np.ndarray, plain: np.ndarray) -> dict:
     """Means of the KL divergences to float32, in nats, and how many times the plain one's is the launches'."""
-    means = {"launches": float(np.mean(launched)), "plain": float(plain.mean())}
+    means = {"launches": float(launched.mean()), "plain": float(plain.mean())}
     found = {"tokens": len(launched), "ratio": round(means["launches"] / means["plain"], 3)}
     return found | {key: float(f"{mean:.3g}") for key, mean in means.items()}
-
-
-def device() -> str:
-    """The GPU's name, or the processor's."""
-    if mx.default_device() == mx.gpu:
-        return str(mx.device_info()["device_name"])
-    return f"{os.cpu_count()} cores of {platform.processor() or platform.machine()}"
 
 
 def keep(arguments: argparse.Namespace, row: dict) -> None:
@@ -115,7 +87,8 @@ def keep(arguments: argparse.Namespace, row: dict) -> None:
     if not arguments.results:
         return
     known = json.loads(arguments.results.read_text()) if arguments.results.exists() else {}
-    known |= {"device": device(), "mlx": version("mlx"), arguments.recipe: row}
+    device = f"{os.cpu_count()} cores of {processor()}"
+    known |= {"device": device, "mlx": version("mlx"), arguments.recipe: row}
     arguments.results.write_text(json.dumps(known, indent=1) + "\n")
 
 
