@@ -19,7 +19,9 @@ from ds4mlx.custom_kernels import dispatch
 from ds4mlx.custom_kernels.cases import hyper
 from ds4mlx.custom_kernels.cases import hyper_dense as cases
 from ds4mlx.custom_kernels.cases.base import normal
+from ds4mlx.custom_kernels.layer.carried import Apart, carry
 from ds4mlx.custom_kernels.products import hyper_dense
+from ds4mlx.custom_kernels.products.columns import Inside
 from ds4mlx.custom_kernels.random_weights import random_planes
 from ds4mlx.custom_kernels.recording import recording
 
@@ -28,10 +30,17 @@ OPTIONS = {**cases.OPTIONS, "given": True}
 
 
 def site(dtype, width=64, tokens=1):
-    """Streams, their partial mixes, and the weights of a hyper-connection and of the norm."""
+    """Streams with their partial mixes, and the weights of a hyper-connection and of the norm."""
     streams = normal((tokens, 4, width), dtype, 4)
     sums = hyper.partials(streams, hyper.fn_of(24, width))
-    return [streams, sums, normal((24,), F32, 2), normal((3,), F32, 3), hyper.norm_of(width, dtype)]
+    weights = normal((24,), F32, 2), normal((3,), F32, 3), hyper.norm_of(width, dtype)
+    return [carry(streams, sums), *weights]
+
+
+def parts(before, rows=42):
+    """Products with so many rows, the weights for what the sublayer gives, and its input."""
+    x = before.x.value if isinstance(before.x, Inside) else before.x
+    return before.products[:, :rows], before.after.post, before.after.comb, x
 
 
 @executor_only
@@ -44,10 +53,10 @@ def test_one_launch_gives_what_two_give(dtype):
             way(matrices, *site(dtype), **OPTIONS)
             for way in (hyper_dense.by_kernel, hyper_dense.apart)
         ]
-    for one, two in zip(*both, strict=True):
+    for one, two in zip(*map(parts, both), strict=True):
         assert one.dtype == two.dtype and one.shape == two.shape
         assert mx.allclose(one, two, rtol=1e-5, atol=1e-6)
-    assert mx.array_equal(both[0].x, both[1].x)
+    assert mx.array_equal(both[0].x.value, both[1].x)
 
 
 @pytest.mark.parametrize(
@@ -70,25 +79,27 @@ def test_how_many_launches(kinds, width, tokens, names):
 
 
 def test_what_the_kernel_takes():
-    streams = site(BF16)[0]
+    carried = site(BF16)[0]
     with on_metal(), dispatch.kernels():
         for kind, taken in (("mxfp8", True), ("f32", True), ("q4_k", False)):
-            assert hyper_dense.takes([(kind, {})], streams) == taken
-        assert not hyper_dense.takes([("bf16", {})], streams[:, :3])
+            assert hyper_dense.takes([(kind, {})], carried) == taken
+        assert not hyper_dense.takes([("bf16", {})], Apart(carried.streams, carried.partial))
 
 
 @executor_only
-@pytest.mark.parametrize("which", range(5))
-def test_nan_goes_where_plain_operations_let_it(which):
+@pytest.mark.parametrize("which, at", [(0, 0), (0, -25), (1, 0), (2, 0), (3, 0)])
+def test_nan_goes_where_plain_operations_let_it(which, at):
+    """In streams, partial mixes, and each of the weights."""
     sides = site(F32)
-    values = np.array(sides[which])
-    values[(0,) * values.ndim] = np.nan
-    sides[which] = mx.array(values)
+    carried = sides[0] if which == 0 else None
+    values = np.array(carried.array if carried else sides[which])
+    values.reshape(-1)[at] = np.nan
+    sides[which] = carried._replace(array=mx.array(values)) if carried else mx.array(values)
     matrices = [("bf16", random_planes("bf16", (5, 64), 1))]
     with on_metal():
         got = hyper_dense.by_kernel(matrices, *sides, **OPTIONS)
     want = hyper_dense.plain(matrices, *sides, **OPTIONS)
-    for mine, plain in zip(got, want, strict=True):
+    for mine, plain in zip(parts(got, 5), parts(want, 5), strict=True):
         assert mx.array_equal(mx.isnan(mine), mx.isnan(plain))
 
 
@@ -103,6 +114,7 @@ FAULTS = [
     ("hyper_dense_q8_0", of(("q8_0", 37), ("f32", 5)), "job -= parts", "job -= 1"),
     ("hyper_dense_q8_0", of(("q8_0", 5), ("f32", 5)), "kind = 1", "kind = 0"),
     ("hyper_dense_bf16", of(("bf16", 37)), f"{BARRIER}\n    if (row >= rows) return;", "if (row >= rows) return;"),
+    ("hyper_dense_bf16", of(("bf16", 37)), "comb = post + 4", "comb = post + 3"),
     ("hyper_dense_bf16", of(("bf16", 37), given=True), "threadgroup_position_in_grid.x == 1", "false"),
     ("hyper_dense_f16", of(("f16", 37)), "y[4 * i + 3]", "y[4 * i + 2]"),
     ("hyper_dense_f16", of(("f16", 37)), "words[place_of(i)]", "words[i]"),

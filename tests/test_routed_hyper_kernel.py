@@ -18,7 +18,9 @@ from spoiling import (
 from ds4mlx.custom_kernels import dispatch
 from ds4mlx.custom_kernels.cases import routed as cases
 from ds4mlx.custom_kernels.cases.base import normal
-from ds4mlx.custom_kernels.cases.hyper import fn_of
+from ds4mlx.custom_kernels.cases.hyper import fn_of, partials
+from ds4mlx.custom_kernels.layer.after import After
+from ds4mlx.custom_kernels.layer.carried import Apart, carry
 from ds4mlx.custom_kernels.products import routed_hyper
 from ds4mlx.custom_kernels.recording import recording
 
@@ -28,9 +30,18 @@ SIZES = (5, 256, 320, 64)
 
 def sides(dtype, tokens=1):
     """What the experts are given, and streams to merge it into."""
-    *given, _ = cases.down_of("q2_k", dtype, "mxfp8", SIZES, tokens, 3)
-    weights = normal((tokens, 4), F32, 3), normal((tokens, 4, 4), F32, 4)
-    return given, routed_hyper.Streams(normal((tokens, 4, 64), dtype, 2), *weights, fn_of(24, 64))
+    *given, shared, _ = cases.down_of("q2_k", dtype, "mxfp8", SIZES, tokens, 3)
+    after = After(normal((tokens, 4), F32, 3), normal((tokens, 4, 4), F32, 4))
+    if tokens == 1:
+        shared, after = cases.with_weights(shared, after)
+    streams, fn = normal((tokens, 4, 64), dtype, 2), fn_of(24, 64)
+    before = carry(streams, partials(streams, fn))
+    return [*given, shared], routed_hyper.Streams(before, after, fn)
+
+
+def parts(carried):
+    """Streams, and sums of their partial mixes: these may be over other slices of the channels."""
+    return carried.streams, carried.partial.sum(axis=1)
 
 
 @executor_only
@@ -41,7 +52,7 @@ def test_one_launch_gives_what_two_give(dtype):
         ways = routed_hyper.by_kernel, routed_hyper.apart
         both = [way("q2_k", *given, streams) for way in ways]
     near = 1e-5 if dtype == F32 else 8e-3
-    for one, two in zip(*both, strict=True):
+    for one, two in zip(*map(parts, both), strict=True):
         assert one.dtype == two.dtype and one.shape == two.shape
         assert mx.allclose(one, two, rtol=near, atol=near)
 
@@ -59,33 +70,54 @@ def test_how_many_launches(tokens, names):
 
 
 def test_what_the_kernel_takes():
-    (_, hidden, chosen, shared), streams = sides(BF16)
+    (_, values, shared), streams = sides(BF16)
     with on_metal(), dispatch.kernels():
-        assert routed_hyper.takes("q2_k", hidden, chosen, shared, streams)
-        assert not routed_hyper.takes("iq2_xxs", hidden, chosen, shared, streams)
-        other = streams._replace(before=streams.before.astype(F32))
-        assert not routed_hyper.takes("q2_k", hidden, chosen, shared, other)
+        assert routed_hyper.takes("q2_k", values, shared, streams)
+        assert not routed_hyper.takes("iq2_xxs", values, shared, streams)
+        before = streams.before
+        other = streams._replace(before=carry(before.streams.astype(F32), before.partial))
+        assert not routed_hyper.takes("q2_k", values, shared, other)
+        apart = streams._replace(before=Apart(before.streams, before.partial))
+        assert not routed_hyper.takes("q2_k", values, shared, apart)
+        apart = streams._replace(after=After(streams.after.post, streams.after.comb))
+        assert not routed_hyper.takes("q2_k", values, shared, apart)
         many = streams._replace(fn=mx.zeros((33, 1)))
-        assert not routed_hyper.takes("q2_k", hidden, chosen, shared, many)
+        assert not routed_hyper.takes("q2_k", values, shared, many)
 
 
 @executor_only
-@pytest.mark.parametrize("which", ["hidden", "products", *routed_hyper.Streams._fields])
-def test_nan_goes_where_plain_operations_let_it(which):
-    (down, hidden, chosen, shared), streams = sides(F32)
-    arrays = {"hidden": hidden, "products": shared.gates.array, **streams._asdict()}
+@pytest.mark.parametrize(
+    "which, at",
+    [
+        ("hidden", 0),
+        ("products", 5),
+        ("products", -20),
+        ("products", -16),
+        ("before", 0),
+        ("fn", 0),
+    ],
+)
+def test_nan_goes_where_plain_operations_let_it(which, at):
+    """In products: among those of the shared expert, in post and in comb."""
+    (down, routed, shared), streams = sides(F32)
+    arrays = {"hidden": routed.array, "products": shared.gates.array}
+    arrays |= {"before": streams.before.array, "fn": streams.fn}
     values = np.array(arrays[which])
-    values[(0,) * (values.ndim - 1) + (5 if which == "products" else 0,)] = np.nan
+    values.reshape(-1)[at] = np.nan
     arrays[which] = mx.array(values)
-    hidden, products, *streams = arrays.values()
+    hidden, products, before, fn = arrays.values()
+    routed = routed._replace(array=hidden)
+    before, after = streams.before._replace(array=before), streams.after._replace(array=products)
     both = (each._replace(array=products) for each in (shared.gates, shared.ups))
     shared = shared._replace(**dict(zip(("gates", "ups"), both, strict=True)))
-    own = "q2_k", down, hidden, chosen, shared, routed_hyper.Streams(*streams)
+    streams = routed_hyper.Streams(before, after, fn)
+    own = "q2_k", down, routed, shared, streams
     with on_metal():
-        new, sums = routed_hyper.by_kernel(*own)
-    plainly, mixes = routed_hyper.plain(*own)
-    assert mx.array_equal(mx.isnan(new), mx.isnan(plainly)) and mx.isnan(mixes).any()
-    assert mx.array_equal(mx.isnan(sums.sum(axis=1)), mx.isnan(mixes.sum(axis=1)))
+        got = routed_hyper.by_kernel(*own)
+    wanted = parts(routed_hyper.plain(*own))
+    assert mx.isnan(wanted[1]).any()
+    for mine, plain in zip(parts(got), wanted, strict=True):
+        assert mx.array_equal(mx.isnan(mine), mx.isnan(plain))
 
 
 def of(format, shared="mxfp8", dtype=F32, width=40):
@@ -98,6 +130,7 @@ FAULTS = [
     ("routed_hyper_q2_k", of("q2_k"), "+ float(static_cast<T>(common[lane]))", ""),
     ("routed_hyper_q2_k", of("q2_k"), f"{BARRIER}\n    {{\n        DENSE", "{\n        DENSE"),
     ("routed_hyper_q4_k", of("q4_k", "q8_0"), "common[(row) - 32 * part] = y", "given[(row) - 32 * part] += y"),
+    ("routed_hyper_q4_k", of("q4_k", "q8_0"), "after + AFTER_AT", "after"),
     ("routed_hyper_q4_k", of("q4_k", "q8_0"), "spread = post[group]", "spread = post[0]"),
     ("routed_hyper_mxfp4", of("mxfp4", "bf16"), f"{BARRIER}\n    float v[4]", "float v[4]"),
     ("routed_hyper_mxfp4", of("mxfp4", "bf16"), "fma(kept[j], old[j], v)", "v + old[j]"),

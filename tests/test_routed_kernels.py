@@ -13,6 +13,7 @@ from ds4mlx.custom_kernels.cases.base import normal
 from ds4mlx.custom_kernels.layer import router
 from ds4mlx.custom_kernels.products import routed_down, routed_up
 from ds4mlx.custom_kernels.products.columns import side_by_side, whole
+from ds4mlx.custom_kernels.products.routed import routed
 from ds4mlx.custom_kernels.random_weights import random_planes
 from ds4mlx.model.moe import MoE
 
@@ -30,10 +31,9 @@ def test_a_nan_among_the_scores_spoils_its_own_token(place):
     options = {"scale": 1.0, "topk": 2, "limit": 10.0, "bias": mx.array(bias)}
     x = normal((2, 256), F32, 5)
     with on_metal():
-        hidden, experts = routed_up.by_kernel(
-            "q4_k", *planes, x, whole(mx.array(logits)), **options
-        )
-    spoilt = np.isnan(np.array(hidden)).reshape(2, -1).all(axis=1)
+        got = routed_up.by_kernel("q4_k", *planes, x, whole(mx.array(logits)), **options)
+    experts = got.chosen
+    spoilt = np.isnan(np.array(got.hidden)).reshape(2, -1).all(axis=1)
     assert spoilt.tolist() == ([False, True] if place == "logits" else [True, True])
     assert ((np.array(experts) >= 0) & (np.array(experts) < 9)).all()
 
@@ -43,8 +43,8 @@ def test_equal_scores_choose_the_lowest_experts():
     options = {"scale": 1.0, "topk": 3, "limit": 10.0, "bias": mx.zeros((9,))}
     x, logits = normal((1, 256), F32, 5), mx.array([[0.0, 1, 1, 0, 1, 1, 0, 0, 0]])
     with on_metal():
-        _, experts = routed_up.by_kernel("q4_k", *planes, x, whole(logits), **options)
-    assert experts.tolist() == [[1, 2, 4]]
+        got = routed_up.by_kernel("q4_k", *planes, x, whole(logits), **options)
+    assert got.chosen.tolist() == [[1, 2, 4]]
     weights = router.weighed(router.scores_of(logits), 1.0, 3, mx.zeros((9,)), None, None)[1]
     assert mx.allclose(weights, mx.full((1, 3), 1 / 3))
 
@@ -90,7 +90,7 @@ def test_without_kernels_they_are_the_modules(dtype, block):
     want = moe(x, ids)
     logits = x.astype(F32) @ moe.gate.weight.astype(F32).T
     scale, limit = CONFIG.routed_scaling_factor, CONFIG.swiglu_limit
-    hidden, experts = routed_up.routed_up(
+    values = routed_up.routed_up(
         *("iq2_xxs", stacks.w1.planes, stacks.w3.planes, x, whole(logits)),
         **by,
         scale=scale,
@@ -99,7 +99,7 @@ def test_without_kernels_they_are_the_modules(dtype, block):
     )
     gates, ups = (whole(w(x).astype(F32)) for w in (shared.w1, shared.w3))
     own = routed_down.Shared("mxfp8", shared.w2.planes, gates, ups, limit)
-    sums = routed_down.routed_down("q2_k", stacks.w2.planes, hidden, experts, own, dtype=dtype)
+    sums = routed_down.routed_down("q2_k", stacks.w2.planes, values, own, dtype=dtype)
     got = (sums[0] + sums[1].astype(dtype).astype(F32)).astype(dtype)
     bound = 1e-5 if dtype == F32 else 1e-2  # the sum over experts goes another way round
     np.testing.assert_allclose(
@@ -114,8 +114,8 @@ def up_of(logits, bias=None, by=None, x=None):
     sides = "mxfp4", *planes, x, whole(logits)
     options = {"scale": 1.5, "topk": 6, "limit": 7.0, **(by or {"bias": bias})}
     with on_metal():
-        got = [np.array(a) for a in routed_up.by_kernel(*sides, **options)]
-    return got, [np.array(a) for a in routed_up.plain(*sides, **options)]
+        both = routed_up.by_kernel(*sides, **options), routed_up.plain(*sides, **options)
+        return [(np.array(each.hidden), np.array(each.chosen)) for each in both]
 
 
 @executor_only
@@ -160,20 +160,21 @@ def test_nan_reaches_its_own_sum_alone(which):
     array[2, column] = mx.nan  # of token 1, or of token 2
     experts = mx.array([[0, 1], [1, 2], [2, 3]], mx.int32)
     with on_metal():
-        routed, dense = routed_down.by_kernel(
-            *("q2_k", planes, hidden, experts),
+        sums, dense = routed_down.by_kernel(
+            *("q2_k", planes, routed(hidden, experts)),
             routed_down.Shared("mxfp8", shared, *side_by_side(products, [64, 64]), 7.0),
             dtype=F32,
         )
-    spoilt = [np.isnan(np.array(a)).all(1).tolist() for a in (routed, dense)]
+    spoilt = [np.isnan(np.array(a)).all(1).tolist() for a in (sums, dense)]
     none = [False] * 3
     assert spoilt == (
         [[False, True, False], none] if which == "hidden" else [none, [*none[:2], True]]
     )
-    assert np.isnan(np.array(routed)).sum() + np.isnan(np.array(dense)).sum() == 5
+    assert np.isnan(np.array(sums)).sum() + np.isnan(np.array(dense)).sum() == 5
 
 
 up = partial(cases.up, "iq2_xxs", F32, 37, 21, 256, 2, 6)
+inside = partial(cases.up, "iq2_xxs", BF16, 37, 21, 256, 1, 6, inside=True)
 hashed = partial(cases.up, "q4_k", F32, 37, 21, 256, 2, 6, True)
 down = partial(cases.down, "q2_k", F32, "mxfp8", (5, 256, 320, 37), 3, 3)
 tall = partial(cases.up, "iq2_xxs", F32, 37, 53, 256, 2, 6)
@@ -185,6 +186,8 @@ FAULTS = [
     ("routed_up_iq2_xxs", up, "key[i] = 0;", ""),
     ("routed_up_iq2_xxs", tall, "row0 += ROWS", "row0 += 1"),
     ("routed_up_iq2_xxs", tall, "ahead ? lane :", "ahead ? last :"),
+    ("routed_up_iq2_xxs", inside, "+ X_AT", ""),
+    ("routed_down_q2_k", down, "(hidden + tokens * TOPK * COLUMNS)", "(hidden + TOPK * COLUMNS)"),
     ("routed_up_q4_k", hashed, "ids[job / TOPK]", "ids[0]"),
     ("routed_up_q4_k", hashed, "lane < TOPK ? score", "lane <= TOPK ? score"),
     ("routed_down_q2_k", down, "hidden_of<T>(g.y, u.y, limit)", "hidden_of<T>(g.y, u.x, limit)"),

@@ -7,7 +7,10 @@ import mlx.core as mx
 
 from ds4mlx.custom_kernels.cases.base import Case, Pairs, normal
 from ds4mlx.custom_kernels.cases.dense_matvec import CACHE, KINDS
-from ds4mlx.custom_kernels.cases.hyper import F32, fn_of, mixed
+from ds4mlx.custom_kernels.cases.hyper import F32, fn_of, mixed, partials
+from ds4mlx.custom_kernels.layer import hyper_out
+from ds4mlx.custom_kernels.layer.after import After, beside
+from ds4mlx.custom_kernels.layer.carried import together
 from ds4mlx.custom_kernels.layer.hyper_post import plain as merged
 from ds4mlx.custom_kernels.layer.hyper_pre import MIXES, STREAMS
 from ds4mlx.custom_kernels.products import dense_hyper, dense_matvec
@@ -23,11 +26,13 @@ def after(
         normal(shape, dtype, i, scale)
         for i, shape in enumerate([(1, columns), (1, STREAMS, width)])
     )
-    post, comb, fn = normal((1, 4), F32, 6), normal((1, 4, 4), F32, 7), fn_of(rows, width)
-    new, sums = dense_hyper.by_kernel(kind, planes, heads, streams, post, comb, fn)
+    weights, fn = After(normal((1, 4), F32, 6), normal((1, 4, 4), F32, 7)), fn_of(rows, width)
+    lying = beside(normal((1, 9), F32, 8), weights)
+    before = together(streams, partials(streams, fn))
+    new = dense_hyper.by_kernel(kind, planes, heads, before, lying, fn)
     out = dense_matvec.plain([(kind, planes)], heads)
-    want = merged(streams.astype(F32), out, post, comb)
-    return [(new, want), *mixed(sums, new, fn)]
+    want = merged(streams.astype(F32), out, *weights)
+    return [(new.streams, want), *mixed(new.partial, new.streams, fn)]
 
 
 def _case(dtype: mx.Dtype, kind: str, width: int, columns: int, **more) -> Case:
@@ -62,11 +67,13 @@ def timed(width: int = 4096, columns: int = 8192) -> Iterator[Timed]:
     size = width * columns + width * columns // 32
     copies = [random_planes("mxfp8", (width, columns), i) for i in range(CACHE // size + 1)]
     heads, streams = normal((1, columns), mx.bfloat16, 1), normal((1, 4, width), mx.bfloat16, 2)
-    post, comb, fn = normal((1, 4), F32, 6), normal((1, 4, 4), F32, 7), fn_of(MIXES, width)
-    mx.eval(copies, heads, streams, post, comb, fn)
+    weights, fn = After(normal((1, 4), F32, 6), normal((1, 4, 4), F32, 7)), fn_of(MIXES, width)
+    lying = beside(normal((1, 9), F32, 8), weights)
+    before = together(streams, hyper_out.mix_by_kernel(streams, fn))
+    mx.eval(copies, heads, before, lying.array, fn)
 
     def call(i: int, x: mx.array) -> mx.array:
-        sides = x, streams, post, comb, fn
-        return dense_hyper.by_kernel("mxfp8", copies[i % len(copies)], *sides)[1]
+        sides = x, before, lying, fn
+        return dense_hyper.by_kernel("mxfp8", copies[i % len(copies)], *sides).streams
 
     yield "wo_b with what follows", call, heads, size

@@ -9,10 +9,11 @@ from ds4mlx.custom_kernels.cases.base import Case, Pairs, normal
 from ds4mlx.custom_kernels.cases.dense_matvec import FLASH, KINDS, Shapes, copies_of
 from ds4mlx.custom_kernels.cases.hyper import EPS, F32, fn_of, norm_of, partials
 from ds4mlx.custom_kernels.layer import hyper_out
+from ds4mlx.custom_kernels.layer.carried import Together, together
 from ds4mlx.custom_kernels.layer.hyper_pre import MIXES, STREAMS
 from ds4mlx.custom_kernels.layer.hyper_pre import plain as before_sublayer
 from ds4mlx.custom_kernels.products import dense_matvec, hyper_dense
-from ds4mlx.custom_kernels.products.columns import side_by_side
+from ds4mlx.custom_kernels.products.columns import Inside, side_by_side
 from ds4mlx.custom_kernels.random_weights import random_planes
 
 OPTIONS = {"iterations": 20, **EPS}
@@ -25,14 +26,14 @@ def products(
     matrices = [(name, random_planes(name, (n, width), i)) for i, (name, n) in enumerate(shapes)]
     streams, fn = normal((1, STREAMS, width), dtype, 4, scale), fn_of(MIXES, width)
     sides = normal((MIXES,), F32, 2), normal((3,), F32, 3), norm_of(width, dtype)
-    sums = partials(streams, fn)
-    got = hyper_dense.by_kernel(matrices, streams, sums, *sides, given=given, **OPTIONS)
+    carried = together(streams, partials(streams, fn))
+    got = hyper_dense.by_kernel(matrices, carried, *sides, given=given, **OPTIONS)
     x, post, comb = before_sublayer(streams, fn, *sides, **OPTIONS)
     want, widths = dense_matvec.plain(matrices, x), [n for _, n in shapes]
     both = (side_by_side(array, widths) for array in (got.products, want))
     pairs = [(a.value, b.value) for a, b in zip(*both, strict=True)]
-    pairs += [(got.post, post), (got.comb, comb)]
-    return pairs if got.x is None else [*pairs, (got.x, x)]
+    pairs += [(got.after.post, post), (got.after.comb, comb)]
+    return [*pairs, (got.x.value, x)] if isinstance(got.x, Inside) else pairs
 
 
 def _case(dtype: mx.Dtype, shapes: Shapes, width: int, **options) -> Case:
@@ -70,14 +71,15 @@ def timed(width: int = 4096) -> Iterator[Timed]:
     """At Flash's sizes: (title, call(i, x), x, bytes read); call depends on x, i turns the weights."""
     streams, fn = normal((1, STREAMS, width), mx.bfloat16, 1), fn_of(MIXES, width)
     sides = normal((MIXES,), F32, 2), normal((3,), F32, 3), norm_of(width, mx.bfloat16)
-    sums = hyper_out.mix_by_kernel(streams, fn)
+    carried = together(streams, hyper_out.mix_by_kernel(streams, fn)).array
     for title in ("shared w1, w3, router", "wq_a, wkv, compressors"):
         shapes, columns, _ = FLASH[title]
         copies, size = copies_of(shapes, columns)
-        mx.eval(streams, sides, sums)
+        mx.eval(sides, carried)
 
         def call(i: int, x: mx.array, copies=copies) -> mx.array:
             own = copies[i % len(copies)]
-            return hyper_dense.by_kernel(own, streams, x, *sides, given=False, **OPTIONS).products
+            whole = Together(x, width, MIXES + 1)
+            return hyper_dense.by_kernel(own, whole, *sides, given=False, **OPTIONS).products
 
-        yield f"{title}, with their input", call, sums, size
+        yield f"{title}, with their input", call, carried, size

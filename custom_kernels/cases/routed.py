@@ -8,13 +8,16 @@ import mlx.core as mx
 import numpy as np
 
 from ds4mlx.custom_kernels.cases.base import Case, Pairs, normal
-from ds4mlx.custom_kernels.cases.hyper import fn_of, mixed
+from ds4mlx.custom_kernels.cases.hyper import fn_of, mixed, partials
 from ds4mlx.custom_kernels.codes import staging
+from ds4mlx.custom_kernels.layer.after import After, Beside, beside
+from ds4mlx.custom_kernels.layer.carried import together
 from ds4mlx.custom_kernels.layer.hyper_post import plain as spread
 from ds4mlx.custom_kernels.layer.hyper_pre import MIXES, STREAMS
 from ds4mlx.custom_kernels.products import routed_down, routed_hyper, routed_up
-from ds4mlx.custom_kernels.products.columns import Columns, whole
+from ds4mlx.custom_kernels.products.columns import Columns, Inside, whole
 from ds4mlx.custom_kernels.products.experts import DOWN, UP
+from ds4mlx.custom_kernels.products.routed import Routed, routed
 from ds4mlx.custom_kernels.random_weights import random_planes
 from ds4mlx.formats import FORMATS, Planes
 
@@ -32,29 +35,32 @@ def up(
     topk: int,
     hashed: bool = False,
     eight: bool = False,
+    inside: bool = False,
 ) -> Pairs:
-    """Hidden values, and the experts that they are of."""
+    """Hidden values, and the experts that they are of. inside: x lies in a row of float32."""
     gate, rise = (random_planes(format, (experts, hidden, width), seed) for seed in (1, 2))
-    x = normal((tokens, width), dtype, 3)
+    x = lying = normal((tokens, width), dtype, 3)
     logits = Columns(normal((tokens, experts + 7), F32, 4, 2.0), 5, experts)
+    if inside:
+        lying = Inside(mx.concatenate([mx.zeros((1, 8)), x.view(F32)], axis=1), 8, width, dtype)
     options: dict[str, Any] = {"bias": normal((experts,), F32, 5)}
     if hashed:
         rng = np.random.default_rng(0)
         table = np.stack([rng.permutation(experts)[:topk] for _ in range(50)]).astype(np.int32)
         options = {"table": mx.array(table), "ids": mx.arange(7, 7 + tokens)}
     options |= {"scale": 1.5, "topk": topk, "limit": LIMIT}
-    got = routed_up.by_kernel(format, gate, rise, x, logits, **options, eight=eight)
+    got = routed_up.by_kernel(format, gate, rise, lying, logits, **options, eight=eight)
     x = staging.as_bytes(x) if eight else x.astype(F32)
     want = routed_up.plain(format, gate, rise, x, logits, **options)
-    return [(a.astype(F32), b.astype(F32)) for a, b in zip(got, want, strict=True)]
+    pairs = (got.hidden, want.hidden), (got.chosen, want.chosen)
+    return [(a.astype(F32), b.astype(F32)) for a, b in pairs]
 
 
 class Down(NamedTuple):
     """What `routed_down` is given, and what it should give in float32."""
 
     planes: Planes
-    hidden: mx.array
-    chosen: mx.array
+    values: Routed
     shared: routed_down.Shared
     wanted: tuple[mx.array, mx.array]
 
@@ -79,18 +85,19 @@ def down_of(
     both = Columns(products, 4, inner), Columns(products, inner + 8, inner)
     own = routed_down.Shared(shared, matrix, *both, LIMIT)
     exact = staging.as_bytes(values) if eight else values.astype(F32)
-    routed, _ = routed_down.plain(format, planes, exact, chosen, own, dtype=F32)
+    whole_ones = routed(exact, chosen)
+    sums, _ = routed_down.plain(format, planes, whole_ones, own, dtype=F32)
     rounded = products.astype(dtype).astype(F32)
     gates, ups = both[0]._replace(array=rounded), both[1]._replace(array=rounded)
-    sides = chosen, routed_down.Shared(shared, matrix, gates, ups, LIMIT)
-    _, common = routed_down.plain(format, planes, exact, *sides, dtype=F32)
-    return Down(planes, values, chosen, own, (routed, common))
+    rest = routed_down.Shared(shared, matrix, gates, ups, LIMIT)
+    _, common = routed_down.plain(format, planes, whole_ones, rest, dtype=F32)
+    return Down(planes, routed(values, chosen), own, (sums, common))
 
 
 def down(format: str, dtype: mx.Dtype, *more: Any, eight: bool = False) -> Pairs:
     """more: as `down_of` has it."""
     given = down_of(format, dtype, *more, eight=eight)
-    sides = given.planes, given.hidden, given.chosen, given.shared
+    sides = given.planes, given.values, given.shared
     got = routed_down.by_kernel(format, *sides, dtype=dtype, eight=eight)
     return list(zip(got, given.wanted, strict=True))
 
@@ -102,12 +109,22 @@ def merged(
     given = down_of(format, dtype, *more, eight=eight)
     width = given.wanted[0].shape[1]
     streams, fn = normal((1, STREAMS, width), dtype, 8), fn_of(rows, width)
-    weights = normal((1, 4), F32, 6), normal((1, 4, 4), F32, 7)
-    sides = given.planes, given.hidden, given.chosen, given.shared
-    both = routed_hyper.Streams(streams, *weights, fn)
-    new, sums = routed_hyper.by_kernel(format, *sides, both, eight=eight)
+    weights = After(normal((1, 4), F32, 6), normal((1, 4, 4), F32, 7))
+    shared, lying = with_weights(given.shared, weights)
+    sides = given.planes, given.values, shared
+    before = together(streams, partials(streams, fn))
+    both = routed_hyper.Streams(before, lying, fn)
+    new = routed_hyper.by_kernel(format, *sides, both, eight=eight)
     out = given.wanted[0] + given.wanted[1]
-    return [(new, spread(streams.astype(F32), out, *weights)), *mixed(sums, new, fn)]
+    want = spread(streams.astype(F32), out, *weights)
+    return [(new.streams, want), *mixed(new.partial, new.streams, fn)]
+
+
+def with_weights(shared: routed_down.Shared, after: After) -> tuple[routed_down.Shared, Beside]:
+    """Weights for what a sublayer gives, behind the shared expert's products."""
+    lying = beside(shared.gates.array, after)
+    gates, ups = (each._replace(array=lying.array) for each in (shared.gates, shared.ups))
+    return shared._replace(gates=gates, ups=ups), lying
 
 
 def small() -> Iterator[Case]:
@@ -119,6 +136,8 @@ def small() -> Iterator[Case]:
                 sizes = (37, 21, 256, 1 + number, 6, hashed)
                 call = partial(up, format, dtype, *sizes)
                 yield Case(f"routed_up {format} {sizes}", dtype, call)
+                call = partial(up, format, dtype, 37, 21, 256, 1, 6, hashed, inside=True)
+                yield Case(f"routed_up {format}, hashed {hashed}, inside", dtype, call)
         for format, shared, tokens in zip(
             DOWN.formats, ("mxfp8", "q8_0", "bf16"), (1, 3, 8), strict=True
         ):
@@ -172,7 +191,8 @@ def timed(tokens: int = 1, formats: Sequence[tuple[str, str]] = FORMATS_TIMED) -
         options: dict[str, Any] = {"bias": bias, "scale": 1.5, "topk": topk, "limit": 10.0}
 
         def lift(i, x, gate=gate, rise=rise, rising=rising, options=options):
-            return routed_up.by_kernel(rising, gate, rise, x, whole(logits[i % 32]), **options)[0]
+            own = whole(logits[i % 32])
+            return routed_up.by_kernel(rising, gate, rise, x, own, **options).array
 
         size = 2 * tokens * topk * FORMATS[rising].bits * hidden * width / 8
         yield f"routed_up {rising}, {tokens} tokens", lift, x, int(size)
@@ -180,11 +200,14 @@ def timed(tokens: int = 1, formats: Sequence[tuple[str, str]] = FORMATS_TIMED) -
         planes = random_planes(falling, (count, width, hidden), 1)
         shared = [random_planes("mxfp8", (width, hidden), 10 + i) for i in range(12)]
         values, sums = normal((tokens * topk, hidden), BF16, 6), normal((tokens, hidden), F32, 7)
-        mx.eval(planes, shared, values, sums, chosen)
+        lying = [routed(values, each) for each in chosen]
+        mx.eval(planes, shared, values, sums, lying)
 
-        def drop(i, x, planes=planes, falling=falling, shared=shared, sums=sums):
+        def drop(i, x, planes=planes, falling=falling, shared=shared, sums=sums, lying=lying):
             own = routed_down.Shared("mxfp8", shared[i % 12], whole(sums), whole(sums), 10.0)
-            return routed_down.by_kernel(falling, planes, x, chosen[i % 32], own, dtype=BF16)[0]
+            array = mx.depends(lying[i % 32].array, x)
+            given = lying[i % 32]._replace(array=array)
+            return routed_down.by_kernel(falling, planes, given, own, dtype=BF16)[0]
 
         size = tokens * topk * FORMATS[falling].bits + FORMATS["mxfp8"].bits
         yield (
@@ -193,4 +216,4 @@ def timed(tokens: int = 1, formats: Sequence[tuple[str, str]] = FORMATS_TIMED) -
             values,
             int(size * hidden * width / 8),
         )
-        del planes, shared, drop
+        del planes, shared, drop, lying

@@ -76,11 +76,11 @@ def by_kernel(
     norm_eps: float,
 ) -> mx.array:
     """`head_in` in one launch; see `hyper_in.suits`."""
-    count, _, width = streams.shape
+    (count, _, width), slices = streams.shape, partial.shape[1]
     return kernel()(
         [streams, partial, base, scale, norm],
         [((count, width), streams.dtype)],
         groups=(1, count, 1),
         threads=32 * hyper_text.GROUPS,
-        template=collapsing(streams, partial, STREAMS, eps, norm_eps),
+        template=collapsing(streams.dtype, width, slices, STREAMS, eps, norm_eps),
     )[0]

@@ -146,7 +146,7 @@ def by_kernel(
     **sizes: Unpack[Sizes],
 ) -> tuple[mx.array, mx.array, mx.array]:
     """`hyper_in` in one launch; see `suits`."""
-    count, _, width = streams.shape
+    (count, _, width), slices = streams.shape, partial.shape[1]
     out, post, comb = kernel()(
         [streams, partial, base, scale, norm],
         [
@@ -157,7 +157,7 @@ def by_kernel(
         groups=(2, count, 1),
         threads=32 * hyper_text.GROUPS,
         template=[
-            *collapsing(streams, partial, MIXES, sizes["eps"], sizes["norm_eps"]),
+            *collapsing(streams.dtype, width, slices, MIXES, sizes["eps"], sizes["norm_eps"]),
             ("ITERATIONS", sizes["iterations"]),
         ],
     )
@@ -165,14 +165,14 @@ def by_kernel(
 
 
 def collapsing(
-    streams: mx.array, partial: mx.array, rows: int, eps: float, norm_eps: float
+    dtype: mx.Dtype, width: int, slices: int, rows: int, eps: float, norm_eps: float
 ) -> list[tuple[str, Any]]:
-    """Template arguments of a collapse of streams by partial sums of so many mixes."""
+    """Template arguments of a collapse of streams by sums over so many slices for so many mixes."""
     return [
-        ("T", streams.dtype),
-        ("WIDTH", streams.shape[2]),
-        ("PASSES", -(-streams.shape[2] // hyper_text.CHANNELS)),
-        ("SLICES", partial.shape[1]),
+        ("T", dtype),
+        ("WIDTH", width),
+        ("PASSES", -(-width // hyper_text.CHANNELS)),
+        ("SLICES", slices),
         ("ROWS", rows),
         ("GROUPS", hyper_text.GROUPS),
         ("SUMMING", hyper_text.SUMMING),

@@ -1,6 +1,7 @@
 """One of several products that lie side by side in the rows of an array."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -24,6 +25,27 @@ class Columns(NamedTuple):
         """Whether kernels can load them four at a time, in every row."""
         rows, every = self.array.shape
         return self.begin % 4 == 0 and (rows == 1 or every % 4 == 0)
+
+
+@dataclass(frozen=True)
+class Inside:
+    """A row (1, width) of a type that lies, bit by bit, in a row of float32 from float `begin` on."""
+
+    array: mx.array
+    begin: int
+    width: int
+    dtype: mx.Dtype
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the row, as of an array."""
+        return 1, self.width
+
+    @property
+    def value(self) -> mx.array:
+        """The row alone."""
+        end = self.begin + self.width * self.dtype.size // mx.float32.size
+        return self.array[:, self.begin : end].view(self.dtype)
 
 
 def whole(array: mx.array) -> Columns:

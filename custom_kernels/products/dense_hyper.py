@@ -13,8 +13,9 @@ from ds4mlx.custom_kernels import dispatch
 from ds4mlx.custom_kernels.dialect import Kernel
 from ds4mlx.custom_kernels.layer import hyper_after_text as text
 from ds4mlx.custom_kernels.layer import hyper_out
+from ds4mlx.custom_kernels.layer.after import FIND, After, Beside
+from ds4mlx.custom_kernels.layer.carried import MAKE, TAKE_STREAMS, Carried, Together, carry, size
 from ds4mlx.custom_kernels.layer.hyper_out import SLICE
-from ds4mlx.custom_kernels.layer.hyper_pre import STREAMS
 from ds4mlx.custom_kernels.products import dense_matvec
 from ds4mlx.custom_kernels.products import dense_matvec_text as dense
 from ds4mlx.custom_kernels.words import LOAD8
@@ -47,92 +48,93 @@ def kernel(format: str) -> Kernel:
     """The kernel of a matrix in a format; the streams' type is a template argument."""
     planes = {plane: f"w_{plane}" for plane in FORMATS[format].layout}
     taken = " ".join(f"m.{plane} = {name};" for plane, name in planes.items())
-    parts = {"begin": text.BEGIN, "merge": text.merge("given[lane]")}
+    parts = {"begin": TAKE_STREAMS + MAKE + FIND + text.BEGIN, "merge": text.merge("given[lane]")}
     body = _BODY.format(struct=dense.STRUCTS[format], planes=taken, **parts)
     header = LOAD8 + dense.LOAD4 + dense.FORMATS[format] + dense.PRODUCT
-    inputs = ["streams", "post", "comb", "fn", "heads", *planes.values()]
-    outputs = ["partial", "merged"]
-    return Kernel(f"dense_hyper_{format}", inputs, outputs, body, header)
+    inputs = ["carried", "after", "fn", "heads", *planes.values()]
+    return Kernel(f"dense_hyper_{format}", inputs, ["made"], body, header)
 
 
 def dense_hyper(
     format: str,
     planes: Planes,
     heads: mx.array,
-    streams: mx.array,
-    post: mx.array,
-    comb: mx.array,
+    carried: Carried,
+    after: After | Beside,
     fn: mx.array,
-) -> tuple[mx.array, mx.array]:
-    """`hyper_out` of what `dense_matvec` gives: new streams (B, n, D), and their partial mixes.
+) -> Carried:
+    """`hyper_out` of what `dense_matvec` gives: new streams, and their partial mixes.
 
-    planes: of a matrix (D, columns) in a format. heads (B, columns), in the streams' type. post, comb
-    and fn: as `hyper_out` has them. Of one token a launch makes both, of more there is a launch for each.
+    planes: of a matrix (D, columns) in a format. heads (B, columns), in the streams' type. after: the
+    weights for the product; fn: as `hyper_out` has it. Of one token, whose weights lie beside other values,
+    a launch makes both; else there is a launch for each.
     """
-    way = by_kernel if takes(format, heads, streams, fn) else apart
-    return way(format, planes, heads, streams, post, comb, fn)
+    way = by_kernel if takes(format, heads, carried, after, fn) else apart
+    return way(format, planes, heads, carried, after, fn)
 
 
-def takes(format: str, heads: mx.array, streams: mx.array, fn: mx.array) -> bool:
-    """Whether the kernel multiplies heads by a matrix in a format and merges into streams (B, n, D)."""
-    suits = len(streams) == 1 and streams.shape[1] == STREAMS and len(fn) <= hyper_out.MOST_ROWS
-    suits = suits and format in dense.COLUMNS and heads.dtype == streams.dtype
+def takes(
+    format: str, heads: mx.array, carried: Carried, after: After | Beside, fn: mx.array
+) -> bool:
+    """Whether the kernel multiplies heads by a matrix in a format and merges into streams."""
+    suits = isinstance(carried, Together) and isinstance(after, Beside)
+    suits = suits and len(fn) <= hyper_out.MOST_ROWS and format in dense.COLUMNS
+    suits = suits and heads.dtype == carried.dtype
     suits = suits and heads.shape[-1] % dense.COLUMNS[format] == 0
-    return suits and dispatch.active(streams, f"dense_hyper_{format}")
+    return suits and dispatch.active(heads, f"dense_hyper_{format}")
 
 
 def plain(
     format: str,
     planes: Planes,
     heads: mx.array,
-    streams: mx.array,
-    post: mx.array,
-    comb: mx.array,
+    carried: Carried,
+    after: After | Beside,
     fn: mx.array,
-) -> tuple[mx.array, mx.array]:
+) -> Carried:
     """`dense_hyper` by MLX's own operations."""
     with dispatch.plain_operations():
-        return apart(format, planes, heads, streams, post, comb, fn)
+        return apart(format, planes, heads, carried, after, fn)
 
 
 def apart(
     format: str,
     planes: Planes,
     heads: mx.array,
-    streams: mx.array,
-    post: mx.array,
-    comb: mx.array,
+    carried: Carried,
+    after: After | Beside,
     fn: mx.array,
-) -> tuple[mx.array, mx.array]:
+) -> Carried:
     """`dense_hyper` as two operations, each by a kernel or not."""
     out = dense_matvec.dense_matvec([(format, planes)], heads)
-    return hyper_out.hyper_out(streams, [out], post, comb, fn)
+    return carry(*hyper_out.hyper_out(carried.streams, [out], after.post, after.comb, fn))
 
 
 def by_kernel(
     format: str,
     planes: Planes,
     heads: mx.array,
-    streams: mx.array,
-    post: mx.array,
-    comb: mx.array,
+    carried: Carried,
+    after: After | Beside,
     fn: mx.array,
-) -> tuple[mx.array, mx.array]:
+) -> Carried:
     """`dense_hyper` in one launch; see `takes`."""
-    width, rows = streams.shape[2], len(fn)
+    assert isinstance(carried, Together) and isinstance(after, Beside)
+    width, rows = carried.width, len(fn)
     slices = -(-width // SLICE)
-    partial, new = kernel(format)(
-        [streams, post, comb, fn, heads, *(planes[p] for p in FORMATS[format].layout)],
-        [((1, slices, rows + 1), mx.float32), (streams.shape, streams.dtype)],
+    (made,) = kernel(format)(
+        [carried.array, after.array, fn, heads, *(planes[p] for p in FORMATS[format].layout)],
+        [((1, size(width, slices, rows + 1, carried.dtype)), carried.dtype)],
         groups=(slices, 1, 1),
         threads=32 * GROUPS,
         template=[
-            ("T", streams.dtype),
+            ("T", carried.dtype),
             ("WIDTH", width),
             *text.template(rows, GROUPS),
             ("GROUPS", GROUPS),
             ("HEIGHT", HEIGHT),
             ("STEPS", STEPS),
+            ("AFTER_AT", after.begin),
         ],
     )
-    return new, partial
+    return Together(made, width, rows + 1)

@@ -122,21 +122,20 @@ def experts_down(
         [((count, width), mx.float32)],
         groups=(-(-width // (ROWS * GROUPS)), count, 1),
         threads=32 * GROUPS,
-        template=template(hidden, width, topk),
+        template=template(hidden.dtype, hidden.shape[-1], width, topk),
         reads=parts(packing.names("down"), experts.size, len(down["weight"])),
     )[0]
 
 
-def template(hidden: mx.array, width: int, topk: int) -> list[tuple[str, Any]]:
-    """The template of a launch that makes rows of `width` values of hidden (N * k, H)."""
-    columns = hidden.shape[-1]
+def template(dtype: mx.Dtype, columns: int, width: int, topk: int) -> list[tuple[str, Any]]:
+    """The template of a launch that makes rows of `width` values of hidden ones, (N * k, columns)."""
     return [
         ("WIDTH", width),
         ("COLUMNS", columns),
         ("TOPK", topk),
         ("ROWS", ROWS),
         ("GROUPS", GROUPS),
-        ("STAGED", staging.staged_columns(hidden.dtype, topk * columns, STAGED)),
+        ("STAGED", staging.staged_columns(dtype, topk * columns, STAGED)),
     ]
 
 

@@ -14,6 +14,7 @@ from ds4mlx.custom_kernels.codes.packs import PACKINGS
 from ds4mlx.custom_kernels.codes.tables import bits, lut
 from ds4mlx.custom_kernels.dialect import Kernel, parts
 from ds4mlx.custom_kernels.products import swiglu
+from ds4mlx.custom_kernels.products.columns import Inside
 from ds4mlx.formats.base import Format, Planes
 
 ROWS = 2  # hidden values a SIMD-group makes at a time
@@ -30,7 +31,6 @@ DECLARED = """
     uint job = threadgroup_position_in_grid.y;
     uint row0 = threadgroup_position_in_grid.x * GROUPS + simdgroup_index_in_threadgroup;
     row0 *= SETS * ROWS;
-    const device T* activations = x + (job / TOPK) * COLUMNS;
 """
 
 # The first threads, FREE of them, have something else to do meanwhile.
@@ -117,6 +117,7 @@ PRODUCTS = """
 """
 
 GIVEN = """
+    const device T* activations = x + (job / TOPK) * COLUMNS;
     int chosen = int(experts[job]);
     float weight = float(weights[job]);
 """
@@ -153,14 +154,14 @@ def operands(format: str, gate: Planes, up: Planes, eight: bool) -> list[mx.arra
 
 
 def cut(
-    x: mx.array, hidden: int, topk: int, format: str, limit: float, eight: bool
+    x: mx.array | Inside, hidden: int, topk: int, format: str, limit: float, eight: bool
 ) -> dict[str, Any]:
     """Threadgroups, threads and template of a launch for tokens x (N, D)."""
     columns = x.shape[1]
     staged = staging.staged_columns(x.dtype, columns, STAGED)
     sets = SETS if staged == columns else 1
     return {
-        "groups": (-(-hidden // (ROWS * sets * GROUPS)), len(x) * topk, 1),
+        "groups": (-(-hidden // (ROWS * sets * GROUPS)), x.shape[0] * topk, 1),
         "threads": 32 * GROUPS,
         "template": [
             ("T", x.dtype),

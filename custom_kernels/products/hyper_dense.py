@@ -2,7 +2,8 @@
 
 Streams are collapsed and normed as `hyper_in` does, into threadgroup memory, and multiplied by rows of
 several matrices as `dense_matvec` does, by a SIMD-group each. A lane asks for its first weights before
-the input is made. The first threadgroup makes the weights for what the sublayer gives.
+the input is made. The first threadgroup makes the weights for what the sublayer gives, which are put
+behind the products, and the second one, if asked, the input behind them.
 """
 
 from collections.abc import Sequence
@@ -14,9 +15,12 @@ import mlx.core as mx
 from ds4mlx.custom_kernels import dispatch
 from ds4mlx.custom_kernels.dialect import Kernel
 from ds4mlx.custom_kernels.layer import hyper_in, hyper_text
-from ds4mlx.custom_kernels.layer.hyper_pre import MIXES, STREAMS
+from ds4mlx.custom_kernels.layer.after import FLOATS, After, Beside
+from ds4mlx.custom_kernels.layer.carried import TAKE, Carried, Together
+from ds4mlx.custom_kernels.layer.hyper_pre import MIXES
 from ds4mlx.custom_kernels.products import dense_matvec
 from ds4mlx.custom_kernels.products import dense_matvec_text as dense
+from ds4mlx.custom_kernels.products.columns import Inside
 from ds4mlx.custom_kernels.products.dense_matvec import Matrices
 from ds4mlx.custom_kernels.words import LOAD8
 from ds4mlx.formats import FORMATS
@@ -44,6 +48,8 @@ template <typename T> inline uint stored(float v) { return as_type<uint>(float(s
 
 _FIRST = """
     bool collapses = threadgroup_position_in_grid.x > 0;
+    device float* post = products + AFTER_AT;
+    device float* comb = post + 4;
 """
 
 # A SIMD-group finds its matrix, which is of format number `kind`, and its row.
@@ -79,7 +85,10 @@ _STORE = """
     Input input = {words};
 """
 _GIVE = f"""
-    if (threadgroup_position_in_grid.x == 1) {{{hyper_text.STORE}    }}
+    device T* out = (device T*)(products + OUT_AT);
+    if (threadgroup_position_in_grid.x == 1) {{
+        if (AFTER_AT + {FLOATS} + id < OUT_AT) products[AFTER_AT + {FLOATS} + id] = 0;
+{hyper_text.STORE}    }}
 """
 
 _MULTIPLY = """{{
@@ -94,14 +103,13 @@ _PUT = """
 class Before(NamedTuple):
     """What comes before a sublayer: products of its input, and weights for what it gives.
 
-    products float32 (B, all rows), side by side; post float32 (B, n); comb float32 (B, n, n); x (B, D),
-    the input, or None where nobody asked for it.
+    products float32 (B, all rows), side by side, and behind them perhaps the rest; x (B, D), the input,
+    or None where nobody asked for it.
     """
 
     products: mx.array
-    post: mx.array
-    comb: mx.array
-    x: mx.array | None
+    after: After | Beside
+    x: mx.array | Inside | None
 
 
 class Options(TypedDict):
@@ -117,8 +125,7 @@ class Options(TypedDict):
 def kernel(formats: tuple[str, ...], given: bool) -> Kernel:
     """The kernel of matrices in these formats; the streams' type is a template argument."""
     kinds = list(dict.fromkeys(formats))
-    inputs = ["streams", "partial", "base", "scale", "weight"]
-    outputs = ["products", "post", "comb", *["out"] * given]
+    inputs = ["carried", "base", "scale", "weight"]
     for i, name in enumerate(formats):
         inputs += [f"w{i}_{plane}" for plane in FORMATS[name].layout]
     header = (
@@ -132,7 +139,9 @@ def kernel(formats: tuple[str, ...], given: bool) -> Kernel:
     header += dense.LOAD4 + "".join(dense.FORMATS[name] for name in kinds) + dense.PRODUCT
     name = _name(formats) + "_given" * given
     body = _body(formats, kinds, given)
-    return Kernel(name, inputs, outputs, body, header, metal=hyper_in.METAL, cuda=hyper_in.CUDA)
+    return Kernel(
+        name, inputs, ["products"], body, header, metal=hyper_in.METAL, cuda=hyper_in.CUDA
+    )
 
 
 def _body(formats: Sequence[str], kinds: Sequence[str], given: bool) -> str:
@@ -148,7 +157,7 @@ def _body(formats: Sequence[str], kinds: Sequence[str], given: bool) -> str:
     )
     multiply = "    float sums[1] = {0};\n" + _by_kind(kinds, _MULTIPLY) + _PUT
     made = hyper_text.MIXES + hyper_in.WEIGHTS + hyper_text.COLLAPSE + _GIVE * given
-    return _FIRST + hyper_text.LOADS + structs + find + fetch + made + _STORE + multiply
+    return TAKE + _FIRST + hyper_text.LOADS + structs + find + fetch + made + _STORE + multiply
 
 
 def _by_kind(kinds: Sequence[str], statement: str, also: str = "") -> str:
@@ -166,8 +175,7 @@ def _name(formats: Sequence[str]) -> str:
 
 def hyper_dense(
     matrices: Matrices,
-    streams: mx.array,
-    partial: mx.array,
+    carried: Carried,
     base: mx.array,
     scale: mx.array,
     norm: mx.array,
@@ -175,28 +183,29 @@ def hyper_dense(
 ) -> Before:
     """`dense_matvec` of matrices (format, planes of (rows, D)) with what `hyper_in` gives.
 
-    streams (B, n, D); partial, base, scale, norm: as `hyper_in` has them. Of one token a launch makes
-    both, of more there is a launch for each.
+    carried: streams (B, n, D) and their partial mixes; base, scale, norm: as `hyper_in` has them. Of one
+    token a launch makes both, of more there is a launch for each.
     """
-    way = by_kernel if takes(matrices, streams) else apart
-    return way(matrices, streams, partial, base, scale, norm, **options)
+    way = by_kernel if takes(matrices, carried) else apart
+    return way(matrices, carried, base, scale, norm, **options)
 
 
-def takes(matrices: Matrices, streams: mx.array) -> bool:
-    """Whether the kernel multiplies matrices by what streams (B, n, D) collapse to."""
-    count, _, width = streams.shape
-    kinds = dict.fromkeys(name for name, _ in matrices)
-    # In whole eights of words: `place_of` puts each eight in another order.
-    suits = count == 1 and hyper_in.suits(streams) and width <= MOST_WIDTH and width % 32 == 0
-    if not suits or any(width % dense.COLUMNS.get(kind, width + 1) for kind in kinds):
+def takes(matrices: Matrices, carried: Carried) -> bool:
+    """Whether the kernel multiplies matrices by what streams collapse to."""
+    if not isinstance(carried, Together):
         return False
-    return dispatch.active(streams, *(_name([kind]) for kind in kinds))
+    width, kinds = carried.width, dict.fromkeys(name for name, _ in matrices)
+    # In whole eights of words: `place_of` puts each eight in another order.
+    if width > MOST_WIDTH or width % 32:
+        return False
+    if any(width % dense.COLUMNS.get(kind, width + 1) for kind in kinds):
+        return False
+    return dispatch.active(carried.array, *(_name([kind]) for kind in kinds))
 
 
 def plain(
     matrices: Matrices,
-    streams: mx.array,
-    partial: mx.array,
+    carried: Carried,
     base: mx.array,
     scale: mx.array,
     norm: mx.array,
@@ -204,13 +213,12 @@ def plain(
 ) -> Before:
     """`hyper_dense` by MLX's own operations."""
     with dispatch.plain_operations():
-        return apart(matrices, streams, partial, base, scale, norm, **options)
+        return apart(matrices, carried, base, scale, norm, **options)
 
 
 def apart(
     matrices: Matrices,
-    streams: mx.array,
-    partial: mx.array,
+    carried: Carried,
     base: mx.array,
     scale: mx.array,
     norm: mx.array,
@@ -218,39 +226,44 @@ def apart(
 ) -> Before:
     """`hyper_dense` as two operations, each by a kernel or not."""
     x, post, comb = hyper_in.hyper_in(
-        *(streams, partial, base, scale, norm),
+        *(carried.streams, carried.partial, base, scale, norm),
         iterations=options["iterations"],
         eps=options["eps"],
         norm_eps=options["norm_eps"],
     )
-    return Before(dense_matvec.dense_matvec(matrices, x), post, comb, x)
+    return Before(dense_matvec.dense_matvec(matrices, x), After(post, comb), x)
 
 
 def by_kernel(
     matrices: Matrices,
-    streams: mx.array,
-    partial: mx.array,
+    carried: Carried,
     base: mx.array,
     scale: mx.array,
     norm: mx.array,
     **options: Unpack[Options],
 ) -> Before:
     """`hyper_dense` in one launch; see `takes`."""
-    given, width = options["given"], streams.shape[2]
+    assert isinstance(carried, Together)
+    given, width = options["given"], carried.width
     rows = [len(planes["weight"]) for _, planes in matrices]
     parts = sum(-(-each // hyper_text.GROUPS) for each in rows)
-    outputs = [((1, sum(rows)), mx.float32), ((1, STREAMS), mx.float32)]
-    outputs += [((1, STREAMS, STREAMS), mx.float32), *[((1, width), streams.dtype)] * given]
-    made = kernel(tuple(name for name, _ in matrices), given)(
-        [streams, partial, base, scale, norm]
+    size = sum(rows) + FLOATS
+    begin = -(-size // 4) * 4  # from where on stores are of 16 bytes
+    size = begin + width * carried.dtype.size // mx.float32.size if given else size
+    sizes = carried.dtype, width, carried.slices, MIXES
+    (products,) = kernel(tuple(name for name, _ in matrices), given)(
+        [carried.array, base, scale, norm]
         + [planes[p] for name, planes in matrices for p in FORMATS[name].layout],
-        outputs,
+        [((1, size), mx.float32)],
         groups=(1 + parts, 1, 1),
         threads=32 * hyper_text.GROUPS,
         template=[
-            *hyper_in.collapsing(streams, partial, MIXES, options["eps"], options["norm_eps"]),
+            *hyper_in.collapsing(*sizes, options["eps"], options["norm_eps"]),
             ("ITERATIONS", options["iterations"]),
             ("STEPS", STEPS),
+            ("AFTER_AT", sum(rows)),
+            *[("OUT_AT", begin)] * given,
         ],
     )
-    return Before(made[0], made[1], made[2], made[3] if given else None)
+    x = Inside(products, begin, width, carried.dtype) if given else None
+    return Before(products, Beside(products, sum(rows)), x)

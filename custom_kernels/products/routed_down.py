@@ -17,6 +17,7 @@ from ds4mlx.custom_kernels.dialect import Kernel, parts
 from ds4mlx.custom_kernels.products import dense_matvec_text as dense
 from ds4mlx.custom_kernels.products import experts, experts_down, swiglu
 from ds4mlx.custom_kernels.products.columns import Columns
+from ds4mlx.custom_kernels.products.routed import Routed
 from ds4mlx.formats import FORMATS, Planes
 
 ROWS = 2  # of the shared matrix, that a SIMD-group takes
@@ -116,11 +117,16 @@ SHARED = """
     }
 """
 
+# Where the experts' numbers are.
+EXPERTS = "const device int* experts = (const device int*)(hidden + tokens * TOPK * COLUMNS);"
+
 PUT = "#define PUT_SHARED(t, row, y) shared[(t) * WIDTH + (row)] = y\n"
 
 _BODY = """
 %s
-    uint part = threadgroup_position_in_grid.x, tokens = uint(experts_shape[0]);
+    uint part = threadgroup_position_in_grid.x;
+    uint tokens = uint(hidden_shape[0]) / (TOPK * (COLUMNS + 4 / uint(sizeof(T))));
+    %s
     if (part < PARTS * tokens) {
         uint token = part / PARTS;
         part %%= PARTS;
@@ -139,9 +145,9 @@ def kernel(format: str, dtype: mx.Dtype, eight: bool, dense_format: str) -> Kern
     """The kernel for routed experts in a format, hidden values of a type, and a shared expert."""
     planes = {plane: f"dense_{plane}" for plane in FORMATS[dense_format].layout}
     taken = " ".join(f"w.{plane} = {name};" for plane, name in planes.items())
-    body = _BODY % (experts_down.DECLARED, experts_down.PRODUCTS, taken, SHARED)
+    body = _BODY % (experts_down.DECLARED, EXPERTS, experts_down.PRODUCTS, taken, SHARED)
     header = shared_header(format, dtype, eight, dense_format, experts_down.PUT + PUT)
-    inputs = ["hidden", "experts", "products", *PACKINGS[format].names("down")]
+    inputs = ["hidden", "products", *PACKINGS[format].names("down")]
     name = _name(format, dtype, eight, dense_format)
     return Kernel(name, [*inputs, *planes.values()], ["routed", "shared"], body, header)
 
@@ -184,8 +190,7 @@ class Shared(NamedTuple):
 def routed_down(
     format: str,
     down: Planes,
-    hidden: mx.array,
-    experts: mx.array,
+    values: Routed,
     shared: Shared,
     *,
     dtype: mx.Dtype,
@@ -193,32 +198,31 @@ def routed_down(
 ) -> tuple[mx.array, mx.array]:
     """The routed experts' sum and the shared expert's values, both float32 (N, D).
 
-    hidden T (N * k, H), weighted, of experts int (N, k) with planes of (E, D, H). The shared expert's
+    values: T (N * k, H), weighted, of experts with planes of (E, D, H). The shared expert's
     products are rounded to `dtype`, which is T, as is their SwiGLU. eight: as in `experts_down`.
     """
-    way = by_kernel if takes(format, hidden, experts, shared, eight) else plain
-    return way(format, down, hidden, experts, shared, dtype=dtype, eight=eight)
+    way = by_kernel if takes(format, values, shared, eight) else plain
+    return way(format, down, values, shared, dtype=dtype, eight=eight)
 
 
 def takes(
     format: str,
-    hidden: mx.array,
-    chosen: mx.array,
+    values: Routed,
     shared: Shared,
     eight: bool = False,
 ) -> bool:
-    """Whether the kernel multiplies hidden values (N * k, H) and (N, F) by matrices in the formats."""
-    if not suits(format, hidden, chosen, shared):
+    """Whether the kernel multiplies values (N * k, H) and (N, F) by matrices in the formats."""
+    if not suits(format, values, shared):
         return False
     # How a shared format is read is compared as `dense_matvec`, which has the same text.
-    name = _name(format, hidden.dtype, eight, shared.format).removesuffix(f"_{shared.format}")
-    return dispatch.active(hidden, name)
+    name = _name(format, values.dtype, eight, shared.format).removesuffix(f"_{shared.format}")
+    return dispatch.active(values.array, name)
 
 
-def suits(format: str, hidden: mx.array, chosen: mx.array, shared: Shared) -> bool:
+def suits(format: str, values: Routed, shared: Shared) -> bool:
     """Whether sizes and formats are such as the text takes."""
-    chunks = hidden.shape[1] % staging.CHUNK == 0
-    few = chosen.shape[1] <= dispatch.MOST_CHOSEN and len(chosen) <= dispatch.FEW
+    chunks = values.width % staging.CHUNK == 0
+    few = values.topk <= dispatch.MOST_CHOSEN and values.tokens <= dispatch.FEW
     piece = dense.COLUMNS.get(shared.format)
     read = piece is not None and shared.inner % piece == 0 and shared.aligned
     return format in experts.DOWN.formats and chunks and few and read
@@ -227,8 +231,7 @@ def suits(format: str, hidden: mx.array, chosen: mx.array, shared: Shared) -> bo
 def plain(
     format: str,
     down: Planes,
-    hidden: mx.array,
-    chosen: mx.array,
+    values: Routed,
     shared: Shared,
     *,
     dtype: mx.Dtype,
@@ -236,33 +239,33 @@ def plain(
 ) -> tuple[mx.array, mx.array]:
     """`routed_down` by MLX's own operations, which know no bytes."""
     stack = lambda *each: FORMATS[format].gather(down, *each)
-    routed = experts.plain_down(stack, hidden, experts.Pairs(chosen, None, None))
+    pairs = experts.Pairs(values.chosen, None, None)
+    routed = experts.plain_down(stack, values.hidden, pairs)
     gates, ups = (each.value.astype(dtype) for each in (shared.gates, shared.ups))
-    values = swiglu.swiglu(gates, ups, shared.limit).astype(dtype)
-    return routed, FORMATS[shared.format].matmul(shared.down, values).astype(mx.float32)
+    inner = swiglu.swiglu(gates, ups, shared.limit).astype(dtype)
+    return routed, FORMATS[shared.format].matmul(shared.down, inner).astype(mx.float32)
 
 
 def by_kernel(
     format: str,
     down: Planes,
-    hidden: mx.array,
-    chosen: mx.array,
+    values: Routed,
     shared: Shared,
     *,
     dtype: mx.Dtype,
     eight: bool = False,
 ) -> tuple[mx.array, mx.array]:
     """`routed_down` in one launch; H is a multiple of 64, F of a piece's columns, k at most 32."""
-    assert hidden.dtype == dtype
-    count, width = len(chosen), down["weight"].shape[-2]
+    assert values.dtype == dtype
+    count, width = values.tokens, down["weight"].shape[-2]
     each, rest = experts_down.ROWS * experts_down.GROUPS, ROWS * experts_down.GROUPS
     sums = kernel(format, dtype, eight, shared.format)(
-        [hidden, chosen, shared.gates.array, *planes_of(format, down, shared)],
+        [values.array, shared.gates.array, *planes_of(format, down, shared)],
         [((count, width), mx.float32), ((count, width), mx.float32)],
         groups=(-(-width // each) * count + -(-width // rest), 1, 1),
         threads=32 * experts_down.GROUPS,
-        template=[*template(hidden, chosen, shared, width), ("PARTS", -(-width // each))],
-        reads=parts(PACKINGS[format].names("down"), chosen.size, len(down["weight"])),
+        template=[*template(values, shared, width), ("PARTS", -(-width // each))],
+        reads=parts(PACKINGS[format].names("down"), count * values.topk, len(down["weight"])),
     )
     return sums[0], sums[1]
 
@@ -273,14 +276,12 @@ def planes_of(format: str, down: Planes, shared: Shared) -> list[mx.array]:
     return own + [shared.down[plane] for plane in FORMATS[shared.format].layout]
 
 
-def template(
-    hidden: mx.array, chosen: mx.array, shared: Shared, width: int
-) -> list[tuple[str, Any]]:
+def template(values: Routed, shared: Shared, width: int) -> list[tuple[str, Any]]:
     """What the text of both jobs is told, for rows of `width` values."""
-    padded, inner = dispatch.made_up(len(chosen)), shared.inner
+    padded, inner = dispatch.made_up(values.tokens), shared.inner
     return [
-        ("T", hidden.dtype),
-        *experts_down.template(hidden, width, chosen.shape[1]),
+        ("T", values.dtype),
+        *experts_down.template(values.dtype, values.width, width, values.topk),
         ("TOKENS", padded),
         ("INNER", inner),
         ("ALL", shared.gates.array.shape[1]),

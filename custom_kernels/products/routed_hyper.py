@@ -16,9 +16,11 @@ from ds4mlx.custom_kernels.codes.packs import PACKINGS
 from ds4mlx.custom_kernels.dialect import Kernel, parts
 from ds4mlx.custom_kernels.layer import hyper_after_text as text
 from ds4mlx.custom_kernels.layer import hyper_out
-from ds4mlx.custom_kernels.layer.hyper_pre import STREAMS
+from ds4mlx.custom_kernels.layer.after import FIND, After, Beside
+from ds4mlx.custom_kernels.layer.carried import MAKE, TAKE_STREAMS, Carried, Together, carry, size
 from ds4mlx.custom_kernels.products import experts_down, routed_down
 from ds4mlx.custom_kernels.products.experts_down import GROUPS
+from ds4mlx.custom_kernels.products.routed import Routed
 from ds4mlx.custom_kernels.products.routed_down import Shared
 from ds4mlx.formats import FORMATS, Planes
 
@@ -34,6 +36,7 @@ _BODY = """
 %s
     threadgroup float given[32], common[32];
     uint part = threadgroup_position_in_grid.x, token = 0, tokens = 1;
+    %s
 %s
     {
 %s
@@ -48,15 +51,18 @@ _BODY = """
 """
 
 
-class Streams(NamedTuple):
-    """Streams (B, n, D) before a sublayer, and what they and their mixes are made of after it.
+# The weights lie behind the shared expert's products.
+_FIND = "    const device float* after = products;\n" + FIND
 
-    post float32 (B, n), comb float32 (B, n, n), fn float32 (rows, n D): as `hyper_out` has them.
+
+class Streams(NamedTuple):
+    """Streams before a sublayer, and what they and their mixes are made of after it.
+
+    after: the weights for what it gives; fn float32 (rows, n D): as `hyper_out` has it.
     """
 
-    before: mx.array
-    post: mx.array
-    comb: mx.array
+    before: Carried
+    after: After | Beside
     fn: mx.array
 
 
@@ -67,12 +73,13 @@ def kernel(format: str, dtype: mx.Dtype, eight: bool, dense_format: str) -> Kern
     taken = " ".join(f"w.{plane} = {name};" for plane, name in planes.items())
     jobs = experts_down.PRODUCTS, taken, routed_down.SHARED
     merge = text.merge("given[lane] + float(static_cast<T>(common[lane]))")
-    body = _BODY % (experts_down.DECLARED, text.BEGIN, *jobs, merge)
+    begin = routed_down.EXPERTS, TAKE_STREAMS + MAKE + _FIND + text.BEGIN
+    body = _BODY % (experts_down.DECLARED, *begin, *jobs, merge)
     header = routed_down.shared_header(format, dtype, eight, dense_format, _PUT)
-    inputs = ["streams", "post", "comb", "fn", "hidden", "experts", "products"]
+    inputs = ["carried", "fn", "hidden", "products"]
     inputs += [*PACKINGS[format].names("down"), *planes.values()]
     name = _name(format, dtype, eight, dense_format)
-    return Kernel(name, inputs, ["partial", "merged"], body, header)
+    return Kernel(name, inputs, ["made"], body, header)
 
 
 def _name(format: str, dtype: mx.Dtype, eight: bool, dense_format: str) -> str:
@@ -82,97 +89,100 @@ def _name(format: str, dtype: mx.Dtype, eight: bool, dense_format: str) -> str:
 def routed_hyper(
     format: str,
     down: Planes,
-    hidden: mx.array,
-    experts: mx.array,
+    values: Routed,
     shared: Shared,
     streams: Streams,
     *,
     eight: bool = False,
-) -> tuple[mx.array, mx.array]:
-    """`hyper_out` of what `routed_down` gives: new streams (B, n, D), and their partial mixes.
+) -> Carried:
+    """`hyper_out` of what `routed_down` gives: new streams, and their partial mixes.
 
-    Of one token a launch makes both, of more there is a launch for each.
+    Of one token, whose weights lie beside the shared expert's products, a launch makes both; else there
+    is a launch for each.
     """
-    way = by_kernel if takes(format, hidden, experts, shared, streams, eight) else apart
-    return way(format, down, hidden, experts, shared, streams, eight=eight)
+    way = by_kernel if takes(format, values, shared, streams, eight) else apart
+    return way(format, down, values, shared, streams, eight=eight)
 
 
 def takes(
     format: str,
-    hidden: mx.array,
-    chosen: mx.array,
+    values: Routed,
     shared: Shared,
     streams: Streams,
     eight: bool = False,
 ) -> bool:
     """Whether the kernel multiplies hidden values and merges what that gives into streams."""
-    suits = len(chosen) == 1 and streams.before.shape[1] == STREAMS
-    suits = suits and len(streams.fn) <= hyper_out.MOST_ROWS
-    suits = suits and streams.before.dtype == hidden.dtype
-    if not suits or not routed_down.suits(format, hidden, chosen, shared):
+    suits = isinstance(streams.before, Together) and values.tokens == 1
+    suits = suits and len(streams.fn) <= hyper_out.MOST_ROWS and _beside(streams.after, shared)
+    suits = suits and streams.before.dtype == values.dtype
+    if not suits or not routed_down.suits(format, values, shared):
         return False
     # How a shared format is read is compared as `dense_matvec`, which has the same text.
-    name = _name(format, hidden.dtype, eight, shared.format).removesuffix(f"_{shared.format}")
-    return dispatch.active(hidden, name)
+    name = _name(format, values.dtype, eight, shared.format).removesuffix(f"_{shared.format}")
+    return dispatch.active(values.array, name)
+
+
+def _beside(after: After | Beside, shared: Shared) -> bool:
+    return isinstance(after, Beside) and after.array is shared.gates.array
 
 
 def plain(
     format: str,
     down: Planes,
-    hidden: mx.array,
-    chosen: mx.array,
+    values: Routed,
     shared: Shared,
     streams: Streams,
     *,
     eight: bool = False,
-) -> tuple[mx.array, mx.array]:
+) -> Carried:
     """`routed_hyper` by MLX's own operations, which know no bytes."""
     with dispatch.plain_operations():
-        return apart(format, down, hidden, chosen, shared, streams, eight=eight)
+        return apart(format, down, values, shared, streams, eight=eight)
 
 
 def apart(
     format: str,
     down: Planes,
-    hidden: mx.array,
-    chosen: mx.array,
+    values: Routed,
     shared: Shared,
     streams: Streams,
     *,
     eight: bool = False,
-) -> tuple[mx.array, mx.array]:
+) -> Carried:
     """`routed_hyper` as two operations, each by a kernel or not."""
     sides = {"dtype": streams.before.dtype, "eight": eight}
-    outs = routed_down.routed_down(format, down, hidden, chosen, shared, **sides)
-    before, *weights = streams
-    return hyper_out.hyper_out(before, outs, *weights)
+    outs = routed_down.routed_down(format, down, values, shared, **sides)
+    before, after, fn = streams
+    return carry(*hyper_out.hyper_out(before.streams, outs, after.post, after.comb, fn))
 
 
 def by_kernel(
     format: str,
     down: Planes,
-    hidden: mx.array,
-    chosen: mx.array,
+    values: Routed,
     shared: Shared,
     streams: Streams,
     *,
     eight: bool = False,
-) -> tuple[mx.array, mx.array]:
+) -> Carried:
     """`routed_hyper` in one launch; see `takes`."""
-    width, rows = streams.before.shape[2], len(streams.fn)
+    before = streams.before
+    assert isinstance(before, Together) and isinstance(streams.after, Beside)
+    width, rows = before.width, len(streams.fn)
     slices = -(-width // hyper_out.SLICE)
-    partial, new = kernel(format, hidden.dtype, eight, shared.format)(
+    (made,) = kernel(format, values.dtype, eight, shared.format)(
         [
-            *(*streams, hidden, chosen, shared.gates.array),
+            *(before.array, streams.fn, values.array, shared.gates.array),
             *routed_down.planes_of(format, down, shared),
         ],
-        [((1, slices, rows + 1), mx.float32), (streams.before.shape, streams.before.dtype)],
+        [((1, size(width, slices, rows + 1, before.dtype)), before.dtype)],
         groups=(slices, 1, 1),
         threads=32 * GROUPS,
         template=[
-            *routed_down.template(hidden, chosen, shared, width),
+            *routed_down.template(values, shared, width),
             *text.template(rows, GROUPS),
+            ("AFTER_AT", streams.after.begin),
         ],
-        reads=parts(PACKINGS[format].names("down"), chosen.size, len(down["weight"])),
+        reads=parts(PACKINGS[format].names("down"), values.topk, len(down["weight"])),
     )
-    return new, partial
+    return Together(made, width, rows + 1)

@@ -17,7 +17,8 @@ from ds4mlx.custom_kernels.dialect import Kernel, parts
 from ds4mlx.custom_kernels.layer import router
 from ds4mlx.custom_kernels.layer.index_select import KEY_OF
 from ds4mlx.custom_kernels.products import experts, experts_up
-from ds4mlx.custom_kernels.products.columns import Columns
+from ds4mlx.custom_kernels.products.columns import Columns, Inside
+from ds4mlx.custom_kernels.products.routed import Routed, number_size, routed
 from ds4mlx.formats import FORMATS, Planes
 
 # Best first, the lowest number among equals. A key of 0 is no expert, or one that was taken.
@@ -66,6 +67,8 @@ _LISTED = """
 _CHOICE = """
     threadgroup int expert_of_all[1];
     threadgroup float weight_of_all[1];
+    const device T* activations = (const device T*)x + X_AT + (job / TOPK) * COLUMNS;
+    device int* experts = (device int*)(hidden + threadgroups_per_grid.y * HIDDEN);
     if (simdgroup_index_in_threadgroup == 0) {
         uint slot = job %% TOPK;
         const device float* row = products + (job / TOPK) * ALL + LOGITS_AT;
@@ -98,7 +101,7 @@ def kernel(format: str, dtype: mx.Dtype, eight: bool, hashed: bool) -> Kernel:
     inputs = ["x", "products", *choice, *experts_up.planes(format)]
     body = _body(_LISTED if hashed else _BEST)
     header += "" if hashed else KEY_OF
-    return Kernel(_name(format, dtype, eight, hashed), inputs, ["hidden", "experts"], body, header)
+    return Kernel(_name(format, dtype, eight, hashed), inputs, ["hidden"], body, header)
 
 
 def _name(format: str, dtype: mx.Dtype, eight: bool, hashed: bool) -> str:
@@ -122,17 +125,17 @@ def routed_up(
     format: str,
     gate: Planes,
     up: Planes,
-    x: mx.array,
+    x: mx.array | Inside,
     logits: Columns,
     **options: Unpack[Options],
-) -> tuple[mx.array, mx.array]:
+) -> Routed:
     """weight * silu(min(gate . x, limit)) * clip(up . x) of a token's experts, and which these are.
 
-    x (N, D); logits float32 (N, E): the router's products; planes of (E, H, D). A score is
+    x (N, D), perhaps inside the array of the products; logits float32 (N, E): the router's products; planes of (E, H, D). A score is
     sqrt(softplus(logit)). With `bias` (E,) the experts are those of the highest score + bias, the best
     first; with `table` int32 (vocab, k) and `ids` int (N,) those listed for the token. Weights are scores
     over their sum, times scale, or all NaN where a NaN was compared. eight: as in `experts_up`.
-    Returns (N * k, H) in x's type, and experts int32 (N, k).
+    Hidden values are in x's type.
     """
     hashed, eight = options.get("table") is not None, options.get("eight", False)
     way = by_kernel if takes(format, x, logits, options["topk"], hashed, eight) else plain
@@ -140,58 +143,65 @@ def routed_up(
 
 
 def takes(
-    format: str, x: mx.array, logits: Columns, topk: int, hashed: bool, eight: bool = False
+    format: str, x: mx.array | Inside, logits: Columns, topk: int, hashed: bool, eight: bool = False
 ) -> bool:
     """Whether the kernel multiplies tokens x (N, D) by experts in a format."""
     suits = format in experts.UP.formats and x.shape[1] % staging.CHUNK == 0
     suits = suits and topk <= dispatch.MOST_CHOSEN and logits.width <= router.MOST_EXPERTS
-    suits = suits and len(x) <= dispatch.FEW
-    return suits and dispatch.active(x, _name(format, x.dtype, eight, hashed))
+    suits = suits and x.shape[0] <= dispatch.FEW and x.dtype in (mx.bfloat16, mx.float32)
+    name = _name(format, x.dtype, eight, hashed)
+    return suits and dispatch.active(logits.array, name, dtype=x.dtype)
 
 
 def plain(
     format: str,
     gate: Planes,
     up: Planes,
-    x: mx.array,
+    x: mx.array | Inside,
     logits: Columns,
     **options: Unpack[Options],
-) -> tuple[mx.array, mx.array]:
+) -> Routed:
     """`routed_up` by MLX's own operations, which know no bytes."""
     listed = (options.get(name) for name in ("bias", "table", "ids"))
     sides = router.scores_of(logits.value), options["scale"], options["topk"], *listed
     chosen, weights = router.weighed(*sides, ordered=True)
     lift, rise = (lambda *each, m=m: FORMATS[format].gather(m, *each) for m in (gate, up))
     pairs = experts.Pairs(chosen, None, None)
-    hidden = experts.plain_up(lift, rise, x, pairs, weights, options["limit"])
-    return hidden, chosen.astype(mx.int32)
+    tokens = x.value if isinstance(x, Inside) else x
+    hidden = experts.plain_up(lift, rise, tokens, pairs, weights, options["limit"])
+    return routed(hidden, chosen)
 
 
 def by_kernel(
     format: str,
     gate: Planes,
     up: Planes,
-    x: mx.array,
+    x: mx.array | Inside,
     logits: Columns,
     **options: Unpack[Options],
-) -> tuple[mx.array, mx.array]:
+) -> Routed:
     """`routed_up` in one launch; D is a multiple of 64, k at most 32, E at most 1024."""
-    count, hidden, topk = len(x), gate["weight"].shape[-2], options["topk"]
+    count, hidden, topk = x.shape[0], gate["weight"].shape[-2], options["topk"]
     table, eight = options.get("table"), options.get("eight", False)
     named = ("bias",) if table is None else ("table", "ids")
     choice = [array for array in map(options.get, named) if isinstance(array, mx.array)]
     planes = experts_up.operands(format, gate, up, eight)
     cut = experts_up.cut(x, hidden, topk, format, options["limit"], eight)
+    lying, at = (
+        (x.array, x.begin * x.array.dtype.size // x.dtype.size) if isinstance(x, Inside) else (x, 0)
+    )
     cut["template"] += [
+        ("X_AT", at),
         ("EXPERTS", logits.width),
         ("ALL", logits.array.shape[1]),
         ("LOGITS_AT", logits.begin),
         ("SCALE", bits(options["scale"])),
     ]
-    values, chosen = kernel(format, x.dtype, eight, table is not None)(
-        [x, logits.array, *choice, *planes],
-        [((count * topk, hidden), x.dtype), ((count, topk), mx.int32)],
+    size = count * topk * (hidden + number_size(x.dtype))
+    (values,) = kernel(format, x.dtype, eight, table is not None)(
+        [lying, logits.array, *choice, *planes],
+        [((size,), x.dtype)],
         **cut,
         reads=parts(experts_up.planes(format)[1:], count * topk, logits.width),
     )
-    return values, chosen
+    return Routed(values, count, topk)

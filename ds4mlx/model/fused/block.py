@@ -1,11 +1,11 @@
 """A block as launches: attention and MoE, each inside a hyper-connection."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import mlx.core as mx
 
 from ds4mlx.custom_kernels.layer.buffers import Held
+from ds4mlx.custom_kernels.layer.carried import Carried
 from ds4mlx.custom_kernels.products.dense_hyper import dense_hyper
 from ds4mlx.custom_kernels.products.hyper_dense import Before, hyper_dense
 from ds4mlx.custom_kernels.products.routed_hyper import Streams
@@ -18,17 +18,6 @@ from ds4mlx.model.hyper import HyperConnection
 from ds4mlx.model.linear import Matrix, RMSNorm
 
 
-class Carried(NamedTuple):
-    """What goes from one sublayer to the next.
-
-    streams (B, n, D); partial float32 (B, P, .): sums over slices of the streams of what the next
-    hyper-connection's mixes are made of.
-    """
-
-    streams: mx.array
-    partial: mx.array
-
-
 def step_block(
     block: Block, carried: Carried, following: mx.array, ids: mx.array, sequences: Sequences
 ) -> tuple[Carried, list[Held]]:
@@ -37,13 +26,12 @@ def step_block(
     following: the matrix `fn` of the hyper-connection that comes next.
     """
     first = before(block.hc_attn, block.attn_norm, carried, stored(read_first(block.attn)))
-    heads, held = attend(block.attn, first.products, sequences, carried.streams.dtype)
-    sides = carried.streams, first.post, first.comb, block.hc_ffn.fn
-    last = block.attn.wo_b
-    carried = Carried(*dense_hyper(last.format, last.planes, heads, *sides))
+    heads, held = attend(block.attn, first.products, sequences, carried.dtype)
+    last, sides = block.attn.wo_b, (carried, first.after, block.hc_ffn.fn)
+    carried = dense_hyper(last.format, last.planes, heads, *sides)
     first = before(block.hc_ffn, block.ffn_norm, carried, routing(block.ffn), given=True)
-    streams = Streams(carried.streams, first.post, first.comb, following)
-    return Carried(*mixture(block.ffn, first, ids, streams)), held
+    streams = Streams(carried, first.after, following)
+    return mixture(block.ffn, first, ids, streams), held
 
 
 def before(
@@ -56,7 +44,7 @@ def before(
     """Products of a sublayer's input with matrices, the weights for what it gives, the input if asked for."""
     config = site._config
     return hyper_dense(
-        *(matrices, carried.streams, carried.partial, site.base, site.scale, norm.weight),
+        *(matrices, carried, site.base, site.scale, norm.weight),
         iterations=config.hc_sinkhorn_iters,
         eps=config.hc_eps,
         norm_eps=config.rms_norm_eps,

@@ -2,6 +2,7 @@
 
 import mlx.core as mx
 
+from ds4mlx.custom_kernels.layer.carried import Carried
 from ds4mlx.custom_kernels.products.columns import side_by_side
 from ds4mlx.custom_kernels.products.experts import eight
 from ds4mlx.custom_kernels.products.hyper_dense import Before
@@ -20,8 +21,8 @@ def routing(ffn: MoE) -> list[tuple[str, Planes]]:
     return [*both, (dense_format(router.dtype), {"weight": router})]
 
 
-def mixture(ffn: MoE, first: Before, ids: mx.array, streams: Streams) -> tuple[mx.array, mx.array]:
-    """The streams with what the experts give, (B, n, D), and their partial mixes.
+def mixture(ffn: MoE, first: Before, ids: mx.array, streams: Streams) -> Carried:
+    """The streams with what the experts give, and their partial mixes.
 
     first: the tokens x (B, D), normed, and their products by `routing`; ids int (B,).
     """
@@ -30,7 +31,7 @@ def mixture(ffn: MoE, first: Before, ids: mx.array, streams: Streams) -> tuple[m
     inner, experts_of_all = shared.w1.rows, len(gate.weight)
     gates, ups, logits = side_by_side(first.products, [inner, inner, experts_of_all])
     by = {"table": gate.tid2eid, "ids": ids} if gate.hashed else {"bias": gate.bias}
-    hidden, chosen = routed_up(
+    values = routed_up(
         *(experts.w1.format, experts.w1.planes, experts.w3.planes, x, logits),
         scale=gate.scale,
         topk=gate.topk,
@@ -39,7 +40,7 @@ def mixture(ffn: MoE, first: Before, ids: mx.array, streams: Streams) -> tuple[m
         **by,
     )
     return routed_hyper(
-        *(experts.w2.format, experts.w2.planes, hidden, chosen),
+        *(experts.w2.format, experts.w2.planes, values),
         Shared(shared.w2.format, shared.w2.planes, gates, ups, shared.limit),
         streams,
         eight=eight(experts.w2.format),

@@ -12,12 +12,13 @@ import mlx.core as mx
 from ds4mlx.config import ModelConfig
 from ds4mlx.custom_kernels import dialect, dispatch
 from ds4mlx.custom_kernels.first_use import prepare
+from ds4mlx.custom_kernels.layer.carried import Carried, carry
 from ds4mlx.custom_kernels.layer.head_in import head_in
 from ds4mlx.custom_kernels.layer.hyper_out import hyper_mix
 from ds4mlx.model.batch import Batch
 from ds4mlx.model.block import Block
 from ds4mlx.model.fused.attention import product
-from ds4mlx.model.fused.block import Carried, step_block
+from ds4mlx.model.fused.block import step_block
 from ds4mlx.model.fused.choice import by_modules, dense_known, known
 from ds4mlx.model.fused.sequences import Places, Sequences, compressors_of
 from ds4mlx.model.hyper import HyperHead
@@ -158,9 +159,9 @@ def _traced(
         carried, after = step_block(layer, carried, following(model, number), ids, sequences)
         for own, each in zip(tails, after, strict=True):
             own.append(each.array)
-    known = dense_known(model.head)
-    logits = head(model, carried) if known else model.logits(carried.streams)
-    return logits, carried.streams, tails
+    streams, known = carried.streams, dense_known(model.head)
+    logits = head(model, streams, carried.partial) if known else model.logits(streams)
+    return logits, streams, tails
 
 
 def _in_parts(
@@ -178,15 +179,15 @@ def _in_parts(
     for number, (layer, sequences) in enumerate(zip(model.layers, layers, strict=True)):
         if number in modules:
             streams = layer(carried.streams, batch, [state[number] for state in states])
-            carried = Carried(streams, hyper_mix(streams, following(model, number)))
+            carried = carry(streams, hyper_mix(streams, following(model, number)))
         else:
             sides = following(model, number), batch.ids, sequences
             carried, after = step_block(layer, carried, *sides)
             for span, state, each in zip(batch.spans, states, after, strict=True):
                 append(Parts([state[number]]), [each.array], span.step)
-    apart = listened() or not dense_known(model.head)
-    logits = model.logits(carried.streams) if apart else head(model, carried)
-    return logits, carried.streams
+    streams, known = carried.streams, dense_known(model.head) and not listened()
+    logits = head(model, streams, carried.partial) if known else model.logits(streams)
+    return logits, streams
 
 
 def begin(model: Stepped, ids: mx.array) -> Carried:
@@ -196,7 +197,7 @@ def begin(model: Stepped, ids: mx.array) -> Carried:
         streams = mx.repeat(model.embedded(ids)[:, None], count, axis=1)
     else:  # looked up so often: a repeated row would be copied for every launch that takes it
         streams = model.embedded(mx.broadcast_to(ids[:, None], (len(ids), count)))
-    return Carried(streams, hyper_mix(streams, model.layers[0].hc_attn.fn))
+    return carry(streams, hyper_mix(streams, model.layers[0].hc_attn.fn))
 
 
 def following(model: Stepped, number: int) -> mx.array:
@@ -205,11 +206,11 @@ def following(model: Stepped, number: int) -> mx.array:
     return model.hc_head.fn if last else model.layers[number + 1].hc_attn.fn
 
 
-def head(model: Stepped, carried: Carried) -> mx.array:
-    """Logits float32 (B, vocab)."""
+def head(model: Stepped, streams: mx.array, partial: mx.array) -> mx.array:
+    """Logits float32 (B, vocab) of the last streams and their partial mixes."""
     site = model.hc_head
     x = head_in(
-        *(carried.streams, carried.partial, site.base, site.scale, model.norm.weight),
+        *(streams, partial, site.base, site.scale, model.norm.weight),
         eps=model.args.hc_eps,
         norm_eps=model.args.rms_norm_eps,
     )
