@@ -82,7 +82,12 @@ def profile(wanted: list[str], options: list[str]) -> str:
     """What Nsight Compute prints of the launches, caches flushed before each."""
     ncu = os.environ.get("NCU", "ncu")
     options_of_ncu = ["--cache-control", "all", "--clock-control", "none"]
-    options_of_ncu += ["--target-processes", "all", "-k", "regex:custom_kernel_(experts|dense)"]
+    options_of_ncu += [
+        "--target-processes",
+        "all",
+        "-k",
+        "regex:custom_kernel_(experts|dense|hyper_dense)",
+    ]
     command = [ncu, *wanted, *options_of_ncu, sys.executable, __file__, "--launch", *options]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:

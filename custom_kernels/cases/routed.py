@@ -163,8 +163,9 @@ def _bytes(dtype: mx.Dtype) -> Iterator[Case]:
 
 def wide() -> Iterator[Case]:
     """Flash's widths, few rows."""
-    call = partial(up, "iq2_xxs", BF16, 256, 3, 4096, 1, 6)
-    yield Case("routed_up iq2_xxs of 256 experts by 4096", BF16, call)
+    for inside in (False, True):
+        call = partial(up, "iq2_xxs", BF16, 256, 4, 4096, 1, 6, inside=inside)
+        yield Case(f"routed_up iq2_xxs of 256 experts by 4096, inside {inside}", BF16, call)
     call = partial(down, "q2_k", BF16, "mxfp8", (8, 2048, 2048, 21), 1, 6)
     yield Case("routed_down q2_k by 2048", BF16, call)
     call = partial(merged, "q2_k", BF16, "mxfp8", (8, 2048, 2048, 24), 1, 6, rows=STREAMS)

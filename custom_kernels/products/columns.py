@@ -1,4 +1,4 @@
-"""One of several products that lie side by side in the rows of an array."""
+"""What lies in a part of an array: one of several products side by side, or other values behind them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

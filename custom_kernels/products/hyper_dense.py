@@ -103,8 +103,8 @@ _PUT = """
 class Before(NamedTuple):
     """What comes before a sublayer: products of its input, and weights for what it gives.
 
-    products float32 (B, all rows), side by side, and behind them perhaps the rest; x (B, D), the input,
-    or None where nobody asked for it.
+    products float32 (B, all rows), side by side. after: post and comb, see `hyper_in`; x (B, D), the input,
+    or None where nobody asked for it. Those of one token lie behind its products.
     """
 
     products: mx.array

@@ -94,14 +94,15 @@ def _body(choice: str) -> str:
 
 
 @lru_cache
-def kernel(format: str, dtype: mx.Dtype, eight: bool, hashed: bool) -> Kernel:
-    """The kernel for experts in a format and activations of a type, or as bytes."""
+def kernel(format: str, dtype: mx.Dtype, eight: bool, hashed: bool, inside: bool) -> Kernel:
+    """The kernel for experts in a format, and activations of a type, or as bytes; perhaps `inside` others."""
     choice = ["listed", "ids"] if hashed else ["bias"]
     header = experts_up.header(format, dtype, eight, free=32) + router.HEADER
     inputs = ["x", "products", *choice, *experts_up.planes(format)]
     body = _body(_LISTED if hashed else _BEST)
     header += "" if hashed else KEY_OF
-    return Kernel(_name(format, dtype, eight, hashed), inputs, ["hidden"], body, header)
+    name = _name(format, dtype, eight, hashed) + "_inside" * inside  # compared by itself
+    return Kernel(name, inputs, ["hidden"], body, header)
 
 
 def _name(format: str, dtype: mx.Dtype, eight: bool, hashed: bool) -> str:
@@ -131,11 +132,11 @@ def routed_up(
 ) -> Routed:
     """weight * silu(min(gate . x, limit)) * clip(up . x) of a token's experts, and which these are.
 
-    x (N, D), perhaps inside the array of the products; logits float32 (N, E): the router's products; planes of (E, H, D). A score is
-    sqrt(softplus(logit)). With `bias` (E,) the experts are those of the highest score + bias, the best
-    first; with `table` int32 (vocab, k) and `ids` int (N,) those listed for the token. Weights are scores
-    over their sum, times scale, or all NaN where a NaN was compared. eight: as in `experts_up`.
-    Hidden values are in x's type.
+    x (N, D), of one token perhaps inside the products' array; logits float32 (N, E): the router's products;
+    planes of (E, H, D). A score is sqrt(softplus(logit)). With `bias` (E,) the experts are those of the
+    highest score + bias, the best first; with `table` int32 (vocab, k) and `ids` int (N,) those listed for
+    the token. Weights are scores over their sum, times scale, or all NaN where a NaN was compared. eight:
+    as in `experts_up`. Hidden values are in x's type.
     """
     hashed, eight = options.get("table") is not None, options.get("eight", False)
     way = by_kernel if takes(format, x, logits, options["topk"], hashed, eight) else plain
@@ -180,25 +181,23 @@ def by_kernel(
     logits: Columns,
     **options: Unpack[Options],
 ) -> Routed:
-    """`routed_up` in one launch; D is a multiple of 64, k at most 32, E at most 1024."""
+    """`routed_up` in one launch; D is a multiple of 64, H even, k at most 32, E at most 1024."""
     count, hidden, topk = x.shape[0], gate["weight"].shape[-2], options["topk"]
     table, eight = options.get("table"), options.get("eight", False)
     named = ("bias",) if table is None else ("table", "ids")
     choice = [array for array in map(options.get, named) if isinstance(array, mx.array)]
     planes = experts_up.operands(format, gate, up, eight)
     cut = experts_up.cut(x, hidden, topk, format, options["limit"], eight)
-    lying, at = (
-        (x.array, x.begin * x.array.dtype.size // x.dtype.size) if isinstance(x, Inside) else (x, 0)
-    )
+    lying, inside = (x.array, x.begin * x.array.dtype.size) if isinstance(x, Inside) else (x, 0)
     cut["template"] += [
-        ("X_AT", at),
+        ("X_AT", inside // x.dtype.size),
         ("EXPERTS", logits.width),
         ("ALL", logits.array.shape[1]),
         ("LOGITS_AT", logits.begin),
         ("SCALE", bits(options["scale"])),
     ]
     size = count * topk * (hidden + number_size(x.dtype))
-    (values,) = kernel(format, x.dtype, eight, table is not None)(
+    (values,) = kernel(format, x.dtype, eight, table is not None, inside > 0)(
         [lying, logits.array, *choice, *planes],
         [((size,), x.dtype)],
         **cut,
