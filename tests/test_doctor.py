@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from ds4mlx import __version__
+from ds4mlx.cli.doctor import allocator
 from ds4mlx.cli.main import run
 from ds4mlx.custom_kernels import dialect, verdicts
 from ds4mlx.custom_kernels.verdicts import Verdict
@@ -47,6 +48,13 @@ def test_the_facts_are_those_of_this_machine(facts):
     assert {"router", "experts_up", "dense_matvec"} <= {kernel["name"] for kernel in kernels}
     assert all(kernel["why"] and kernel["what"] for kernel in kernels)
     assert all(kernel["used"] == found["kernels"]["used"] for kernel in kernels)
+
+
+def test_another_allocator_is_advised_where_there_is_none():
+    own = "7f20-7f30 r-xp 00000000 fe:00 12 /usr/lib/x86_64-linux-gnu/libc.so.6\n"
+    assert "LD_PRELOAD=libtcmalloc_minimal.so.4" in allocator(own)
+    given = "7f00-7f10 r-xp 00000000 fe:00 12 /usr/lib/x86_64-linux-gnu/libtcmalloc_minimal.so.4\n"
+    assert allocator(own + given) == "tcmalloc"
 
 
 def test_verdicts_are_told(facts, capsys, monkeypatch, tmp_path):
