@@ -95,7 +95,7 @@ def compile_unit(unit: str, checked: bool) -> Path:
     so = CACHE / f"{key}.so"
     if not so.exists():
         tmp = so.with_suffix(f".{os.getpid()}")
-        obj = tmp.with_suffix(".o")
+        obj = tmp.with_name(f"{tmp.name}.o")  # of this process, as tmp is
         flags = [*BASE, *(CHECKED if checked else RUN), "-include-pch", _headers(checked)]
         clang([*flags, "-c", "-", "-o", obj], unit)
         # by ld, as clang would add a sanitizer runtime; runtime.cpp is it
