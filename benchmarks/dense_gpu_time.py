@@ -8,27 +8,23 @@ clocks and caches are left as they are, as within a token. `--bandwidth`: what t
 """
 
 import argparse
-import csv
 import json
-import os
 import statistics
-import subprocess
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
 import mlx.core as mx
 from device import device
+from nsight import profile, raw, table, value
 from shapes import numbers
 
 from ds4mlx.custom_kernels.cases.base import normal
-from ds4mlx.custom_kernels.cases.dense_matvec import BF16, FLASH, copies_of
+from ds4mlx.custom_kernels.cases.dense_matvec import BF16, FLASH, copies_of, nbytes_of
 from ds4mlx.custom_kernels.products import dense_matvec
-from ds4mlx.formats import FORMATS
 
 LAUNCHES = 5
 METRIC = "gpu__time_duration.sum"
-MICROSECONDS = {"ns": 1e-3, "nsecond": 1e-3, "us": 1.0, "usecond": 1.0, "ms": 1e3}
 
 
 def main() -> None:
@@ -74,31 +70,22 @@ def launch(asked: list[tuple[str, int]]) -> None:
 
 def profiled(options: list[str]) -> list[float]:
     """Microseconds of the launches of this file, in their order."""
-    ncu = os.environ.get("NCU", "ncu")
-    wanted = ["--cache-control", "none", "--clock-control", "none", "--target-processes", "all"]
-    wanted += ["--csv", "--page", "raw", "--metrics", METRIC, "-k", "regex:custom_kernel_dense"]
-    command = [ncu, *wanted, sys.executable, __file__, "--launch", *options]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(f"{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
-    lines = done.stdout.splitlines()
-    begin = next(i for i, line in enumerate(lines) if line.startswith('"ID"'))
-    units, *launches = csv.DictReader(lines[begin:])
-    scale = MICROSECONDS[units[METRIC]]
-    return [float(each[METRIC].replace(",", "")) * scale for each in launches]
+    wanted = ["--cache-control", "none", "--target-processes", "all"]
+    wanted += ["-k", "regex:custom_kernel_dense", *raw((METRIC,))]
+    units, launches = table(profile(wanted, __file__, ["--launch", *options]))
+    return [1e6 * value(each[METRIC], units[METRIC]) for each in launches]
 
 
 def row(name: str, rows: int, taken: list[float], bandwidth: float) -> dict:
     """What a product took: the median and the least, and the share of the bandwidth."""
     shapes, columns, _ = FLASH[name]
-    nbytes = sum(FORMATS[kind].bits / 8 * n * columns for kind, n in shapes)
     us = statistics.median(taken)
     return {
         "matrix": name,
         "rows": rows,
         "us": round(us, 2),
         "least": round(min(taken), 2),
-        "percent": round(nbytes / us / bandwidth / 10, 1),
+        "percent": round(nbytes_of(shapes, columns) / us / bandwidth / 10, 1),
     }
 
 

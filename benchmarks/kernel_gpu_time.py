@@ -10,12 +10,8 @@ Compute says of each launch.
 """
 
 import argparse
-import csv
 import json
-import os
 import statistics
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
 from itertools import chain
@@ -23,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+from nsight import profile, raw, table, value
 
 from ds4mlx.bench.kernels import PAIRS, Experts
 from ds4mlx.custom_kernels.cases import dense_hyper, dense_matvec, hyper_dense
@@ -31,18 +28,6 @@ from ds4mlx.custom_kernels.products import experts_down, experts_up
 LAUNCHES = 3
 DENSE = (dense_matvec, hyper_dense, dense_hyper)  # the cases of dense matrices
 METRICS = ("gpu__time_duration.sum", "dram__bytes_read.sum")
-UNITS = {
-    "ns": 1e-9,
-    "us": 1e-6,
-    "ms": 1e-3,
-    "s": 1.0,
-    "nsecond": 1e-9,
-    "usecond": 1e-6,
-    "byte": 1.0,
-    "Kbyte": 1e3,
-    "Mbyte": 1e6,
-    "Gbyte": 1e9,
-}
 
 
 def main() -> None:
@@ -62,9 +47,8 @@ def main() -> None:
     only = ["--formats", arguments.formats]
     options = [*only, "--rows", arguments.rows, "--groups", arguments.groups]
     if arguments.details:
-        arguments.details.write_text(profile(["--set", "full"], only))
-    text = profile(["--csv", "--page", "raw", "--metrics", ",".join(METRICS)], options)
-    found = summary(text)
+        arguments.details.write_text(profiled(["--set", "full"], only))
+    found = summary(profiled(raw(METRICS), options))
     for row in found:
         print(
             f"{row['us']:8.1f} us {row['mb_read']:7.1f} MB {row['gb_per_s']:7.0f} GB/s {row['kernel']}"
@@ -78,36 +62,22 @@ def numbers(text: str) -> list[int]:
     return [int(n) for n in text.split(",") if n] or [0]
 
 
-def profile(wanted: list[str], options: list[str]) -> str:
+def profiled(wanted: list[str], options: list[str]) -> str:
     """What Nsight Compute prints of the launches, caches flushed before each."""
-    ncu = os.environ.get("NCU", "ncu")
-    options_of_ncu = ["--cache-control", "all", "--clock-control", "none"]
-    options_of_ncu += [
-        "--target-processes",
-        "all",
-        "-k",
-        "regex:custom_kernel_(experts|dense|hyper_dense)",
-    ]
-    command = [ncu, *wanted, *options_of_ncu, sys.executable, __file__, "--launch", *options]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(f"{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
-    return done.stdout
+    wanted = [*wanted, "--cache-control", "all", "--target-processes", "all"]
+    wanted += ["-k", "regex:custom_kernel_(experts|dense|hyper_dense)"]
+    return profile(wanted, __file__, ["--launch", *options])
 
 
 def summary(text: str) -> list[dict]:
     """A row for each kernel: median microseconds, and the bytes that came from memory."""
-    lines = text.splitlines()
-    begin = next(i for i, line in enumerate(lines) if line.startswith('"ID"'))
-    table = list(csv.DictReader(lines[begin:]))
-    units, launches = table[0], table[1:]
+    units, launches = table(text)
     by_name: dict[str, list[dict]] = {}
     for row in launches:
         by_name.setdefault(row["Kernel Name"], []).append(row)
 
     def median(rows: list[dict], metric: str) -> float:
-        values = [float(row[metric].replace(",", "")) for row in rows]
-        return statistics.median(values) * UNITS[units[metric]]
+        return statistics.median(value(row[metric], units[metric]) for row in rows)
 
     found = []
     for name, rows in by_name.items():

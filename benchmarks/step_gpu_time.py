@@ -11,8 +11,6 @@ import argparse
 import csv
 import ctypes
 import json
-import os
-import subprocess
 import sys
 from collections import defaultdict
 from importlib.util import find_spec
@@ -20,11 +18,12 @@ from pathlib import Path
 
 import mlx.core as mx
 from device import device
+from nsight import UNITS, profile, value
 
 from ds4mlx.bench.synth import config_like, synth_model
 from ds4mlx.bench.whole_model import synthetic_state
 
-MICROSECONDS = {"ns": 1e-3, "nsecond": 1e-3, "us": 1.0, "usecond": 1.0, "ms": 1e3}
+METRIC = "gpu__time_duration.sum"
 
 
 def main() -> None:
@@ -57,31 +56,26 @@ def main() -> None:
 
 def profiled(options: list[str]) -> str:
     """Nsight Compute's table of the launches that `run` asks for."""
-    wanted = ["--profile-from-start", "off", "--clock-control", "none", "--cache-control", "none"]
-    command = [
-        os.environ.get("NCU", "ncu"),
-        *wanted,
+    wanted = [
+        "--profile-from-start",
+        "off",
+        "--cache-control",
+        "none",
         "--csv",
         "--metrics",
-        "gpu__time_duration.sum",
+        METRIC,
     ]
-    environment = {**os.environ, "MLX_USE_CUDA_GRAPHS": "0"}
-    command += [sys.executable, __file__, "--run", *options]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    if done.returncode:
-        sys.exit(f"{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
-    return done.stdout
+    return profile(wanted, __file__, ["--run", *options], {"MLX_USE_CUDA_GRAPHS": "0"})
 
 
 def kinds(text: str) -> list[dict]:
     """A row for each kernel and size of its grid, the longest in all first."""
     times = defaultdict(list)
     for row in csv.DictReader(line for line in text.splitlines() if line.startswith('"')):
-        unit = MICROSECONDS.get(row["Metric Unit"])
-        if unit is not None:
+        if row["Metric Unit"] in UNITS:
             name = row["Kernel Name"].partition("(")[0].removeprefix("custom_kernel_")
             times[f"{name} {row['Grid Size']}"].append(
-                unit * float(row["Metric Value"].replace(",", ""))
+                1e6 * value(row["Metric Value"], row["Metric Unit"])
             )
     rows = [
         {

@@ -108,11 +108,16 @@ FLASH: dict[str, tuple[Shapes, int, int]] = {
 CACHE = 256 << 20  # bytes that no cache keeps
 
 
+def nbytes_of(shapes: Shapes, columns: int) -> int:
+    """The bytes of the matrices of a launch."""
+    return int(sum(rows * columns * FORMATS[name].bits / 8 for name, rows in shapes))
+
+
 def copies_of(
     shapes: Shapes, columns: int
 ) -> tuple[list[list[tuple[str, dict[str, mx.array]]]], int]:
     """The matrices of a launch, so often that no cache keeps them all, and the bytes of one copy."""
-    size = int(sum(rows * columns * FORMATS[name].bits / 8 for name, rows in shapes))
+    size = nbytes_of(shapes, columns)
     copies = [
         [(name, random_planes(name, (rows, columns), i)) for name, rows in shapes]
         for i in range(max(2, CACHE // size + 1))
