@@ -6,10 +6,14 @@ streams, and multiplies them by their part of the matrix `fn` that comes next, a
 
 from typing import Any
 
+from ds4mlx.custom_kernels.layer.after import FIND
+from ds4mlx.custom_kernels.layer.carried import MAKE, TAKE_STREAMS
+
 # What is asked for before the values are there. A thread of the first four SIMD-groups has a channel of one
 # stream, which is its SIMD-group's number; every SIMD-group multiplies some rows of fn, a lane a channel of
 # all streams.
-BEGIN = """
+BEGIN = TAKE_STREAMS + MAKE + FIND
+BEGIN += """
     threadgroup float values[4 * 32];
     uint group = simdgroup_index_in_threadgroup;
     uint slice = threadgroup_position_in_grid.x;
@@ -69,6 +73,9 @@ def merge(value: str) -> str:
     return _MERGE % value
 
 
-def template(rows: int, groups: int) -> list[tuple[str, Any]]:
-    """What the text is told of a matrix of so many rows, in threadgroups of so many SIMD-groups."""
-    return [("FN_ROWS", rows), ("EACH", -(-rows // groups))]
+def template(rows: int, groups: int, begin: int) -> list[tuple[str, Any]]:
+    """What the text is told of a matrix of so many rows, in threadgroups of so many SIMD-groups.
+
+    begin: where in the array `after` the weights for what the sublayer gives begin.
+    """
+    return [("FN_ROWS", rows), ("EACH", -(-rows // groups)), ("AFTER_AT", begin)]

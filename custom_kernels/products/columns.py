@@ -42,6 +42,11 @@ class Inside:
         return 1, self.width
 
     @property
+    def at(self) -> int:
+        """Where it begins, counted in values of its type."""
+        return self.begin * self.array.dtype.size // self.dtype.size
+
+    @property
     def value(self) -> mx.array:
         """The row alone."""
         end = self.begin + self.width * self.dtype.size // mx.float32.size

@@ -13,8 +13,8 @@ from ds4mlx.custom_kernels import dispatch
 from ds4mlx.custom_kernels.dialect import Kernel
 from ds4mlx.custom_kernels.layer import hyper_after_text as text
 from ds4mlx.custom_kernels.layer import hyper_out
-from ds4mlx.custom_kernels.layer.after import FIND, After, Beside
-from ds4mlx.custom_kernels.layer.carried import MAKE, TAKE_STREAMS, Carried, Together, carry, size
+from ds4mlx.custom_kernels.layer.after import After, Beside
+from ds4mlx.custom_kernels.layer.carried import Carried, Together, carry, size
 from ds4mlx.custom_kernels.layer.hyper_out import SLICE
 from ds4mlx.custom_kernels.products import dense_matvec
 from ds4mlx.custom_kernels.products import dense_matvec_text as dense
@@ -48,7 +48,7 @@ def kernel(format: str) -> Kernel:
     """The kernel of a matrix in a format; the streams' type is a template argument."""
     planes = {plane: f"w_{plane}" for plane in FORMATS[format].layout}
     taken = " ".join(f"m.{plane} = {name};" for plane, name in planes.items())
-    parts = {"begin": TAKE_STREAMS + MAKE + FIND + text.BEGIN, "merge": text.merge("given[lane]")}
+    parts = {"begin": text.BEGIN, "merge": text.merge("given[lane]")}
     body = _BODY.format(struct=dense.STRUCTS[format], planes=taken, **parts)
     header = LOAD8 + dense.LOAD4 + dense.FORMATS[format] + dense.PRODUCT
     inputs = ["carried", "after", "fn", "heads", *planes.values()]
@@ -130,11 +130,10 @@ def by_kernel(
         template=[
             ("T", carried.dtype),
             ("WIDTH", width),
-            *text.template(rows, GROUPS),
+            *text.template(rows, GROUPS, after.begin),
             ("GROUPS", GROUPS),
             ("HEIGHT", HEIGHT),
             ("STEPS", STEPS),
-            ("AFTER_AT", after.begin),
         ],
     )
     return Together(made, width, rows + 1)

@@ -16,8 +16,8 @@ from ds4mlx.custom_kernels.codes.packs import PACKINGS
 from ds4mlx.custom_kernels.dialect import Kernel, parts
 from ds4mlx.custom_kernels.layer import hyper_after_text as text
 from ds4mlx.custom_kernels.layer import hyper_out
-from ds4mlx.custom_kernels.layer.after import FIND, After, Beside
-from ds4mlx.custom_kernels.layer.carried import MAKE, TAKE_STREAMS, Carried, Together, carry, size
+from ds4mlx.custom_kernels.layer.after import After, Beside
+from ds4mlx.custom_kernels.layer.carried import Carried, Together, carry, size
 from ds4mlx.custom_kernels.products import experts_down, routed_down
 from ds4mlx.custom_kernels.products.experts_down import GROUPS
 from ds4mlx.custom_kernels.products.routed import Routed
@@ -52,7 +52,7 @@ _BODY = """
 
 
 # The weights lie behind the shared expert's products.
-_FIND = "    const device float* after = products;\n" + FIND
+_AFTER = "    const device float* after = products;\n"
 
 
 class Streams(NamedTuple):
@@ -73,7 +73,7 @@ def kernel(format: str, dtype: mx.Dtype, eight: bool, dense_format: str) -> Kern
     taken = " ".join(f"w.{plane} = {name};" for plane, name in planes.items())
     jobs = experts_down.PRODUCTS, taken, routed_down.SHARED
     merge = text.merge("given[lane] + float(static_cast<T>(common[lane]))")
-    begin = routed_down.EXPERTS, TAKE_STREAMS + MAKE + _FIND + text.BEGIN
+    begin = routed_down.EXPERTS, _AFTER + text.BEGIN
     body = _BODY % (experts_down.DECLARED, *begin, *jobs, merge)
     header = routed_down.shared_header(format, dtype, eight, dense_format, _PUT)
     inputs = ["carried", "fn", "hidden", "products"]
@@ -180,8 +180,7 @@ def by_kernel(
         threads=32 * GROUPS,
         template=[
             *routed_down.template(values, shared, width),
-            *text.template(rows, GROUPS),
-            ("AFTER_AT", streams.after.begin),
+            *text.template(rows, GROUPS, streams.after.begin),
         ],
         reads=parts(PACKINGS[format].names("down"), values.topk, len(down["weight"])),
     )

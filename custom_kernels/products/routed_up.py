@@ -188,16 +188,17 @@ def by_kernel(
     choice = [array for array in map(options.get, named) if isinstance(array, mx.array)]
     planes = experts_up.operands(format, gate, up, eight)
     cut = experts_up.cut(x, hidden, topk, format, options["limit"], eight)
-    lying, inside = (x.array, x.begin * x.array.dtype.size) if isinstance(x, Inside) else (x, 0)
+    inside = isinstance(x, Inside)
+    lying, at = (x.array, x.at) if isinstance(x, Inside) else (x, 0)
     cut["template"] += [
-        ("X_AT", inside // x.dtype.size),
+        ("X_AT", at),
         ("EXPERTS", logits.width),
         ("ALL", logits.array.shape[1]),
         ("LOGITS_AT", logits.begin),
         ("SCALE", bits(options["scale"])),
     ]
     size = count * topk * (hidden + number_size(x.dtype))
-    (values,) = kernel(format, x.dtype, eight, table is not None, inside > 0)(
+    (values,) = kernel(format, x.dtype, eight, table is not None, inside)(
         [lying, logits.array, *choice, *planes],
         [((size,), x.dtype)],
         **cut,
