@@ -18,6 +18,8 @@ from ds4mlx.bench.synth import synth_model, weight_bytes
 from ds4mlx.bench.tables import csv_text, plot_text, table
 from ds4mlx.bench.whole_model import Asked, bench, synthetic_state
 from ds4mlx.cli.main import app
+from ds4mlx.model.fused.choice import launches
+from ds4mlx.state.buffers import SPAN
 from ds4mlx.state.row_forms import row_bytes
 
 PLAIN = Asked(gen=2, target=None)
@@ -58,6 +60,18 @@ def test_launches_are_counted_by_kernel(model, target, sequences):
     assert spent.layers == layers and spent.launches_per_layer == spent.launches / layers
     assert sum(spent.kernels.values()) >= 5 * layers
     assert all(count > 0 for count in (*spent.kernels.values(), *spent.others.values()))
+
+
+def test_a_token_is_counted_without_what_is_done_for_many(exact_model):
+    """Whether the states were just read in, or their tails are full."""
+    counts = []
+    for decoded in (0, 1, SPAN):
+        states = [synthetic_state(exact_model, 20) for _ in range(2)]
+        with launches():
+            for _ in range(decoded):
+                mx.eval(exact_model.step([1, 2], states))
+        counts.append(costs.cost(exact_model, states, "cuda").launches)
+    assert max(counts) <= 1.1 * min(counts)
 
 
 def test_plain_operations_are_counted(model):

@@ -23,6 +23,7 @@ from ds4mlx.custom_kernels.recording import recording
 from ds4mlx.model.model import Model
 from ds4mlx.state.decode_state import DecodeState
 from ds4mlx.state.row_forms import row_bytes
+from ds4mlx.state.tails import settle
 from ds4mlx.weights.inventory import COMPONENTS, component
 
 
@@ -57,6 +58,9 @@ def cost(model: Model, states: Sequence[DecodeState], target: Target | None) -> 
     Of this machine's own target only those kernels count that are good here. The states are of no use
     afterwards.
     """
+    for state in states:  # what is done for many tokens at a time is no part of one
+        settle(state)
+        mx.eval(state.arrays)
     with _recorded(target) as launches:
         token = mx.argmax(model.step(mx.zeros((len(states),), mx.int32), states), axis=-1)
     try:
