@@ -137,8 +137,9 @@ def _one(known: Verdicts, comparison: Comparison, passed: list[set[str]]) -> Non
     names = labels(comparison)
     if not all(known.known.get(name, Verdict(True)).good for name in names):
         return
-    if known.trying != names:
-        known.write(names)
+    tried = [name for name in names if not any(name in p for p in passed)] or names
+    if known.trying != tried:
+        known.write(tried)
     fault = comparison.fault()
     if fault is None:
         passed.append(set(names))

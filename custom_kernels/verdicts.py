@@ -2,7 +2,8 @@
 
 A verdict holds for one chip, system, MLX, ds4mlx and text of the kernels, which the file names. Before
 kernels run for the first time they are written down as being tried: where that is still there when
-nobody tries them, they have ended a process.
+nobody tries them, the process has ended. A process may be ended by somebody else too, so that a kernel
+is only blamed for the second one.
 """
 
 import contextlib
@@ -57,13 +58,15 @@ def texts() -> str:
 class Verdicts:
     """All that is known here, by kernel and type; and the kernels that are being tried.
 
-    asked: of what operations asked about, the kernels that it stands for.
+    asked: of what operations asked about, the kernels that it stands for. ended: kernels that were
+    being tried when a process ended.
     """
 
     path: Path
     known: dict[str, Verdict] = field(default_factory=dict)
     asked: dict[str, list[str]] = field(default_factory=dict)
     trying: list[str] = field(default_factory=list)
+    ended: list[str] = field(default_factory=list)
     lasting: bool = True  # whether they can be written
 
     def read(self) -> None:
@@ -76,12 +79,12 @@ class Verdicts:
                 name: Verdict(bool(v["good"]), str(v["why"])) for name, v in kept["known"].items()
             }
             asked = {str(name): [str(each) for each in of] for name, of in kept["asked"].items()}
-            trying = [str(name) for name in kept["trying"]]
+            trying, ended = ([str(name) for name in kept[key]] for key in ("trying", "ended"))
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return
         self.known |= known
         self.asked |= asked
-        self.trying = trying
+        self.trying, self.ended = trying, ended
 
     def write(self, trying: Sequence[str] = ()) -> None:
         """Write all down; `trying` are the kernels that are run next."""
@@ -89,7 +92,8 @@ class Verdicts:
         if not self.lasting:
             return
         known = {name: asdict(verdict) for name, verdict in sorted(self.known.items())}
-        whole = {"about": about(), "known": known, "asked": self.asked, "trying": self.trying}
+        whole = {"about": about(), "known": known, "asked": self.asked}
+        whole |= {"trying": self.trying, "ended": self.ended}
         text = json.dumps(whole, indent=1)
         try:
             durable.write_whole(self.path, text.encode())
@@ -106,10 +110,17 @@ class Verdicts:
             except OSError as error:
                 self._stay(error)
             self.read()
-            for name in self.trying:
-                self.known[name] = Verdict(False, "the process ended while it was compared")
-            self.trying = []
+            self._blame()
             yield
+
+    def _blame(self) -> None:
+        """Kernels that were being tried are bad if that has ended a process before."""
+        bad = Verdict(False, "the process ended twice while it was compared")
+        for name in self.trying:
+            if name in self.ended:
+                self.known.setdefault(name, bad)
+        self.ended = sorted({*self.ended, *self.trying})
+        self.trying = []
 
     def _stay(self, error: OSError) -> None:
         if self.lasting:

@@ -98,21 +98,47 @@ def test_a_setting_goes_before_a_verdict(monkeypatch, launched):
         assert mx.array_equal(got, want) and launched == {"hyper_post": 1}
 
 
-def test_kernels_that_ended_a_process_are_not_tried_again(first_use, launched, capsys):
-    program = """
+def ended_by(kernel):
+    """A process of its own that ends when it launches a kernel; what is known then."""
+    program = f"""
 import os
 from ds4mlx.custom_kernels import dialect, self_check
 import mlx.core as mx
-dialect.Kernel.make = lambda self, where: os._exit(7)
 dialect.target = lambda: "metal"
-self_check.check("metal", [("hyper_post", mx.float32)])
+self_check.comparisons.Comparison.fault = lambda self: os._exit(7) if "{kernel}" in self.kernels else None
+self_check.check("metal", [("hyper_post", mx.float32), ("router_hashed", mx.float32)])
 """
     done = subprocess.run([sys.executable, "-c", program], check=False)
     assert done.returncode == 7
+    return json.loads(verdicts.place().read_text())
+
+
+def test_kernels_that_end_processes_are_not_tried_a_third_time(first_use, launched, capsys):
+    for ended in ([], ["hyper_post float32"]):
+        kept = ended_by("hyper_post")
+        assert kept["trying"] == ["hyper_post float32"] and kept["ended"] == ended
     with on_metal():
         assert answers() == {"hyper_post": False, "router_hashed": True}
     assert set(launched) == {"router_hashed"}
-    assert "the process ended while it was compared" in capsys.readouterr().err
+    assert "the process ended twice while it was compared" in capsys.readouterr().err
+
+
+def test_one_process_that_ended_is_no_verdict(first_use, capsys):
+    ended_by("hyper_post")
+    with on_metal():
+        assert answers() == {"hyper_post": True, "router_hashed": True}
+    assert capsys.readouterr().err == ""
+
+
+def test_of_what_was_being_tried_a_good_kernel_stays_good(first_use):
+    kept = verdicts.here()
+    kept.known["hyper_post float32"] = verdicts.Verdict(True)
+    first_use.mkdir(parents=True)
+    for _ in range(2):
+        kept.write(["hyper_post float32", "router_hashed float32"])
+        with kept.alone():
+            found = {name: verdict.good for name, verdict in kept.known.items()}
+    assert found == {"hyper_post float32": True, "router_hashed float32": False}
 
 
 def test_an_interrupted_check_is_begun_again(monkeypatch):
@@ -144,7 +170,7 @@ def test_a_device_that_stopped_is_told_of(monkeypatch):
 def test_a_verdict_of_another_version_is_none(key, first_use, monkeypatch):
     others = {**verdicts.about(), key: "another"}
     bad = {"hyper_post float32": {"good": False, "why": "of another"}}
-    kept = json.dumps({"about": others, "known": bad, "asked": ASKED, "trying": []})
+    kept = json.dumps({"about": others, "known": bad, "asked": ASKED, "trying": [], "ended": []})
     first_use.mkdir(parents=True)
     verdicts.place().write_text(kept)
     with on_metal():
