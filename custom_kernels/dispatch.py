@@ -15,6 +15,7 @@ from contextvars import ContextVar
 import mlx.core as mx
 
 from ds4mlx.custom_kernels import dialect, self_check
+from ds4mlx.errors import DataError
 
 # Up to this many tokens each reads its own experts; with more, tokens are sorted by expert.
 FEW = 8
@@ -22,6 +23,9 @@ FEW = 8
 MOST_CHOSEN = 32
 # Kernels number the elements of activations in 32 bits, and NVIDIA's grids are so long beyond x.
 MOST_ELEMENTS, MOST_GROUPS = 1 << 32, 65535
+
+# What $DS4MLX_KERNELS may be; without it verdicts decide.
+SETTINGS = {"": None, "0": False, "1": True}
 
 _wanted: ContextVar[bool | None] = ContextVar("kernels", default=None)
 _training: ContextVar[bool] = ContextVar("training", default=False)
@@ -84,13 +88,19 @@ def asking() -> Iterator[set[self_check.Asked]]:
 
 
 def decided() -> bool | None:
-    """Whether kernels are used, if that does not depend on verdicts; None if it does."""
+    """Whether kernels are used, if that does not depend on verdicts; None if it does.
+
+    Raises DataError for a $DS4MLX_KERNELS that says neither.
+    """
     if dialect.target() is None:
         return False
     wanted = _wanted.get()
     if wanted is not None:
         return wanted
-    return {"0": False, "1": True}.get(os.environ.get("DS4MLX_KERNELS", ""))
+    said = os.environ.get("DS4MLX_KERNELS", "")
+    if said not in SETTINGS:
+        raise DataError(f"$DS4MLX_KERNELS must be 0, 1 or empty, not {said!r}")
+    return SETTINGS[said]
 
 
 def in_use() -> bool:

@@ -186,7 +186,8 @@ def rooms() -> str:
     lines = ["ds4mlx/"]
     for folder in folders(ROOT / "ds4mlx"):
         if folder.name != "ds4mlx":
-            lines.append(line(f"    {folder.name}/", first_sentence(folder / "__init__.py")))
+            name = folder.relative_to(ROOT / "ds4mlx")
+            lines.append(line(f"    {name}/", first_sentence(folder / "__init__.py")))
     for name in ("convert/", "custom_kernels/"):
         lines.append(line(name, first_sentence(ROOT / name / "__init__.py")))
     lines += [line(name, text) for name, text in BESIDE.items()]

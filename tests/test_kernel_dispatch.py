@@ -9,7 +9,7 @@ import pytest
 from metalsim import metal_kernel
 from reference import DATA
 
-from ds4mlx import load
+from ds4mlx import DataError, load
 from ds4mlx.config import ModelConfig
 from ds4mlx.convert import convert
 from ds4mlx.custom_kernels import dialect, dispatch
@@ -124,6 +124,14 @@ def test_where_kernels_are_used(target, used, monkeypatch):
             with dispatch.plain_operations():
                 assert not dispatch.in_use()
             assert dispatch.in_use() == (target is not None)
+
+
+@pytest.mark.parametrize("said", ["off", " 0", "2", "true"])
+def test_a_setting_that_says_neither_is_refused(said, monkeypatch):
+    monkeypatch.setattr(dialect, "target", lambda: "metal")
+    monkeypatch.setenv("DS4MLX_KERNELS", said)
+    with pytest.raises(DataError, match=f"DS4MLX_KERNELS must be 0, 1 or empty, not '{said}'"):
+        Context().run(dispatch.in_use)
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,8 @@ from mlx_lm.tuner.datasets import TextDataset
 from ds4mlx import DataError, Sampler, encode_messages, generate, load
 from ds4mlx.chat import encode_ids
 from ds4mlx.evaluation.weights import decode_weights
+from ds4mlx.model.fused.choice import launches
+from ds4mlx.model.fused.step import step_outputs
 from ds4mlx.model.linear import projections
 
 
@@ -32,6 +34,21 @@ def test_generate_step(decoded_model, official_model, stored, mode):
     want = stored[f"greedy/{mode}/ids"].tolist()
     steps = generate_step(prompt, model, max_tokens=len(want), prefill_step_size=100)
     assert [int(token) for token, _ in steps] == want
+
+
+def test_generate_step_decodes_by_launches(exact_model, stored, monkeypatch):
+    """As it does on a GPU: every token after the prompt is one step of them."""
+    stepped = []
+    monkeypatch.setattr(
+        "ds4mlx.model.model.step_outputs",
+        lambda *sides: (stepped.append(len(sides[2])), step_outputs(*sides))[1],
+    )
+    prompt = mx.array(stored["s700/ids"][:300].astype("int32"))
+    want = stored["greedy/exact/ids"].tolist()[:12]
+    with launches():
+        steps = generate_step(prompt, exact_model, max_tokens=len(want), prefill_step_size=100)
+        assert [int(token) for token, _ in steps] == want
+    assert len(stepped) >= len(want) - 1 and set(stepped) == {1}
 
 
 def test_the_attributes_of_an_mlx_lm_model(exact_model):
