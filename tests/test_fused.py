@@ -181,7 +181,7 @@ def test_an_error_leaves_the_states_as_they_were(exact, wanted, monkeypatch):
     state = exact.make_cache()
     run(exact, IDS[:30], state)
     assert_steps(exact, state, 3, wanted)
-    monkeypatch.setattr("ds4mlx.model.fused.step.head_in", lambda *a, **k: 1 / 0)
+    monkeypatch.setattr("ds4mlx.model.fused.layers.head_in", lambda *a, **k: 1 / 0)
     with launches(), pytest.raises(ZeroDivisionError):
         exact.step(mx.array([5]), [state])
     monkeypatch.undo()

@@ -19,6 +19,7 @@ from ds4mlx.chat import encode_messages
 from ds4mlx.engine.sampling import Sampler
 from ds4mlx.engine.scheduler import Scheduler
 from ds4mlx.model.fused.choice import by_modules, launches
+from ds4mlx.model.fused.seen import SHOWN
 from ds4mlx.model.taps import Listener, listening
 from ds4mlx.research import Steering, add, find_steering, project_out, separation
 from ds4mlx.research.directions import _principal
@@ -96,7 +97,8 @@ def test_any_chunks_and_launches_give_the_same(stored_model, chunks, site, scale
     assert np.abs(parts - whole).max() <= 2e-4 * np.abs(whole).max()
 
 
-def test_only_steered_blocks_leave_the_launches(stored_model):
+@pytest.mark.parametrize("site", SITES)
+def test_only_blocks_steered_where_launches_hide_it_leave_them(stored_model, site):
     """Which blocks go through their modules while a step is being computed."""
 
     class Asks(Listener):
@@ -108,9 +110,9 @@ def test_only_steered_blocks_leave_the_launches(stored_model):
 
     seen, state = [], stored_model.make_cache()
     run(stored_model, IDS[:9], state)
-    with stored_model.steer(steering(layers=[1])), launches(), listening(Asks()):
+    with stored_model.steer(steering(site=site, layers=[1])), launches(), listening(Asks()):
         stored_model.step([IDS[9]], [state])
-    assert seen == [{1}]
+    assert seen == [set() if site in SHOWN else {1}]
 
 
 def test_another_model_stays_as_it_is(small_model, small_dir):

@@ -13,7 +13,8 @@ from ds4mlx.custom_kernels.graph import operations
 from ds4mlx.custom_kernels.layer.attention import SHARES
 from ds4mlx.custom_kernels.recording import recording
 from ds4mlx.engine.admission import StateMemory
-from ds4mlx.model.fused.step import _placed, begin
+from ds4mlx.model.fused.layers import begin
+from ds4mlx.model.fused.step import _placed
 from ds4mlx.model.linear import Matrix
 from ds4mlx.model.model import Model
 from ds4mlx.model.rope import step_angles

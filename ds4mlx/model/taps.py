@@ -90,8 +90,8 @@ class Listener:
     """Hears the quantities it wants, and may replace them. A call that it ends by raising leaves
     all states as they were.
 
-    steady: whether it does the same to every call and keeps nothing of it, so that calls may be made
-    before anybody has asked for them. changes: the name of what it does to the model, NAMELESS where
+    steady: whether it does the same to every call, by operations alone, and keeps nothing of it: so
+    calls may be made before anybody has asked for them, and be traced once for all. changes: the name of what it does to the model, NAMELESS where
     that may be anything; None where it replaces nothing.
     """
 
@@ -181,9 +181,9 @@ def steady() -> bool:
     return all(listener.steady for listener in _listeners.get())
 
 
-def heard(site: str) -> bool:
-    """Whether anybody wants a quantity of the block whose names begin so."""
-    return inside(site, *BLOCK) is not None
+def wanted(site: str, *names: str) -> bool:
+    """Whether anybody wants one of these quantities."""
+    return inside(site, *names) is not None
 
 
 def site_of(config: ModelConfig, block: int) -> str:

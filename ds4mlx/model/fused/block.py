@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
+from ds4mlx.custom_kernels.layer.after import After, Beside
 from ds4mlx.custom_kernels.layer.buffers import Held
 from ds4mlx.custom_kernels.layer.carried import Carried
 from ds4mlx.custom_kernels.products.dense_hyper import dense_hyper
@@ -11,11 +12,13 @@ from ds4mlx.custom_kernels.products.hyper_dense import Before, hyper_dense
 from ds4mlx.custom_kernels.products.routed_hyper import Streams
 from ds4mlx.formats import Planes
 from ds4mlx.model.block import Block
-from ds4mlx.model.fused.attention import attend, read_first
+from ds4mlx.model.fused.attention import attend, product, read_first
 from ds4mlx.model.fused.moe import mixture, routing
+from ds4mlx.model.fused.seen import merged, shown
 from ds4mlx.model.fused.sequences import Sequences
 from ds4mlx.model.hyper import HyperConnection
 from ds4mlx.model.linear import Matrix, RMSNorm
+from ds4mlx.model.taps import inside
 
 
 def step_block(
@@ -25,13 +28,26 @@ def step_block(
 
     following: the matrix `fn` of the hyper-connection that comes next.
     """
+    site, dtype = block._site, carried.dtype
+    carried = shown(carried, site, ("hc_attn.streams",), block.hc_attn.fn)
     first = before(block.hc_attn, block.attn_norm, carried, stored(read_first(block.attn)))
-    heads, held = attend(block.attn, first.products, sequences, carried.dtype)
-    last, sides = block.attn.wo_b, (carried, first.after, block.hc_ffn.fn)
-    carried = dense_hyper(last.format, last.planes, heads, *sides)
+    heads, held = attend(block.attn, first.products, sequences, dtype)
+    carried = attended(block, heads, carried, first.after)
+    carried = shown(carried, site, ("attn.streams", "hc_ffn.streams"), block.hc_ffn.fn)
     first = before(block.hc_ffn, block.ffn_norm, carried, routing(block.ffn), given=True)
     streams = Streams(carried, first.after, following)
-    return mixture(block.ffn, first, ids, streams), held
+    carried = mixture(block.ffn, first, ids, streams, inside(site, "ffn.out"))
+    return shown(carried, site, ("streams",), following), held
+
+
+def attended(block: Block, heads: mx.array, carried: Carried, after: After | Beside) -> Carried:
+    """The streams with what attention gives, of its heads (B, .), and their partial mixes."""
+    last, fn = block.attn.wo_b, block.hc_ffn.fn
+    seen = inside(block._site, "attn.out")
+    if seen is None:
+        return dense_hyper(last.format, last.planes, heads, carried, after, fn)
+    out = product(last, heads, carried.dtype)
+    return merged(carried, seen("attn.out", out), after, fn)
 
 
 def before(

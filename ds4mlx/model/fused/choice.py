@@ -11,10 +11,11 @@ from ds4mlx.model.attention import Attention
 from ds4mlx.model.batch import Batch
 from ds4mlx.model.block import Block
 from ds4mlx.model.compressed_attention import HeavyAttention, SparseAttention
+from ds4mlx.model.fused.seen import HIDDEN
 from ds4mlx.model.fused.sequences import compressors_of
 from ds4mlx.model.linear import GroupedLinear, Linear, Matrix, Projection
 from ds4mlx.model.moe import MoE
-from ds4mlx.model.taps import heard
+from ds4mlx.model.taps import wanted
 
 # Sequences that the launches of a step take.
 MOST_STEPPED = 8
@@ -44,8 +45,18 @@ def takes(batch: Batch) -> bool:
 
 
 def by_modules(layers: Sequence[Block]) -> frozenset[int]:
-    """Blocks whose modules are not what the launches know, or which somebody listens to."""
-    return frozenset(n for n, block in enumerate(layers) if heard(block._site) or not known(block))
+    """Blocks whose modules are not what the launches know, or of which somebody wants what these hide."""
+    return unknown(layers) | hiding(layers)
+
+
+def unknown(layers: Sequence[Block]) -> frozenset[int]:
+    """Blocks whose modules are not what the launches know."""
+    return frozenset(n for n, block in enumerate(layers) if not known(block))
+
+
+def hiding(layers: Sequence[Block]) -> frozenset[int]:
+    """Blocks of which somebody wants what the launches hide."""
+    return frozenset(n for n, block in enumerate(layers) if wanted(block._site, *HIDDEN))
 
 
 def known(block: Block) -> bool:

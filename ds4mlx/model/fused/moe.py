@@ -6,12 +6,14 @@ from ds4mlx.custom_kernels.layer.carried import Carried
 from ds4mlx.custom_kernels.products.columns import side_by_side
 from ds4mlx.custom_kernels.products.experts import eight
 from ds4mlx.custom_kernels.products.hyper_dense import Before
-from ds4mlx.custom_kernels.products.routed_down import Shared
+from ds4mlx.custom_kernels.products.routed_down import Shared, routed_down
 from ds4mlx.custom_kernels.products.routed_hyper import Streams, routed_hyper
 from ds4mlx.custom_kernels.products.routed_up import routed_up
 from ds4mlx.formats import Planes
 from ds4mlx.formats.dense import dense_format
+from ds4mlx.model.fused.seen import merged
 from ds4mlx.model.moe import MoE
+from ds4mlx.model.taps import Inside
 
 
 def routing(ffn: MoE) -> list[tuple[str, Planes]]:
@@ -21,10 +23,13 @@ def routing(ffn: MoE) -> list[tuple[str, Planes]]:
     return [*both, (dense_format(router.dtype), {"weight": router})]
 
 
-def mixture(ffn: MoE, first: Before, ids: mx.array, streams: Streams) -> Carried:
+def mixture(
+    ffn: MoE, first: Before, ids: mx.array, streams: Streams, seen: Inside | None = None
+) -> Carried:
     """The streams with what the experts give, and their partial mixes.
 
-    first: the tokens x (B, D), normed, and their products by `routing`; ids int (B,).
+    first: the tokens x (B, D), normed, and their products by `routing`; ids int (B,). seen: is given
+    what the experts give, as `ffn.out`, to go on from.
     """
     gate, shared, experts, x = ffn.gate, ffn.shared_experts, ffn.experts, first.x
     assert x is not None, "the routed experts are multiplied by the tokens too"
@@ -39,9 +44,11 @@ def mixture(ffn: MoE, first: Before, ids: mx.array, streams: Streams) -> Carried
         eight=eight(experts.w1.format),
         **by,
     )
-    return routed_hyper(
-        *(experts.w2.format, experts.w2.planes, values),
-        Shared(shared.w2.format, shared.w2.planes, gates, ups, shared.limit),
-        streams,
-        eight=eight(experts.w2.format),
-    )
+    down = experts.w2.format, experts.w2.planes, values
+    own = Shared(shared.w2.format, shared.w2.planes, gates, ups, shared.limit)
+    if seen is None:
+        return routed_hyper(*down, own, streams, eight=eight(down[0]))
+    dtype = streams.before.dtype
+    both = routed_down(*down, own, dtype=dtype, eight=eight(down[0]))
+    out = (both[0] + both[1].astype(dtype)).astype(dtype)
+    return merged(streams.before, seen("ffn.out", out), streams.after, streams.fn)

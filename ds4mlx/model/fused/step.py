@@ -1,69 +1,40 @@
-"""The whole model for one token of each of a few sequences: traced once, replayed every token."""
+"""The whole model for one token of each of a few sequences: traced once, replayed every token.
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache, partial
-from itertools import compress
-from operator import is_
-from typing import Any, Protocol
+What no trace does is done without one: blocks that go through their modules, and those of which
+somebody hears something else every time. The blocks between them are traced by themselves.
+"""
+
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from itertools import compress, groupby
+from typing import Any, Literal, Protocol
 
 import mlx.core as mx
 
-from ds4mlx.config import ModelConfig
 from ds4mlx.custom_kernels import dialect, dispatch
 from ds4mlx.custom_kernels.first_use import prepare
 from ds4mlx.custom_kernels.layer.carried import Carried, carry
-from ds4mlx.custom_kernels.layer.head_in import head_in
 from ds4mlx.custom_kernels.layer.hyper_out import hyper_mix
 from ds4mlx.model.batch import Batch
-from ds4mlx.model.block import Block
-from ds4mlx.model.fused.attention import product
-from ds4mlx.model.fused.block import step_block
-from ds4mlx.model.fused.choice import by_modules, dense_known, known
-from ds4mlx.model.fused.sequences import Places, Sequences, compressors_of
-from ds4mlx.model.hyper import HyperHead
-from ds4mlx.model.linear import Embedding, Linear, RMSNorm
-from ds4mlx.model.module import changes
-from ds4mlx.model.rope import AT_ONCE, Rotary, step_angles
-from ds4mlx.model.taps import listened
+from ds4mlx.model.fused import layers, traced
+from ds4mlx.model.fused.choice import hiding
+from ds4mlx.model.fused.seen import SHOWN
+from ds4mlx.model.fused.sequences import Places
+from ds4mlx.model.fused.traced import Traced
+from ds4mlx.model.rope import AT_ONCE, step_angles
+from ds4mlx.model.taps import listeners, steady, wanted
 from ds4mlx.state.decode_state import DecodeState
 from ds4mlx.state.parts import Parts
-from ds4mlx.state.tails import append, held_in, place, settle
+from ds4mlx.state.tails import append, place, settle
 
-# What a traced step gives: logits (B, vocab), streams (B, n, D), and of each sequence every layer's new tails.
-Traced = tuple[mx.array, mx.array, list[list[mx.array]]]
-
-
-@dataclass(frozen=True)
-class TracedStep:
-    """A traced step, with the weights that it holds.
-
-    changes, layers: how often a module had been changed, and the blocks, when it was made. apart:
-    whether some blocks go through their modules, which no trace does. compared: kinds of steps whose
-    kernels were compared with plain operations, if they had to be.
-    """
-
-    changes: int
-    layers: list[Block]
-    apart: bool
-    call: Callable[..., Traced]
-    compared: set[tuple[object, ...]] = field(default_factory=set)
+# How a block is computed: by its modules, by launches that somebody may hear, or by traced ones.
+Way = Literal["modules", "open", "traced"]
 
 
-class Stepped(Protocol):
-    """What a step needs of a model, which keeps its traced step."""
+class Stepped(layers.Stepped, Protocol):
+    """What a step needs of a model, which keeps what was traced of it."""
 
-    args: ModelConfig
-    embed: Embedding
-    layers: list[Block]
-    hc_head: HyperHead
-    norm: RMSNorm
-    head: Linear
-    _rotary: dict[int, Rotary]
-    _traced: "TracedStep | None"
-
-    def embedded(self, ids: mx.array) -> mx.array: ...
-    def logits(self, streams: mx.array) -> mx.array: ...
+    _traced: Traced | None
 
 
 def step_outputs(
@@ -75,19 +46,19 @@ def step_outputs(
     """
     for state in states:
         settle(state)
-    held = [state.parts.arrays for state in states]
     selects = [int(_selects(model, state)) for state in states]
-    places = _places(model, states, selects)
-    step = _compiled(model)
-    if step.apart or listened() or not dispatch.in_use() or dialect.launcher() is not None:
-        apart = by_modules(model.layers)
-        return _in_parts(model, batch, states, places, held, selects, apart)
-    sides = batch.ids, places, held, selects, dispatch.ways()
-    _compare_first(model, step, states, sides)
-    logits, streams, tails = step.call(*sides)
-    for span, state, own in zip(batch.spans, states, tails, strict=True):
-        append(state.parts, own, span.step)
-    return logits, streams
+    places, kept = _places(model, states, selects), _kept(model)
+    sides = batch.ids, places, [state.parts.arrays for state in states], selects, dispatch.ways()
+    modules = kept.modules if steady() else kept.modules | hiding(model.layers)
+    if _traceable(kept) and steady() and not modules:
+        _compare_first(model, kept, states, sides)
+        outputs = kept.step(model, *sides)
+        if outputs is not None:
+            logits, streams, tails = outputs
+            for span, state, own in zip(batch.spans, states, tails, strict=True):
+                append(state.parts, own, span.step)
+            return logits, streams
+    return _in_parts(model, kept, batch, states, sides, modules)
 
 
 def _places(model: Stepped, states: Sequence[DecodeState], selects: Sequence[int]) -> Places:
@@ -121,108 +92,99 @@ def _selects(model: Stepped, state: DecodeState) -> bool:
     return (state.offset + 1) // 4 > model.args.index_topk
 
 
-def _compiled(model: Stepped) -> TracedStep:
-    """The traced step of a model, made anew where a part of the model is another than it was."""
-    kept = model._traced
-    same = kept is not None and kept.changes == changes()
-    if kept is None or not same or not all(map(is_, kept.layers, model.layers)):
-        apart = not all(map(known, model.layers))
-        traced = mx.compile(partial(_traced, model))
-        kept = model._traced = TracedStep(changes(), list(model.layers), apart, traced)
-    return kept
+def _kept(model: Stepped) -> Traced:
+    """What was traced of a model, begun anew where a part of it is another than it was, or others listen."""
+    who = listeners() if steady() else ()
+    if model._traced is None or not model._traced.holds(model, who):
+        model._traced = Traced(model, who)
+    return model._traced
+
+
+def _traceable(kept: Traced) -> bool:
+    """Whether launches are traced here, and not noted or run by something else than MLX."""
+    return dispatch.in_use() and dialect.launcher() is None and not kept.failed
+
+
+def _compared(kept: Traced, states: Sequence[DecodeState], sides: Sequence[Any]) -> bool:
+    """Whether the kernels of such a step were compared, or need not be; from now on they were."""
+    key = (*(state.parts.capacity for state in states), *sides[-2])
+    if dispatch.decided() is not None or key in kept.compared:
+        return True
+    kept.compared.add(key)
+    return False
 
 
 def _compare_first(
-    model: Stepped, step: TracedStep, states: Sequence[DecodeState], sides: tuple[Any, ...]
+    model: Stepped, kept: Traced, states: Sequence[DecodeState], sides: Sequence[Any]
 ) -> None:
     """Have the kernels of a step compared that never were here, since inside a trace nothing can be."""
-    if dispatch.decided() is not None:
-        return
-    key = (*(state.parts.capacity for state in states), *sides[-2])
-    if key not in step.compared:
-        prepare(lambda: _traced(model, *sides))
-        step.compared.add(key)
-
-
-def _traced(
-    model: Stepped,
-    ids: mx.array,
-    places: Places,
-    held: Sequence[Sequence[mx.array]],
-    selects: Sequence[int],
-    ways: Sequence[int],
-) -> Traced:
-    """The step as a function of arrays. `ways`: what else decides which launches there are."""
-    carried, tails = begin(model, ids), [[] for _ in held]
-    layers = _layers(model, places, held, selects)
-    for number, (layer, sequences) in enumerate(zip(model.layers, layers, strict=True)):
-        carried, after = step_block(layer, carried, following(model, number), ids, sequences)
-        for own, each in zip(tails, after, strict=True):
-            own.append(each.array)
-    streams, known = carried.streams, dense_known(model.head)
-    logits = head(model, streams, carried.partial) if known else model.logits(streams)
-    return logits, streams, tails
+    if not _compared(kept, states, sides):
+        prepare(lambda: traced.untraced(model, sides))
 
 
 def _in_parts(
     model: Stepped,
+    kept: Traced,
     batch: Batch,
     states: Sequence[DecodeState],
-    places: Places,
-    held: Sequence[Sequence[mx.array]],
-    selects: Sequence[int],
+    sides: Sequence[Any],
     modules: frozenset[int],
 ) -> tuple[mx.array, mx.array]:
-    """The same without tracing, some blocks through their modules."""
-    carried = begin(model, batch.ids)
-    layers = _layers(model, places, held, selects)
-    for number, (layer, sequences) in enumerate(zip(model.layers, layers, strict=True)):
-        if number in modules:
-            streams = layer(carried.streams, batch, [state[number] for state in states])
-            carried = carry(streams, hyper_mix(streams, following(model, number)))
+    """The same step, some blocks through their modules; those that nobody hears are traced."""
+    trace = _traceable(kept) and _compared(kept, states, sides)
+    carried = layers.begin(model, batch.ids)
+    for way, numbers in _runs(model, modules, trace):
+        if way == "modules":
+            carried = _by_modules(model, numbers, carried, batch, states)
         else:
-            sides = following(model, number), batch.ids, sequences
-            carried, after = step_block(layer, carried, *sides)
-            for span, state, each in zip(batch.spans, states, after, strict=True):
-                append(Parts([state[number]]), [each.array], span.step)
-    streams, known = carried.streams, dense_known(model.head) and not listened()
-    logits = head(model, streams, carried.partial) if known else model.logits(streams)
-    return logits, streams
+            traces = kept if way == "traced" else None
+            carried = _by_launches(model, traces, numbers, carried, batch, states, sides)
+    return layers.ended(model, carried)
 
 
-def begin(model: Stepped, ids: mx.array) -> Carried:
-    """The streams of tokens before the first block."""
-    count = model.args.hc_mult
-    if listened():
-        streams = mx.repeat(model.embedded(ids)[:, None], count, axis=1)
-    else:  # looked up so often: a repeated row would be copied for every launch that takes it
-        streams = model.embedded(mx.broadcast_to(ids[:, None], (len(ids), count)))
-    return carry(streams, hyper_mix(streams, model.layers[0].hc_attn.fn))
+def _runs(model: Stepped, modules: frozenset[int], trace: bool) -> Iterator[tuple[Way, list[int]]]:
+    """Blocks that follow each other and are computed in the same way."""
+
+    def way(number: int) -> Way:
+        if number in modules:
+            return "modules"
+        return "traced" if trace and not wanted(model.layers[number]._site, *SHOWN) else "open"
+
+    for each, numbers in groupby(range(len(model.layers)), way):
+        yield each, list(numbers)
 
 
-def following(model: Stepped, number: int) -> mx.array:
-    """The matrix `fn` of the hyper-connection that comes after block `number`."""
-    last = number + 1 == len(model.layers)
-    return model.hc_head.fn if last else model.layers[number + 1].hc_attn.fn
+def _by_modules(
+    model: Stepped,
+    numbers: Sequence[int],
+    carried: Carried,
+    batch: Batch,
+    states: Sequence[DecodeState],
+) -> Carried:
+    """What is carried on after blocks in turn, each by its modules."""
+    streams = carried.streams
+    for number in numbers:
+        streams = model.layers[number](streams, batch, [state[number] for state in states])
+    return carry(streams, hyper_mix(streams, layers.following(model, numbers[-1])))
 
 
-def head(model: Stepped, streams: mx.array, partial: mx.array) -> mx.array:
-    """Logits float32 (B, vocab) of the last streams and their partial mixes."""
-    site = model.hc_head
-    x = head_in(
-        *(streams, partial, site.base, site.scale, model.norm.weight),
-        eps=model.args.hc_eps,
-        norm_eps=model.args.rms_norm_eps,
-    )
-    return product(model.head, x)
-
-
-def _layers(
-    model: Stepped, places: Places, held: Sequence[Sequence[mx.array]], selects: Sequence[int]
-) -> Iterator[Sequences]:
-    """What the launches of each layer are told of the sequences."""
-    poolings = [len(compressors_of(layer.attn)) for layer in model.layers]
-    by_sequence = [held_in(arrays, poolings) for arrays in held]
-    chosen = [bool(each) for each in selects]
-    for layers in zip(*by_sequence, strict=True):
-        yield Sequences(places, layers, chosen)
+def _by_launches(
+    model: Stepped,
+    kept: Traced | None,
+    numbers: Sequence[int],
+    carried: Carried,
+    batch: Batch,
+    states: Sequence[DecodeState],
+    sides: Sequence[Any],
+) -> Carried:
+    """What is carried on after blocks in turn by launches, traced if there is what was traced."""
+    ids, places, _, selects, ways = sides
+    parts = [Parts([state[number] for number in numbers]) for state in states]
+    own = ids, places, [each.arrays for each in parts], selects
+    passed = None if kept is None else kept.through(model, numbers, carried, *own, ways)
+    if passed is None:
+        passed = layers.through(model, numbers, carried, *own)
+    carried, tails = passed
+    for span, each, new in zip(batch.spans, parts, tails, strict=True):
+        append(each, new, span.step)
+    return carried
