@@ -3,6 +3,8 @@
 On the CPU a few tokens also run as the very text that Metal compiles.
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import make_checkpoint
@@ -12,10 +14,13 @@ import pytest
 from reference import run, run_chunks
 from spoiling import executor_only, on_metal
 
-from ds4mlx import load
+from ds4mlx import Model, load
 from ds4mlx.convert import convert
 from ds4mlx.custom_kernels import dialect, dispatch
+from ds4mlx.custom_kernels.graph import kinds
+from ds4mlx.custom_kernels.recording import recording
 from ds4mlx.evaluation.weights import decode_weights
+from ds4mlx.model.block import Block
 from ds4mlx.model.fused.choice import by_modules, launches
 from ds4mlx.state.decode_state import DecodeState
 
@@ -33,7 +38,10 @@ HEADS = {
     "index_topk": 512,
     "sliding_window": 128,
 }
+IDS = np.random.default_rng(8).integers(0, 288, 2064)
 BOUND, ALONE = 1e-4, 1e-5
+# What a step by kernels has none of.
+PLAIN = {"Matmul", "QuantizedMatmul", "GatherMM", "GatherQMM", "Softmax", "ArgSort", "ArgPartition"}
 needs_gpu = pytest.mark.skipif(dialect.target() is None, reason="without a GPU prompts are plain")
 
 
@@ -49,6 +57,15 @@ def tiny(stored):
     return Tiny(stored["s700/ids"], stored["s700/exact/logits"])
 
 
+class Heads(NamedTuple):
+    """A model with Flash's head sizes, the same that reads fast, and a text with its logits by modules."""
+
+    model: Model
+    reader: Model
+    ids: np.ndarray
+    logits: np.ndarray
+
+
 @pytest.fixture(scope="module")
 def heads_dir(shared):
     source = shared(
@@ -57,15 +74,37 @@ def heads_dir(shared):
     return shared("heads/converted", lambda path: convert(source, path, progress=False))
 
 
+@pytest.fixture(scope="module")
+def heads(heads_dir):
+    model, reader = (load(heads_dir, dtype=mx.float32, rounding="none")[0] for _ in range(2))
+    decode_weights(reader)
+    return Heads(model, reader, IDS, run(reader, IDS))
+
+
 def stepped(model, ids, states: list[DecodeState], count: int) -> np.ndarray:
-    """Logits (count, B, vocab) of the next tokens of sequences that are at their states' offsets."""
+    """Logits (count, B, vocab) of the next tokens of sequences that are at their states' offsets.
+
+    By launches alone, every block of them; on a GPU by kernels.
+    """
     assert not by_modules(model.layers), "every block goes through launches"
     rows = []
-    with launches():
+    with launches(), no_modules():
         for _ in range(count):
             tokens = [int(ids[state.offset]) for state in states]
-            rows.append(np.array(model.step(mx.array(tokens), states)))
+            logits = model.step(mx.array(tokens), states)
+            if dialect.target() is not None:
+                assert not PLAIN & kinds(logits).keys()
+            rows.append(np.array(logits))
     return np.stack(rows)
+
+
+@contextlib.contextmanager
+def no_modules() -> Iterator[None]:
+    """Inside the block no block of a model may be computed by its modules."""
+    with pytest.MonkeyPatch.context() as patch:
+        for half in ("attended", "fed"):
+            patch.setattr(Block, half, lambda self, *_: pytest.fail(f"modules of {self._site}"))
+        yield
 
 
 def after(model, ids, depth: int) -> DecodeState:
@@ -84,8 +123,8 @@ def assert_as_wanted(model, reader, ids, wanted, depths, count) -> None:
     for number, depth in enumerate(depths):
         want = wanted[depth : depth + count]
         assert np.abs(together[:, number] - want).max() <= BOUND
-    alone = stepped(model, ids, [after(reader, ids, depths[-1])], count)
-    assert np.abs(together[:, -1:] - alone).max() <= ALONE * np.abs(alone).max()
+        alone = stepped(model, ids, [after(reader, ids, depth)], count)[:, 0]
+        assert np.abs(together[:, number] - alone).max() <= ALONE * np.abs(alone).max()
 
 
 @needs_gpu
@@ -121,16 +160,24 @@ def test_long_decoding_of_tiny(exact_model, tiny):
     assert np.abs(got - tiny.logits[:count]).max() <= BOUND
 
 
-def test_flashs_head_sizes_where_rows_are_selected(heads_dir):
-    """Beyond 2,048 tokens: 512 of more rows are kept."""
-    model, reader = (load(heads_dir, dtype=mx.float32, rounding="none")[0] for _ in range(2))
-    decode_weights(reader)
-    ids = np.random.default_rng(8).integers(0, 288, 2064)
-    state = reader.make_cache()
-    wanted = run(reader, ids, state)
-    state.rewind(2048 - 6)
-    for got, want in zip(stepped(model, ids, [state], 14)[:, 0], wanted[-22:], strict=False):
-        assert np.abs(got - want).max() <= BOUND
+@pytest.mark.parametrize("depths", [(), (130, 5), (2047, 0, 63, 127, 128, 300, 511)])
+def test_flashs_head_sizes_where_rows_are_selected(heads, depths):
+    """One sequence that goes beyond 2,048 tokens, where 512 of more rows are kept, and others beside it."""
+    count = 9 if depths else 14
+    assert_as_wanted(*heads, (2056 - count, *depths), count)
+
+
+@pytest.mark.parametrize("count", [1, 3, 8])
+@pytest.mark.parametrize("target", ["metal", "cuda"])
+def test_a_step_of_these_sizes_is_kernels(exact_model, decoded_model, heads, count, target):
+    """Nothing that a kernel is for is left to MLX's own operations; noted, on any machine."""
+    for model, reader in ((exact_model, decoded_model), (heads.model, heads.reader)):
+        states = [after(reader, IDS, 5 * n) for n in range(count)]
+        stepped(model, IDS, states, 1)
+        with recording(target) as launched, launches(), no_modules():
+            logits = model.step(mx.zeros((count,), mx.int32), states)
+        assert len(launched) >= 10 * len(model.layers)
+        assert kinds(logits).keys() <= {"Full", "Gather", "AsType", "Concatenate"}
 
 
 @executor_only
