@@ -2,9 +2,11 @@
 
 import http.client
 import json
+import os
 import re
 import signal
 import socket
+from pathlib import Path
 
 import processes
 import pytest
@@ -18,8 +20,8 @@ QUESTION = {"messages": [{"role": "user", "content": "x"}], "stream": True}
 class Serving:
     """The command, and what it says."""
 
-    def __init__(self, *arguments):
-        self.process = processes.start("serve", "--port", "0", *arguments)
+    def __init__(self, *arguments, command=processes.COMMAND):
+        self.process = processes.start("serve", "--port", "0", *arguments, command=command)
         line = self.process.stdout.readline().decode()
         found = re.fullmatch(r"listening on http://127\.0\.0\.1:(\d+)\n", line)
         assert found, line + self.process.stderr.read().decode()
@@ -60,14 +62,19 @@ def text_of(answer):
     raise AssertionError("the stream ends without a text")
 
 
-def test_sigterm_ends_the_streams_and_saves(talker_dir, tmp_path):
+@pytest.mark.parametrize(
+    "signals",
+    [(signal.SIGTERM,), (signal.SIGHUP, signal.SIGHUP), (signal.SIGHUP, signal.SIGTERM)],
+    ids=["SIGTERM", "a closed terminal", "a session that ends"],
+)
+def test_a_signal_ends_the_streams_and_saves(talker_dir, tmp_path, signals):
     """Each stream ends with an error of its protocol; the states are there for the next server."""
     message = {"messages": QUESTION["messages"], "stream": True, "max_tokens": 9999}
     long = QUESTION | {"messages": [{"role": "user", "content": "def f(x): " * 150}]}
     with Serving("-m", talker_dir, "--kv-dir", tmp_path) as serving:
         chat = serving.stream(body=long)
         messages = serving.stream("/v1/messages", message)
-        code, out, err = serving.end(signal.SIGTERM)
+        code, out, err = serving.end(*signals)
         assert (code, out) == (0, "") and "Traceback" not in err and "def f" not in err
         last = chat.read().decode().strip().splitlines()[-1]
         assert "stopping" in json.loads(last.removeprefix("data: "))["error"]["message"]
@@ -94,6 +101,31 @@ def test_other_ends(talker_dir, signals, expected):
         serving.stream()
         code, out, err = serving.end(*signals)
         assert (code, out) == (expected, "") and "Traceback" not in err
+
+
+def test_a_terminal_that_closes_under_it(talker_dir, tmp_path):
+    """Nothing can be written any more, and all is saved."""
+    with processes.Terminal("serve", "-m", talker_dir, "--port", "0", "--kv-dir", tmp_path) as on:
+        address = on.until(r"listening on http://[\d.:]+\r").removesuffix("\r").split("http://")[1]
+        connection = http.client.HTTPConnection(address, timeout=processes.PATIENCE)
+        body = json.dumps({"prompt": "def f(x): " * 150, "max_tokens": 1})
+        connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
+        assert connection.getresponse().status == 200
+        with Path(os.devnull).open() as nothing:
+            os.dup2(nothing.fileno(), on.master)
+        assert on.process.wait(processes.PATIENCE) == 0
+    assert any((tmp_path / "records").iterdir())
+
+
+def test_nohup_keeps_it_running(talker_dir):
+    command = ["nohup", *processes.COMMAND]
+    with Serving("-m", talker_dir, command=command) as serving:
+        serving.process.send_signal(signal.SIGHUP)
+        connection = http.client.HTTPConnection("127.0.0.1", serving.port)
+        body = json.dumps({"prompt": "def f(", "max_tokens": 40})
+        connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
+        assert connection.getresponse().status == 200
+        assert serving.end(signal.SIGTERM)[0] == 0
 
 
 def test_a_scheduler_that_is_closed(talker):

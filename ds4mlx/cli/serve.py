@@ -99,8 +99,9 @@ def serve(
     ds4mlx serve -m ~/models/v4-flash --kv
     ds4mlx serve -m ~/models/v4-flash --host 0.0.0.0 --api-key "$KEY" --ctx 200000
 
-    `listening on http://HOST:PORT` on standard output says that it answers. SIGTERM or Ctrl-C ends
-    the answers, saves what was read, and leaves; a second one leaves at once.
+    `listening on http://HOST:PORT` on standard output says that it answers. SIGTERM, Ctrl-C
+    or closing the terminal ends the answers, saves what was read, and leaves; a second SIGTERM or
+    Ctrl-C leaves at once.
     """
     arg.size(kv_budget)
     _check_installed()

@@ -1,7 +1,7 @@
 """The server as a process: from listening to a signal, and from there to an orderly end.
 
-The first SIGTERM or Ctrl-C lets the streams end with their protocol's error and has the states
-saved; the second ends the process at once.
+The first SIGTERM or Ctrl-C, or a terminal that is closed, lets the streams end with their protocol's
+error and has the states saved; a second SIGTERM or Ctrl-C ends the process at once.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ class Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, service: Service, on_listening: Callable[[], None]):
         super().__init__(config)
         self._service, self._on_listening = service, on_listening
-        self.ended_by: int | None = None  # a signal
+        self.ended_by: int | None = None  # a signal that somebody sent on purpose
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -49,9 +49,12 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self.should_exit:
+        self.should_exit = True
+        if sig == signal.SIGHUP:  # a closed terminal sends several, which are no haste
+            return
+        if self.ended_by is not None:
             os._exit(INTERRUPTED)
-        self.ended_by, self.should_exit = sig, True
+        self.ended_by = sig
 
 
 def config_of(app: Starlette, limits: Limits) -> uvicorn.Config:
@@ -96,7 +99,7 @@ def url_of(opened: socket.socket) -> str:
 
 
 def run(app: Starlette, opened: socket.socket, limits: Limits) -> int:
-    """Serve until a signal; the exit code: 0 after SIGTERM, 130 after Ctrl-C."""
+    """Serve until a signal; the exit code: 0 after SIGTERM or SIGHUP, 130 after Ctrl-C."""
     _allow_open_files()
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
 
@@ -104,12 +107,22 @@ def run(app: Starlette, opened: socket.socket, limits: Limits) -> int:
         print(f"listening on {url_of(opened)}", flush=True)
 
     server = Server(config_of(app, limits), app.state.service, announce)
+    _end_at_hangup(server)
     server.run(sockets=[opened])
     code = INTERRUPTED if server.ended_by == signal.SIGINT else 0
     if not app.state.service.scheduler.closed:  # what it still uses must not be taken from it
         LOG.warning("what was read last is not saved, as the time was up")
         _leave_at_once(code)
     return code
+
+
+def _end_at_hangup(server: Server) -> None:
+    """Have a closed terminal end the server, which uvicorn does not; not under nohup.
+
+    It stays so after the server, as more may come while the store is closed.
+    """
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, server.handle_exit)
 
 
 def _leave_at_once(code: int) -> None:
