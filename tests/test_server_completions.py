@@ -14,9 +14,10 @@ def client(served):
 
 def test_completions(client, served):
     asked = {"model": "x", "prompt": "def add(a, b):", "max_tokens": 12, "temperature": 0}
-    whole = client.completions.create(**asked, logprobs=2, echo=True)
+    told = client.completions.create(**asked, logprobs=2).choices[0]
+    whole = client.completions.create(**asked, echo=True)
     choice = Completion.model_validate(whole.model_dump(), strict=True).choices[0]
-    assert choice.text == "def add(a, b):" + "".join(choice.logprobs.tokens)
+    assert choice.text == "def add(a, b):" + "".join(told.logprobs.tokens)
     assert choice.finish_reason == "length" and whole.usage.completion_tokens == 12
     *data, done = events(served, "/v1/completions", asked | {"echo": True})
     ends = [json.loads(each)["choices"][0]["finish_reason"] for each in data]
@@ -31,7 +32,7 @@ def test_completions(client, served):
 def test_the_tokens_of_a_text_stand_where_they_are_in_it(client, served, prompt, is_held):
     """Also in a stream of which the end of each token is held back, as a stop text may begin there."""
     asked = {"model": "x", "prompt": prompt, "max_tokens": 12, "temperature": 0}
-    asked |= {"echo": True, "logprobs": 0}
+    asked |= {"logprobs": 0}
     whole = client.completions.create(**asked).choices[0]
     if is_held:
         asked["stop"] = [f"{letter}\a" for letter in {*whole.text}][:64]
@@ -39,9 +40,18 @@ def test_the_tokens_of_a_text_stand_where_they_are_in_it(client, served, prompt,
     parts = [chunk["choices"][0]["logprobs"] or {"text_offset": []} for chunk in chunks]
     offsets = whole.logprobs.text_offset
     assert offsets == [at for part in parts for at in part["text_offset"]]
-    assert offsets[0] == len(prompt) and offsets[-1] < len(whole.text)
+    assert offsets[0] == 0 and offsets[-1] < len(whole.text)
     for at, token in zip(offsets, whole.logprobs.tokens, strict=True):
         assert "\ufffd" in token or whole.text.startswith(token, at)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_log_probabilities_of_an_echo_are_refused(served, stream):
+    """A prompt's are not computed, and an answer without them would look as if they were there."""
+    asked = {"prompt": "def f(", "max_tokens": 1, "echo": True, "logprobs": 0, "stream": stream}
+    status, told = served.json("POST", "/v1/completions", asked)
+    assert (status, told["error"]["param"]) == (400, "logprobs")
+    assert "not supported together with echo" in told["error"]["message"]
 
 
 def test_texts_of_clients_open_no_turn(client):

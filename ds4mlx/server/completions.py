@@ -85,6 +85,9 @@ def _echo(body: CompletionRequest) -> str:
         return ""
     if not isinstance(given, str):
         raise Refusal(400, "echo needs a prompt that is text", param="echo")
+    if body.logprobs is not None:
+        message = "logprobs are of the answer only, and are not supported together with echo"
+        raise Refusal(400, message, param="logprobs")
     return given
 
 
@@ -95,7 +98,7 @@ class _Text:
         self._turn, self._echo = turn, echo
         self._head = {"id": turn.id, "object": "text_completion"}
         self._head |= {"created": int(time.time()), "model": model}
-        self._logprobs = TextLogprobs(len(echo))
+        self._logprobs = TextLogprobs()
 
     def frame(
         self, text: str, tokens: list[TokenProbs], ended: Ended | None = None

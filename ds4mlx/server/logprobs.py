@@ -19,13 +19,13 @@ def chat_logprobs(tokens: list[TokenProbs]) -> dict[str, Any] | None:
 
 
 class TextLogprobs:
-    """Those of completions, given in pieces; offset: characters before the first token.
+    """Those of completions, given in pieces.
 
     Tokens are counted and not what was told, which may lack their end: a stop text may begin there.
     """
 
-    def __init__(self, offset: int):
-        self._offset = offset
+    def __init__(self):
+        self._offset = 0  # characters before the next token
         self._read = codecs.getincrementaldecoder("utf-8")("replace").decode
 
     def of(self, tokens: list[TokenProbs]) -> dict[str, Any] | None:
