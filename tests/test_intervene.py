@@ -268,7 +268,15 @@ def test_projections(small_model):
             r"belongs at ffn\.router\.weights, not at layers",
         ),
         ({"layers.1.ffn.router.weights": force_experts(1)}, r"belongs at ffn\.router\.choice"),
-        ({"layers.1.ffn.router.choice": force_experts(9)}, "has 4 experts, not all of"),
+        ({"layers.1.ffn.router.choice": force_experts(9)}, "experts 0 to 3, not all of"),
+        ({"layers.1.ffn.router.weights": ablate_experts(2, 99)}, r"to 3, not all of \(2, 99\)"),
+        ({"layers.1.ffn.router.experts": np.int32(4)}, r"router\.experts has .* 0 to 3 .*\[4\]"),
+        ({"layers.0.ffn.router.experts": lambda v, where: v - 9}, r"from 0 to 3 here, not \[-9"),
+        (
+            {"layers.1.attn.indexer.chosen": np.int32(2)},
+            r"chosen has numbers from -1 to 1 h.*\[2\]",
+        ),
+        ({"layers.1.attn.indexer.chosen": np.int32(-2)}, r"from -1 to 1 here, not \[-2\]"),
         ({"layers.1.attn.rows": hide_rows(1)}, r"belongs at attn\.visible"),
         ({"layers.1.attn.visible": force_rows(1)}, r"belongs at attn\.indexer\.scores"),
     ],
@@ -276,3 +284,17 @@ def test_projections(small_model):
 def test_what_cannot_be_done_is_said(small_model, changes, message):
     with pytest.raises(DataError, match=message), small_model.intervene(changes):
         run(small_model, IDS[:9])
+
+
+def test_numbers_of_experts_and_rows_that_are_there_will_do(small_model):
+    """The last ones, -1 for no row, and others at positions that are not changed."""
+    last = {"layers.1.ffn.router.experts": np.int32(3), "layers.1.attn.indexer.chosen": np.int32(1)}
+    with small_model.intervene(last), small_model.trace(*last) as t:
+        run(small_model, IDS[:9])
+    assert all((np.array(t[name]) == value).all() for name, value in last.items())
+    none = {"layers.1.attn.indexer.chosen": np.int32(-1)}
+    with small_model.intervene(none), small_model.trace("layers.1.attn.weights.rows") as t:
+        run(small_model, IDS[:9])
+    assert (np.array(t["layers.1.attn.weights.rows"]) == -1).all()
+    with pytest.raises(DataError, match="from 0 on"):
+        ablate_experts(-1)

@@ -66,10 +66,13 @@ def at(positions: Iterable[int] | int, edit: Edit) -> Edit:
 
 def ablate_experts(*experts: int) -> Edit:
     """At `ffn.router.weights`: have these experts add nothing; the others keep their weights."""
+    if any(expert < 0 for expert in experts):
+        raise DataError(f"experts have numbers from 0 on, and not all of {experts}")
 
     def change(value: mx.array, where: Where) -> mx.array:
         if where.experts is None or value.shape != where.experts.shape:
             raise _misplaced(where, "ffn.router.weights")
+        _check_there(where, experts, where.expert_count)
         return mx.where(_among(where.experts, experts), 0, value)
 
     return change
@@ -89,11 +92,15 @@ def _choosing(experts: tuple[int, ...], choice: float) -> Edit:
     def change(value: mx.array, where: Where) -> mx.array:
         if not where.name.endswith("ffn.router.choice"):
             raise _misplaced(where, "ffn.router.choice")
-        if not all(0 <= expert < value.shape[-1] for expert in experts):
-            raise DataError(f"{where.name} has {value.shape[-1]} experts, not all of {experts}")
+        _check_there(where, experts, value.shape[-1])
         return mx.where(_among(mx.arange(value.shape[-1]), experts), choice, value)
 
     return change
+
+
+def _check_there(where: Where, experts: tuple[int, ...], count: int) -> None:
+    if not all(0 <= expert < count for expert in experts):
+        raise DataError(f"{where.name} is about experts 0 to {count - 1}, not all of {experts}")
 
 
 def hide_rows(*rows: int) -> Edit:

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -19,6 +20,7 @@ from ds4mlx.state.changes import NAMELESS
 Edit = Callable[[mx.array, Where], Any]
 
 EXPERTS, NEAR, FAR = "ffn.router.experts", "attn.weights.positions", "attn.weights.rows"
+CHOSEN, CHOSEN_OF = "attn.indexer.chosen", 4  # tokens that a row has where rows are chosen
 # What has to be known of a quantity, made before it in the same layer, to say what it is about.
 ABOUT = {
     "ffn.router.weights": EXPERTS,
@@ -81,6 +83,7 @@ class _Changes(Calls):
         made = [self._changed(name, number, part) for number, part in enumerate(parts)]
         same = all(new is part.value for new, part in zip(made, parts, strict=True))
         if not same:
+            self._check_numbers(name, made, span)
             rows = [new.flatten(0, 1) for new in made]
             usual = rows[0] if len(rows) == 1 else mx.concatenate(rows)
             parts = [
@@ -89,6 +92,20 @@ class _Changes(Calls):
         if name in self._about.values():
             self._said[name] = parts
         return value if same else self._layouts.laid_out(name, usual, value)
+
+    def _check_numbers(self, name: str, made: list[mx.array], span: Span | None) -> None:
+        """DataError for experts or rows that are not there: some are read without another look."""
+        if name.endswith(EXPERTS):
+            least, most = 0, self.model.args.n_routed_experts - 1
+        elif name.endswith(CHOSEN) and span is not None:
+            least, most = -1, span.step.end // CHOSEN_OF - 1
+        else:
+            return
+        for value in made:
+            if value.size and not ((value >= least) & (value <= most)).all().item():
+                found = np.unique(np.array(value))
+                wrong = found[(found < least) | (found > most)][:5].tolist()
+                raise DataError(f"{name} has numbers from {least} to {most} here, not {wrong}")
 
     def _changed(self, name: str, number: int, part: Part) -> mx.array:
         """The new value (B, L, ...) of a part, or the same array."""
@@ -107,11 +124,12 @@ class _Changes(Calls):
         """Which tokens, experts and rows the part is of."""
         places = mx.array(part.positions.astype(np.int32)), mx.array(part.sequences)
         said = self._said[self._about[name]][number].value if name in self._about else None
+        place = Where(name, *places, self.model.args.n_routed_experts)
         if said is not None and self._about[name].endswith(EXPERTS):
-            return Where(name, *places, experts=said)
+            return replace(place, experts=said)
         if name.endswith(EVERY_ROW):
             said = mx.arange(part.value.shape[-1])[None, None]
-        return Where(name, *places, rows=said)
+        return replace(place, rows=said)
 
 
 def _fits(name: str, new: Any, old: mx.array) -> mx.array:

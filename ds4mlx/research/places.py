@@ -19,14 +19,16 @@ class Where:
     """What a value (B, L, ...) given to an intervention is, and of which tokens.
 
     positions: absolute, int (B, L); of a compressed row that of its last token, from which on it is
-    seen. sequence: int (B,), the numbers of the sequences in the call. experts: int (B, L, k), those
-    whose weights or products the value has. rows: int (B, L or 1, K), the numbers of the compressed
-    rows, or positions of the raw ones, that the value's last axis is about; -1 for none.
+    seen. sequence: int (B,), the numbers of the sequences in the call. expert_count: how many routed
+    experts a layer has. experts: int (B, L, k), those whose weights or products the value has.
+    rows: int (B, L or 1, K), the numbers of the compressed rows, or positions of the raw ones, that
+    the value's last axis is about; -1 for none.
     """
 
     name: str
     positions: mx.array
     sequence: mx.array
+    expert_count: int
     experts: mx.array | None = None
     rows: mx.array | None = None
 
