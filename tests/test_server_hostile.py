@@ -264,6 +264,10 @@ def test_only_plain_json_is_taken(target, headers):
         ("DELETE", "/", 405, {"GET", "HEAD"}),
         ("GET", "/v1/chat/completions/", 404, None),
         ("GET", "/v1/embeddings", 404, None),
+        ("POST", "/v1/embeddings", 404, None),
+        ("DELETE", "/nowhere", 404, None),
+        ("OPTIONS", "/v1", 404, None),
+        ("POST", "/page.js", 405, {"GET", "HEAD"}),
         ("HEAD", "/", 200, None),
         ("GET", "/../app.py", 404, None),
     ],
@@ -275,6 +279,28 @@ def test_a_path_says_which_methods_it_has(target, method, path, status, allowed)
     if allowed:
         assert {name.strip() for name in headers["Allow"].split(",")} == allowed
         assert method == "HEAD" or f"has no {method}" in json.loads(raw)["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "advice"),
+    [
+        ("/chat/completions", ": set the client's base URL to one that ends in /v1"),
+        ("/responses/resp_1", ": set the client's base URL to one that ends in /v1"),
+        ("/v1/v1/messages", ": leave /v1 out of the client's base URL"),
+        ("/v1/v1/nothing", ""),
+        ("/v1/health", ""),
+        ("/v10/v1/messages", ""),
+        ("/nothing", ""),
+    ],
+)
+def test_a_base_url_that_is_nearly_right(target, path, advice):
+    """Is put right in the words of the protocol."""
+    message = f"there is no {path!r} here{advice}"
+    for method, body in (("POST", GOOD), ("GET", None)):
+        error = {"message": message, "type": "not_found_error", "param": None, "code": None}
+        assert target.json(method, path, body) == (404, {"error": error})
+        status, told = target.json(method, path, body, anthropic_version="2023-06-01")
+        assert (status, told["type"]) == (404, "error") and told["error"]["message"] == message
 
 
 def test_half_surrogate_pairs_are_mended(target):

@@ -8,8 +8,10 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 from starlette.staticfiles import StaticFiles
+from starlette.types import Scope
 
 from ds4mlx.engine.rules import prepare
 from ds4mlx.engine.scheduler import Scheduler
@@ -92,10 +94,20 @@ def create_app(
         lifespan=_lifespan,
     )
     # Not a route, which would take every method of every path from those that have only some.
-    app.router.default = StaticFiles(directory=PAGE, html=True)
+    app.router.default = _Page(directory=PAGE, html=True)
     app.router.redirect_slashes = False
     app.state.service, app.state.metrics = service, figures
     return app
+
+
+class _Page(StaticFiles):
+    """The page's files; what is none of them is not there, whatever was to be done with it."""
+
+    async def get_response(self, path: str, scope: Scope) -> Response:
+        """The file, or HTTPException: 404 where there is none, 405 for what no file takes."""
+        if scope["method"] not in ("GET", "HEAD"):
+            await super().get_response(path, {**scope, "method": "GET"})
+        return await super().get_response(path, scope)
 
 
 def _middleware(doors: Doors, figures: Metrics) -> list[Middleware]:

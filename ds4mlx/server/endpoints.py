@@ -6,11 +6,14 @@ from functools import wraps
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Match
 
 from ds4mlx.server.errors import Dialect, Refusal, dialect_of, refusal_of
 from ds4mlx.server.service import Service
 
 Endpoint = Callable[[Request], Awaitable[Response]]
+# What the paths of the protocols begin with; clients put it before a path themselves, or do not.
+_VERSION = "/v1"
 # What an answer to somebody who has left is called in logs; nobody reads it.
 _LEFT = 499
 # The fields that hold a prompt, where they are not `messages`.
@@ -41,9 +44,25 @@ async def not_served(request: Request, error: Exception) -> Response:
     if not isinstance(error, HTTPException):
         return _told(request, refusal_of(error))
     status, path = error.status_code, request.url.path[:200]
-    messages = {404: f"there is no {path!r} here", 405: f"{path!r} has no {request.method[:20]}"}
+    missing = f"there is no {path!r} here{_advice(request)}"
+    messages = {404: missing, 405: f"{path!r} has no {request.method[:20]}"}
     message = messages.get(status, error.detail)
     return _told(request, Refusal(status, message, headers=error.headers))
+
+
+def _advice(request: Request) -> str:
+    """What to do about the base URL of a client that comes to a path which is nearly one of ours."""
+    path = request.url.path
+    if _is_served(request, f"{_VERSION}{path}"):
+        return f": set the client's base URL to one that ends in {_VERSION}"
+    if path.startswith(2 * _VERSION) and _is_served(request, path.removeprefix(_VERSION)):
+        return f": leave {_VERSION} out of the client's base URL"
+    return ""
+
+
+def _is_served(request: Request, path: str) -> bool:
+    scope = {**request.scope, "path": path}
+    return any(route.matches(scope)[0] != Match.NONE for route in request.app.routes)
 
 
 def gone() -> Response:
