@@ -114,10 +114,16 @@ class Mask:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            fault = self._matcher.get_error().strip().split("\n")[0]
-            if fault.startswith("NoExtension"):
-                fault = "nothing fulfils it"
-            raise RuleError(f"{self._name} cannot be followed: {fault[:300]}")
+            raise RuleError(f"{self._name} cannot be followed: {_cause(self._matcher.get_error())}")
+
+
+def _cause(error: str) -> str:
+    """An error of llguidance's in one line, without the marks that point into a pattern."""
+    if error.strip().startswith("NoExtension"):
+        return "nothing fulfils it"
+    lines = [line.strip() for line in error.splitlines() if line.strip(" ^~")]
+    # Of a long pattern the beginning will do; what is wrong with it is said behind it.
+    return " ".join([*(line[:120] for line in lines[:-1]), *lines[-1:]])[:300]
 
 
 def prepare(tokenizer: Tokenizer) -> Any:
