@@ -63,13 +63,13 @@ class Inspection:
 
 
 def inspect(
-    location: str | Path, tensors: bool = False, contexts: Sequence[int] = CONTEXTS
+    location: str | Path, tensors: bool = False, contexts: Sequence[int] | None = None
 ) -> Inspection:
     """Look at a model directory, or at a source: official (local or hub repo id) or GGUF. Raises DataError.
 
     bytes_per_token counts the chosen experts of every layer, one row of the embedding and everything
     else once; the MTP blocks are not part of decoding. State sizes are for bfloat16 activations, at
-    `contexts` tokens each.
+    `contexts` tokens each; by default at some up to the model's own limit.
     """
     path = Path(location).expanduser()
     if (path / MANIFEST).exists() or (path / JOURNAL).exists():
@@ -88,9 +88,14 @@ def inspect(
         config.model_dump(mode="json"),
         {what: size for what, size in sizes.items() if size},
         bytes_per_token(sizes, config),
-        {tokens: state_bytes(config, tokens) for tokens in contexts},
+        {tokens: state_bytes(config, tokens) for tokens in contexts or _usual(config)},
         listed if tensors else [],
     )
+
+
+def _usual(config: ModelConfig) -> list[int]:
+    limit = config.max_position_embeddings
+    return [tokens for tokens in CONTEXTS if tokens <= limit] or [limit]
 
 
 def bytes_per_token(sizes: dict[str, int], config: ModelConfig, sequences: int = 1) -> int:

@@ -195,6 +195,21 @@ def test_inspect_prints_the_plan(small_dir, limit, capsys):
     assert out.endswith(f"the largest context that fits: {memory['largest_context']:,} tokens\n")
 
 
+def test_inspect_says_what_is_beyond_the_model(talker_dir, limit, capsys):
+    """Which no memory makes fit, and nobody is shown who does not ask."""
+    limit("1T")
+    for tokens, verdict in ((65_536, "fits"), (65_537, "is beyond the model's own 65,536 tokens")):
+        assert run(["inspect", str(talker_dir), "--ctx", str(tokens)]) == 0
+        assert f"  {verdict}\n" in capsys.readouterr().out
+        assert run(["inspect", str(talker_dir), "--ctx", str(tokens), "--json"]) == 0
+        (row,) = json.loads(capsys.readouterr().out)["memory"]["contexts"]
+        assert (row["context"], row["fits"]) == (tokens, verdict == "fits")
+    assert run(["inspect", str(talker_dir), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert [row["context"] for row in told["memory"]["contexts"]] == [4096, 32768]
+    assert [*told["state_bytes"]] == ["4096", "32768"]
+
+
 # An allocation that fails all the same
 
 

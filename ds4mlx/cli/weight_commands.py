@@ -168,11 +168,10 @@ def inspect(
     """
     from ds4mlx.config import ModelConfig
     from ds4mlx.convert import inspect as run
-    from ds4mlx.convert.inspection import CONTEXTS
     from ds4mlx.engine import room
 
-    contexts = CONTEXTS if ctx is None else (ctx,)
-    found = run(location, tensors, contexts)
+    found = run(location, tensors, None if ctx is None else [ctx])
+    contexts = list(found.state_bytes)
     config = ModelConfig.model_validate(found.config)
     planned = room.plan(config, sum(found.bytes_by_component.values()), saving=True)
     if as_json:

@@ -104,6 +104,14 @@ class Plan:
         """Whether the machine has room for it."""
         return self.needed <= self.room
 
+    @property
+    def verdict(self) -> str:
+        """Whether it fits, in words; no memory makes room for more than the model's own context."""
+        limit = self.config.max_position_embeddings
+        if self.context > limit:
+            return f"is beyond the model's own {limit:,} tokens"
+        return "fits" if self.fits else "does not fit"
+
     def at(self, context: int) -> "Plan":
         """The same for another context."""
         return replace(self, context=context)
@@ -136,9 +144,11 @@ class Plan:
 
     def as_dict(self, contexts: Sequence[int]) -> dict[str, Any]:
         """The figures at several contexts, ready for JSON."""
-        figures = ("context", "weights", "state", "scratch", "buffers", "needed", "fits")
+        figures = ("context", "weights", "state", "scratch", "buffers", "needed")
         plans = [self.at(tokens) for tokens in contexts]
         rows = [{name: getattr(plan, name) for name in figures} for plan in plans]
+        for row, plan in zip(rows, plans, strict=True):
+            row["fits"] = plan.verdict == "fits"
         return {"room": self.room, "largest_context": self.largest_context(), "contexts": rows}
 
     def text(self, contexts: Sequence[int]) -> str:
@@ -147,9 +157,8 @@ class Plan:
         lines.append(f"{'context':>10} {'scratch':>18} {'store':>14} {'all together':>18}")
         for tokens in contexts:
             plan = self.at(tokens)
-            verdict = "fits" if plan.fits else "does not fit"
             figures = f"{plan.scratch:>18,} {plan.buffers:>14,} {plan.needed:>18,}"
-            lines.append(f"{tokens:>10,} {figures}  {verdict}")
+            lines.append(f"{tokens:>10,} {figures}  {plan.verdict}")
         lines.append(f"the largest context that fits: {self.largest_context():,} tokens")
         return "\n".join(lines)
 
