@@ -2,6 +2,11 @@
 
 import asyncio
 import json
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
 
 import openai
 import pytest
@@ -277,6 +282,18 @@ def test_models_for_the_other_protocol(served):
     assert listed["data"][0]["type"] == "model" and not listed["has_more"]
     status, error = served.json("GET", "/v1/models/x", anthropic_version="2023-06-01")
     assert (status, error["error"]["type"]) == (404, "not_found_error")
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
+def test_the_line_of_the_page_ends_a_thought(chatter, endless):
+    page = (Path(__file__).parents[1] / "docs" / "server.md").read_text()
+    line = re.search(r"^```bash\n(curl .*?end_thinking.*?)```", page, re.DOTALL | re.MULTILINE)[1]
+    line = line.replace("http://127.0.0.1:8765", endless.url)
+    with chatter.chat.completions.create(model="x", messages=QUESTION, stream=True) as stream:
+        known = os.environ | {"ID": next(iter(stream)).id}
+        done = subprocess.run(["bash", "-c", line], capture_output=True, env=known, check=True)
+        assert json.loads(done.stdout)["ended"]
+    is_idle(endless)
 
 
 def test_a_full_queue_says_when_to_come_back(chatter, endless):
