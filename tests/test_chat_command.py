@@ -94,7 +94,7 @@ def test_turns_from_a_pipe(chat, talk):
 
 
 def test_commands(chat, talk):
-    lines = "one\n/reset\none\n/think none\none\n/think\n/what\nhelp\nexit\nnot read\n"
+    lines = "one\n/reset\none\n/think none\none\n/what\nhelp\nexit\nnot read\n"
     code, out, err = chat(lines, "--think", "low", "--reasoning", "show")
     thoughtful, plain = talk("low"), talk("none")
     first = text_of(thoughtful.ask("one", 6))
@@ -102,8 +102,17 @@ def test_commands(chat, talk):
     shown = f"Reasoning:\n{first}\n"
     assert code == 0 and out == f"{shown}{shown}{text_of(plain.ask('one', 6))}\n"
     assert "the conversation is forgotten" in err and "thinking: none" in err
-    assert "no such command: /what" in err and "no such command: /think" in err
-    assert err.count("/system TEXT") == 3
+    assert "no such command: /what" in err
+    assert err.count("/system TEXT") == 2
+
+
+def test_a_command_says_what_it_takes(chat):
+    _, out, err = chat("/think\n/think hard\n/file\n")
+    assert out == "" and err.splitlines() == [
+        "/think takes one of none, low, high, max",
+        "/think takes one of none, low, high, max, not 'hard'",
+        "/file takes the path of a file, and after it any text",
+    ]
 
 
 def test_a_system_text_stays_until_another_comes(chat, talk):

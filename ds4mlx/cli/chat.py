@@ -16,6 +16,11 @@ from ds4mlx.errors import DataError
 
 THINKING = ("none", "low", "high", "max")
 COMMANDS = ("/think", "/system", "/file", "/reset", "/help", "/quit")
+# What these commands take, said where it is missing.
+TAKEN = {
+    "/think": f"one of {', '.join(THINKING)}",
+    "/file": "the path of a file, and after it any text",
+}
 WORDS = {"exit": "/quit", "quit": "/quit", "/exit": "/quit"}
 WORDS |= {"help": "/help", "?": "/help", "/?": "/help"}
 
@@ -118,6 +123,8 @@ def command(chat: Chat, name: str, argument: str) -> bool:
         send_file(chat, argument)
     elif name == "/help":
         note(HELP)
+    elif name in TAKEN:
+        note(f"{name} takes {TAKEN[name]}{f', not {argument!r}' if argument else ''}")
     else:
         note(f"no such command: {f'{name} {argument}'.rstrip()}\n{HELP}")
     return True
