@@ -71,6 +71,10 @@ def stage(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
     monkeypatch.setenv("RECORD", str(tmp_path / "record.json"))
     monkeypatch.setenv("ANTHROPIC_API_KEY", "of the user")
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(
+        "tempfile.tempdir", None
+    )  # which is what $TMPDIR said when it was asked for
     monkeypatch.delenv("DS4MLX_API_KEY", raising=False)
     return tmp_path
 
@@ -229,12 +233,36 @@ def test_a_server_is_started_and_ended(launched, stage, talker_dir):
     os.killpg(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=processes.PATIENCE)
     assert process.returncode == 3 and f"started on port {port}" in err.decode()
+    assert logs(stage) == []
     told = recorded(stage)
     assert (told["health"]["model"], told["health"]["context"]) == (talker_dir.name, 5000)
     assert told["variables"]["CLAUDE_CODE_AUTO_COMPACT_WINDOW"] == "5000"
     with socket.socket() as tried:
         assert tried.connect_ex(("127.0.0.1", port)) != 0
     assert contents(stage / "home") == before
+
+
+def test_the_log_of_a_server_that_dies_is_kept(launched, stage, talker_dir):
+    port = free_port()
+    process = launched("claude", "-m", talker_dir, "--port", port, ASK=f"http://127.0.0.1:{port}")
+    os.kill(child(process.pid, "serve"), signal.SIGKILL)
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=processes.PATIENCE)
+    (log,) = logs(stage)
+    assert process.returncode == 3
+    assert err.decode().splitlines()[-1] == f"the server's log is kept: {log}"
+
+
+def logs(stage):
+    return [*stage.glob("ds4mlx-serve-*.log")]
+
+
+def child(parent, word):
+    """The process that another one has started with this word on its command line."""
+    told = subprocess.run(["ps", "-A", "-o", "pid=,ppid=,args="], capture_output=True, check=True)
+    lines = [line.split() for line in told.stdout.decode().splitlines()]
+    (found,) = [int(own) for own, of, *words in lines if int(of) == parent and word in words]
+    return found
 
 
 def test_what_ends_launch_ends_the_agent(launched, answering):
@@ -251,6 +279,8 @@ def test_a_server_that_does_not_start(stage, capsys):
     assert out == "" and not (stage / "record.json").exists()
     last = err.splitlines()[-1]
     assert last == f"error: the server did not start: {missing}: no such directory"
+    (log,) = logs(stage)
+    assert f"the server's log is kept: {log}" in err and missing in log.read_text()
 
 
 def test_an_adapter_is_for_a_server_that_is_started(answering, capsys):

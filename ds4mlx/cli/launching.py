@@ -22,6 +22,8 @@ HOST = "127.0.0.1"
 ANY_KEY = "ds4mlx"  # what a client sends to a server that asks for no key
 # Seconds that a server has to say how it is, and to end.
 _TO_ANSWER, _TO_END = 5, 50
+# The exit codes of a server that is told to end; before it listens the signal ends it at once.
+_ORDERLY = (0, -signal.SIGTERM)
 _FORWARDED = (signal.SIGTERM, signal.SIGHUP)
 
 
@@ -59,32 +61,49 @@ def running(port: int) -> Served | None:
 def started(command: list[str], port: int) -> Iterator[Served]:
     """A server of our own until the block ends. Raises DataError, with its own words, if it fails.
 
-    It is in a session of its own, so that Ctrl-C in a terminal is for the agent alone.
+    It is in a session of its own, so that Ctrl-C in a terminal is for the agent alone. Its log stays
+    only where something failed.
     """
-    handle, log_file = tempfile.mkstemp(prefix="ds4mlx-serve-", suffix=".log")
-    os.close(handle)
-    note(f"a server is started on port {port}, which ends with the agent; its log is {log_file}")
-    with Path(log_file).open("w") as log:
-        server = subprocess.Popen(
+    handle, name = tempfile.mkstemp(prefix="ds4mlx-serve-", suffix=".log")
+    note(f"a server is started on port {port}, which ends with the agent; its log is {name}")
+    server, log, failed = _begun(command, handle), Path(name), False
+    try:
+        yield _listening(server, port, log)
+    except Exception:
+        failed = True
+        raise
+    finally:
+        _end(server)
+        if failed or server.returncode not in _ORDERLY:
+            note(f"the server's log is kept: {log}")
+        else:
+            log.unlink(missing_ok=True)
+
+
+def _begun(command: list[str], log: int) -> subprocess.Popen[str]:
+    """The process of a server, which writes its log to a file descriptor."""
+    with open(log, "w") as written:
+        return subprocess.Popen(
             [sys.executable, "-m", "ds4mlx", *command],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
-            stderr=log,
+            stderr=written,
             text=True,
             start_new_session=True,
         )
-        try:
-            assert server.stdout is not None
-            if not server.stdout.readline().startswith("listening on "):
-                server.wait()
-                said = Path(log_file).read_text().strip().splitlines() or ["it said nothing"]
-                raise DataError(f"the server did not start: {said[-1].removeprefix('error: ')}")
-            served = running(port)
-            if served is None:
-                raise DataError("the server that was started does not answer")
-            yield served
-        finally:
-            _end(server)
+
+
+def _listening(server: subprocess.Popen[str], port: int, log: Path) -> Served:
+    """The server, once it listens."""
+    assert server.stdout is not None
+    if not server.stdout.readline().startswith("listening on "):
+        server.wait()
+        said = log.read_text().strip().splitlines() or ["it said nothing"]
+        raise DataError(f"the server did not start: {said[-1].removeprefix('error: ')}")
+    served = running(port)
+    if served is None:
+        raise DataError("the server that was started does not answer")
+    return served
 
 
 def _end(server: subprocess.Popen[str]) -> None:
