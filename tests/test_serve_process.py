@@ -144,6 +144,17 @@ def test_a_port_that_is_taken(talker_dir, capsys):
     assert capsys.readouterr().err.startswith(f"error: cannot listen on 127.0.0.1:{port}: ")
 
 
+@pytest.mark.parametrize("host", ["nosuch.invalid", "no..such"])
+@pytest.mark.parametrize("options", [[], ["--insecure"]], ids=["no key", "insecure"])
+def test_a_host_that_there_is_not(host, options, capsys):
+    """Is no matter of keys."""
+    assert run(["serve", "-m", "nowhere", "--host", host, "--port", "0", *options]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith(
+        f"error: cannot listen on {host}:0: the name '{host}' cannot be resolved ("
+    )
+
+
 def test_a_context_beyond_the_model_s_own_is_cut(talker_dir):
     with Serving("-m", str(talker_dir), "--ctx", "70000") as serving:
         connection = http.client.HTTPConnection("127.0.0.1", serving.port, timeout=5)

@@ -111,6 +111,7 @@ def serve(
     from ds4mlx.server.safety import Limits, is_loopback
 
     if not (api_key or insecure or is_loopback(host)):
+        process.addresses(host, port)  # or a misspelled name is said to be reached from elsewhere
         raise typer.BadParameter(
             f"{host} can be reached from other machines, so --api-key is needed, or --insecure",
             param_hint="--host",

@@ -13,6 +13,7 @@ import socket
 import sys
 from collections.abc import Callable
 from types import FrameType
+from typing import Any
 
 import uvicorn
 from sse_starlette.sse import AppStatus
@@ -75,20 +76,28 @@ def config_of(app: Starlette, limits: Limits) -> uvicorn.Config:
     )
 
 
+def addresses(host: str, port: int) -> list[Any]:
+    """What a host and a port are as `socket.getaddrinfo` gives it; DataError for no such host."""
+    try:
+        return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (OSError, UnicodeError) as error:
+        cause = getattr(error, "strerror", None) or "it cannot be a name"
+        said = f"the name {host!r} cannot be resolved ({cause})"
+        raise DataError(f"cannot listen on {host}:{port}: {said}") from None
+
+
 def open_socket(host: str, port: int) -> socket.socket:
     """A socket bound to an address, not listening yet. port: 0 for any that is free.
 
     Raises DataError where there is no such address or it is taken.
     """
+    family, kind, protocol, _, address = addresses(host, port)[0]
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        family, kind, protocol, _, address = found[0]
         opened = socket.socket(family, kind, protocol)
         opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         opened.bind(address)
-    except (OSError, UnicodeError) as error:
-        cause = getattr(error, "strerror", None) or "no such host"
-        raise DataError(f"cannot listen on {host}:{port}: {cause}") from None
+    except OSError as error:
+        raise DataError(f"cannot listen on {host}:{port}: {error.strerror}") from None
     return opened
 
 
