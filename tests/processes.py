@@ -21,6 +21,17 @@ COMMAND = [sys.executable, "-m", "ds4mlx"]
 PATIENCE = 60  # seconds after which a test gives up
 
 
+def own_signals():
+    """In a process that begins: a hangup reaches it, also where these tests run under nohup."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+def own_terminal():
+    """In a process that begins: standard input is its terminal, whose end is a hangup."""
+    own_signals()
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
 def environment(**changes):
     """The tests' own, with these variables set, or with None unset."""
     names = {**os.environ, "TERM": "xterm", "NO_COLOR": None, "DS4MLX_MODEL": None, **changes}
@@ -48,6 +59,7 @@ def start(*arguments, command=COMMAND, **changes):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env=environment(**changes),
+        preexec_fn=own_signals,  # noqa: PLW1509 - no thread of the tests holds a lock then
     )
 
 
@@ -93,7 +105,7 @@ class Terminal:
             stderr=slave,
             env=environment(**changes),
             start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # noqa: PLW1509 - no threads
+            preexec_fn=own_terminal,  # noqa: PLW1509 - no thread of the tests holds a lock then
         )
         os.close(slave)
         self.shown = ""  # since the last `until`

@@ -25,7 +25,7 @@ class Nothing:
 
     def launch(self, kernel, inputs, outputs, groups, threads, template, reads):
         self.names[kernel.name] += 1
-        return mx.depends([mx.zeros(tuple(shape), dtype) for shape, dtype in outputs], inputs)
+        return [mx.zeros(tuple(shape), dtype) for shape, dtype in outputs]
 
 
 @pytest.fixture(scope="module")
