@@ -5,13 +5,15 @@ becomes of it, and taking the step costs nothing. Nothing need be done to leave 
 done where the state or the model is no longer what it was.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from operator import getitem, is_
+from itertools import chain
+from operator import is_
 from typing import Any
 
 from ds4mlx.engine.undone import Place
 from ds4mlx.model.model import Model
+from ds4mlx.model.module import Module, changes
 from ds4mlx.model.taps import listeners, steady
 from ds4mlx.state.decode_state import DecodeState
 
@@ -25,9 +27,11 @@ class Ahead:
         made, kept = self._state.records, place.records
         self._made = {p: record for p, record in made.items() if p not in kept}
         self._dropped = kept.keys() - made.keys()
-        self._after = [dict(vars(part)) for part in _parts(self._state)]
+        # Once a token for some hundred parts: so it is done by few statements.
+        fields = self._state.parts.fields
+        self._after = list(map(dict.copy, fields))
         place.restore()
-        self._before = [list(vars(part).values()) for part in _parts(self._state)]
+        self._before = _values(fields)
 
     def take(self) -> bool:
         """Have the state take the step, unless its rows have changed since; whether it has.
@@ -35,15 +39,15 @@ class Ahead:
         Records and boundaries may have come and gone, and the state may have been stored, as long as
         the step has made the records that it would make now.
         """
-        parts, boundaries = list(_parts(self._state)), self._state.boundaries
-        for part, before in zip(parts, self._before, strict=True):
-            if not all(map(is_, vars(part).values(), before)):
-                return False
+        fields, boundaries = self._state.parts.fields, self._state.boundaries
+        now = _values(fields)
+        if len(now) != len(self._before) or not all(map(is_, now, self._before)):
+            return False
         asked = self._end in boundaries.asked and self._end not in self._made
         if asked or boundaries.spacing is not self._spacing:
             return False
-        for part, after in zip(parts, self._after, strict=True):
-            vars(part).update(after)
+        for own, after in zip(fields, self._after, strict=True):
+            own.update(after)
         kept = {p: r for p, r in self._state.records.items() if p not in self._dropped}
         self._state.records = kept | self._made
         boundaries.asked -= self._made.keys()
@@ -65,32 +69,31 @@ class Seen:
     """A model as it is seen at one time: its modules and weights, and who changes them steadily."""
 
     def __init__(self, model: Model):
-        items = list(_items(model))
-        self._holders, self._keys, self._values = zip(*items, strict=True)
-        self._listeners = listeners()
+        self._changes, self._listeners = changes(), listeners()
+        # Modules count what is set in them; what else holds parts does not.
+        self._holders = [each for each in _holders(model) if not isinstance(each, Module)]
+        self._held = _values(map(_by_key, self._holders))
 
     def same(self) -> bool:
         """Whether it is seen so now."""
-        now = map(getitem, self._holders, self._keys)
-        try:
-            heard = steady() and listeners() == self._listeners
-            return heard and all(map(is_, now, self._values))
-        except (KeyError, IndexError):  # a part has been taken away
+        if self._changes != changes() or not steady() or listeners() != self._listeners:
             return False
+        now = _values(map(_by_key, self._holders))
+        return len(now) == len(self._held) and all(map(is_, now, self._held))
 
 
-def _items(holder: Any) -> Iterator[tuple[Any, Any, Any]]:
-    """Everything in a module, (module or list, key, value), to its weights."""
-    pairs = holder.items() if isinstance(holder, dict) else enumerate(holder)
-    for key, value in pairs:
-        yield holder, key, value
+def _holders(holder: Any) -> Iterator[Any]:
+    """A module, and everything in it that holds parts: modules, lists and dictionaries."""
+    yield holder
+    for value in _by_key(holder).values():
         if isinstance(value, dict | list):
-            yield from _items(value)
+            yield from _holders(value)
 
 
-def _parts(state: DecodeState) -> Iterator[object]:
-    """All rows of the main layers."""
-    for layer in state.layers:
-        yield layer.window
-        for compressor in layer.compressors:
-            yield from (compressor.recent, compressor.rows)
+def _by_key(holder: Any) -> dict[Any, Any]:
+    return holder if isinstance(holder, dict) else dict(enumerate(holder))
+
+
+def _values(each: Iterable[dict[Any, Any]]) -> list[Any]:
+    """The values of dictionaries, one after the other."""
+    return list(chain.from_iterable(map(dict.values, each)))

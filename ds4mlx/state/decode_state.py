@@ -227,7 +227,8 @@ class DecodeState:
         return RewindError(tokens, sorted(reachable), offset)
 
     def _reaches(self, tokens: int) -> bool:
-        return tokens == 0 or all(layer.reaches(tokens) for layer in self.layers)
+        recents = self.parts.recents
+        return tokens == 0 or all(part.reaches(part.needed(tokens)) for part in recents)
 
 
 def state_bytes(

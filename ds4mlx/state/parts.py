@@ -1,6 +1,7 @@
 """The parts of a few layers' states, listed once: a step asks something of each of them every token."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import mlx.core as mx
 
@@ -28,6 +29,11 @@ class Parts:
 
     def __iter__(self) -> Iterator[Recent | Rows]:
         return iter(self.every)
+
+    @property
+    def fields(self) -> list[dict[str, Any]]:
+        """What every part holds, by name: its own attributes, to be looked at or changed."""
+        return list(map(vars, self.every))
 
     def spread(self, each: Sequence[mx.array]) -> list[mx.array]:
         """For every part what there is of its layer."""
