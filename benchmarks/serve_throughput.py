@@ -44,6 +44,7 @@ from ds4mlx.model.model import Model
 from ds4mlx.server.app import create_app
 from ds4mlx.server.process import Server, config_of, open_socket
 from ds4mlx.server.safety import Limits
+from ds4mlx.submission import submit_by_number
 from ds4mlx.text.tokenizer import Tokenizer
 
 CLIENTS = Path(__file__).parent / "serve_clients.py"
@@ -79,6 +80,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path)
     given = parser.parse_args()
     logging.basicConfig(level=logging.WARNING)
+    submit_by_number()  # as the command has it
     # Kernels whether or not they were compared on this machine, in the server's threads too.
     os.environ.setdefault("DS4MLX_KERNELS", "1")
     config = config_like("flash", given.layers).model_copy(update=SMALL if given.small else {})
