@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from steering import Dictation, InterruptAt, text_of, tokens_of
 
 from ds4mlx import DataError, KVStore, generate, stream_generate
+from ds4mlx.engine import generation
 from ds4mlx.engine.prefill import prefill
-from ds4mlx.engine.sampling import Sampler
+from ds4mlx.engine.sampling import Sampler, log_probs
 from ds4mlx.engine.sequence import Sequence
 from ds4mlx.engine.step import draw, step
 from ds4mlx.text.stops import StopStrings
@@ -63,6 +64,18 @@ def test_log_probabilities_are_the_models_whatever_the_sampler(talker):
     plain = next(stream_generate(*talker, PROMPT))
     cold = next(stream_generate(*talker, PROMPT, sampler=Sampler(0.1, top_k=2, seed=1)))
     assert plain.logprobs.tolist() == cold.logprobs.tolist()
+
+
+def test_log_probabilities_are_computed_when_they_are_read(talker, monkeypatch):
+    """Of no token before somebody reads them, then of that one, once."""
+    computed = []
+    monkeypatch.setattr(
+        generation, "log_probs", lambda logits: (computed.append(logits), log_probs(logits))[1]
+    )
+    seen = list(stream_generate(*talker, PROMPT, 8))
+    assert computed == []
+    assert seen[3].logprobs is seen[3].logprobs
+    assert [each is seen[3].logits for each in computed] == [True]
 
 
 def test_a_seed_repeats_the_tokens(talker):
