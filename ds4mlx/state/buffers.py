@@ -145,9 +145,10 @@ class Recent(Part):
 
     def moved_up(self, buffer: mx.array) -> None:
         """Take the buffer that ends with the rows of the tail, which is full."""
-        self.buffer, self.settled = buffer, self.end
-        self.first = self.end - self.keep
-        self.start = max(self.start, self.first)
+        first, end = self.end - self.keep, self.end
+        start = max(self.start, first)
+        # No call between the changes, at which Ctrl-C could come.
+        self.buffer, self.settled, self.first, self.start = buffer, end, first, start
 
     def _joined(self, blank: mx.array) -> tuple[mx.array, int]:
         """A buffer of all rows without a tail, and the position of its first."""
