@@ -66,7 +66,10 @@ def stepped_back(state: DecodeState, tokens: int) -> list[Ahead]:
 
 
 class Seen:
-    """A model as it is seen at one time: its modules and weights, and who changes them steadily."""
+    """A model as it is seen at one time: its modules and weights, and who changes them steadily.
+
+    Private attributes of modules do not count.
+    """
 
     def __init__(self, model: Model):
         self._changes, self._listeners = changes(), listeners()

@@ -3,7 +3,7 @@
 What was traced of a model holds good as long as nothing was set, replaced or deleted in its modules.
 """
 
-from typing import Any
+from typing import Any, Self
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -38,7 +38,31 @@ class Module(nn.Module):
         _count(name)
         super().__delitem__(name)
 
+    def __ior__(self, others: Any) -> Self:
+        _count()
+        return super().__ior__(others)
 
-def _count(name: str) -> None:
+    def pop(self, name: str, *default: Any) -> Any:
+        """As of a dictionary, which a module is."""
+        _count(name)
+        return super().pop(name, *default)
+
+    def popitem(self) -> tuple[str, Any]:
+        """As of a dictionary."""
+        _count()
+        return super().popitem()
+
+    def setdefault(self, name: str, default: Any = None) -> Any:
+        """As of a dictionary."""
+        _count(name)
+        return super().setdefault(name, default)
+
+    def clear(self) -> None:
+        """As of a dictionary."""
+        _count()
+        super().clear()
+
+
+def _count(name: str = "") -> None:
     global _changes
     _changes += not name.startswith("_")
