@@ -90,7 +90,7 @@ def asking() -> Iterator[set[self_check.Asked]]:
 def decided() -> bool | None:
     """Whether kernels are used, if that does not depend on verdicts; None if it does.
 
-    Raises DataError for a $DS4MLX_KERNELS that says neither.
+    Raises DataError for a $DS4MLX_KERNELS that says neither, where that is what decides.
     """
     if dialect.target() is None:
         return False

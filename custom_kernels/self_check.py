@@ -2,7 +2,7 @@
 
 `good` answers whether kernels are used. What was never compared on this machine is compared then, in
 seconds, at small and at real widths; the answers are kept (`verdicts`). A kernel that is off, that
-raises or that ends the process is not used, which one line on stderr says.
+raises or while whose comparison two processes ended is not used, which one line on stderr says.
 """
 
 from collections.abc import Iterable, Sequence

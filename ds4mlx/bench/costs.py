@@ -58,7 +58,8 @@ def cost(model: Model, states: Sequence[DecodeState], target: Target | None) -> 
     Of this machine's own target only those kernels count that are good here. The states are of no use
     afterwards.
     """
-    for state in states:  # what is done for many tokens at a time is no part of one
+    # What launches have done for many tokens at a time is no part of one.
+    for state in states if target is not None else ():
         settle(state)
         mx.eval(state.arrays)
     with _recorded(target) as launches:
