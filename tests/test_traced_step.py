@@ -10,6 +10,7 @@ from test_step_launches import after, flash
 from ds4mlx import load
 from ds4mlx.custom_kernels import dialect, dispatch, self_check
 from ds4mlx.model.fused import step, traced
+from ds4mlx.model.fused.traced import SETS, Traces
 from ds4mlx.research import Steering
 
 LAYERS = 4
@@ -36,7 +37,7 @@ def model():
 @pytest.fixture
 def launched(model, monkeypatch):
     """The launches of steps that are traced although something else than MLX launches."""
-    nothing, model._traced = Nothing(), None
+    nothing, model._traced = Nothing(), Traces()
     monkeypatch.setattr(step, "_traceable", lambda kept: not kept.failed)
     with dialect.launching(nothing), dispatch.kernels():
         yield nothing.names
@@ -71,7 +72,7 @@ def test_as_many_traces_as_are_kept(model, launched, monkeypatch):
     states = [after(model, 4096 * n) for n in range(2, 9)]
     for state in states:
         assert stepped(model, [state]) > 0
-        assert len(model._traced._made) <= 4
+        assert len(model._traced.of(model, ())._made) <= 4
     assert stepped(model, [states[-1]]) == 0
     assert stepped(model, [states[0]]) > 0
 
@@ -92,7 +93,49 @@ def test_steering_is_traced_with_the_step(model, launched, site):
         # For every layer the streams or the sublayer's output, and mixes of what comes of them.
         assert stepped(model, [state]) == whole + LAYERS
         assert [stepped(model, [state]) for _ in range(3)] == [0] * 3
-    assert stepped(model, [state]) == whole
+    assert stepped(model, [state]) == 0
+
+
+def test_steered_and_plain_steps_in_turn_stay_traced(model, launched):
+    """For some steerings at a time, and never with weights that the model has no more."""
+    state, direction = after(model, 4096), np.ones(model.args.hidden_size, np.float32)
+    how = [Steering("add", "ffn.out", {n: direction}) for n in range(LAYERS)]
+    counts = []
+    for _ in range(2):
+        counts.append(stepped(model, [state]))
+        with model.steer(how[0]):
+            counts.append(stepped(model, [state]))
+            with model.trace("logits"):
+                stepped(model, [state])
+    assert counts[0] > 0 and counts[1] > 0 and counts[2:] == [0, 0]
+    for each in how[1:]:
+        with model.steer(each):
+            assert stepped(model, [state]) > 0
+    assert len(model._traced._sets) == SETS
+    model.layers[1].attn.attn_sink = model.layers[1].attn.attn_sink
+    stepped(model, [state])
+    assert len(model._traced._sets) == 1
+
+
+def test_a_steering_of_another_model_is_none_of_this_one(model, launched):
+    other, state = flash("q2", layers=LAYERS), after(model, 4096)
+    how = Steering("add", "ffn.out", {1: np.ones(model.args.hidden_size, np.float32)})
+    whole = stepped(model, [state])
+    with model.steer(how):
+        assert stepped(model, [state]) == whole + 1
+    with other.steer(how):
+        assert stepped(model, [state]) == whole
+
+
+def test_blocks_steered_alike_are_traced_beside_one_that_goes_through_its_modules(model, launched):
+    state, direction = after(model, 4096), np.ones(model.args.hidden_size, np.float32)
+    everywhere = dict.fromkeys(range(LAYERS), direction)
+    with (
+        model.steer(Steering("add", "ffn.out", everywhere)),
+        model.steer(Steering("add", "ffn.in", {0: direction})),
+    ):
+        first, again = stepped(model, [state]), stepped(model, [state])
+    assert first - again > 10 * (LAYERS - 1)
 
 
 @pytest.mark.parametrize("heard", ["ffn.in", "ffn.out"])
@@ -119,5 +162,5 @@ def test_what_mlx_cannot_trace_is_done_without(small_dir, monkeypatch):
     monkeypatch.setattr(self_check, "good", lambda *_: False)
     monkeypatch.setattr(self_check, "check", lambda *_, **__: None)
     got = np.array(model.step([5], [state])[0])
-    assert model._traced.failed and state.offset == 5
+    assert model._traced.of(model, ()).failed and state.offset == 5
     assert np.abs(got - want).max() <= 3e-5

@@ -22,7 +22,7 @@ from ds4mlx.model.compressed_attention import SparseAttention
 from ds4mlx.model.draft import MTP
 from ds4mlx.model.fused.choice import MOST_STEPPED
 from ds4mlx.model.fused.step import step_outputs
-from ds4mlx.model.fused.traced import Traced
+from ds4mlx.model.fused.traced import Traces
 from ds4mlx.model.hyper import HyperHead
 from ds4mlx.model.inputs import Cache, Inputs, Tokens, read_states, read_tokens
 from ds4mlx.model.linear import Embedding, Linear, RMSNorm, digest_of_adapters
@@ -68,7 +68,7 @@ class Model(Researched):
         self.model_type = args.model_type
         self.identity: str | None = None  # of the directory it was loaded from
         self._rotary = rotary_tables(args)
-        self._traced: Traced | None = None
+        self._traced = Traces()
         layers, drafts = args.num_hidden_layers, args.num_nextn_predict_layers
         self.embed = Embedding(args.vocab_size, args.hidden_size)
         self.layers = [Block(args, i, rounding) for i in range(layers)]

@@ -91,8 +91,8 @@ class Listener:
     all states as they were.
 
     steady: whether it does the same to every call, by operations alone, and keeps nothing of it: so
-    calls may be made before anybody has asked for them, and be traced once for all. changes: the name of what it does to the model, NAMELESS where
-    that may be anything; None where it replaces nothing.
+    calls may be made before anybody has asked for them, and be traced once for all. changes: the name
+    of what it does to the model, NAMELESS where that may be anything; None where it replaces nothing.
     """
 
     steady = False

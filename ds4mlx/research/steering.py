@@ -164,6 +164,15 @@ class _Steered(Listener):
             for layer, direction in steering.directions.items()
         }
 
+    def __eq__(self, other: object) -> bool:
+        """Whether another one does the same to the same model."""
+        if not isinstance(other, _Steered):
+            return False
+        return other._model is self._model and other.changes == self.changes
+
+    def __hash__(self) -> int:
+        return hash(self.changes)
+
     def begins(self, batch: Batch) -> None:
         """Listen if it is a call of this model, whose tables no other has."""
         self._ours = batch.tables is self._model._rotary

@@ -20,7 +20,7 @@ from ds4mlx.model.fused import layers, traced
 from ds4mlx.model.fused.choice import hiding
 from ds4mlx.model.fused.seen import SHOWN
 from ds4mlx.model.fused.sequences import Places
-from ds4mlx.model.fused.traced import Traced
+from ds4mlx.model.fused.traced import Traced, Traces
 from ds4mlx.model.rope import AT_ONCE, step_angles
 from ds4mlx.model.taps import listeners, steady, wanted
 from ds4mlx.state.decode_state import DecodeState
@@ -34,7 +34,7 @@ Way = Literal["modules", "open", "traced"]
 class Stepped(layers.Stepped, Protocol):
     """What a step needs of a model, which keeps what was traced of it."""
 
-    _traced: Traced | None
+    _traced: Traces
 
 
 def step_outputs(
@@ -93,11 +93,8 @@ def _selects(model: Stepped, state: DecodeState) -> bool:
 
 
 def _kept(model: Stepped) -> Traced:
-    """What was traced of a model, begun anew where a part of it is another than it was, or others listen."""
-    who = listeners() if steady() else ()
-    if model._traced is None or not model._traced.holds(model, who):
-        model._traced = Traced(model, who)
-    return model._traced
+    """What was traced of a model with those who listen, if these do the same to every call."""
+    return model._traced.of(model, listeners() if steady() else ())
 
 
 def _traceable(kept: Traced) -> bool:
@@ -105,9 +102,14 @@ def _traceable(kept: Traced) -> bool:
     return dispatch.in_use() and dialect.launcher() is None and not kept.failed
 
 
-def _compared(kept: Traced, states: Sequence[DecodeState], sides: Sequence[Any]) -> bool:
-    """Whether the kernels of such a step were compared, or need not be; from now on they were."""
-    key = (*(state.parts.capacity for state in states), *sides[-2])
+def _compared(
+    kept: Traced, states: Sequence[DecodeState], sides: Sequence[Any], *ways: Way
+) -> bool:
+    """Whether the kernels of such a step were compared, or need not be; from now on they were.
+
+    ways: of its blocks, where these are computed in different ones.
+    """
+    key = (*(state.parts.capacity for state in states), *sides[-2], *ways)
     if dispatch.decided() is not None or key in kept.compared:
         return True
     kept.compared.add(key)
@@ -130,10 +132,12 @@ def _in_parts(
     sides: Sequence[Any],
     modules: frozenset[int],
 ) -> tuple[mx.array, mx.array]:
-    """The same step, some blocks through their modules; those that nobody hears are traced."""
-    trace = _traceable(kept) and _compared(kept, states, sides)
+    """The same step, some blocks through their modules; of the others those are traced that can be."""
+    ways = _ways(model, modules, _traceable(kept))
+    if "traced" in ways and not _compared(kept, states, sides, *ways):
+        ways = _ways(model, modules, False)
     carried = layers.begin(model, batch.ids)
-    for way, numbers in _runs(model, modules, trace):
+    for way, numbers in _runs(ways):
         if way == "modules":
             carried = _by_modules(model, numbers, carried, batch, states)
         else:
@@ -142,16 +146,24 @@ def _in_parts(
     return layers.ended(model, carried)
 
 
-def _runs(model: Stepped, modules: frozenset[int], trace: bool) -> Iterator[tuple[Way, list[int]]]:
+def _ways(model: Stepped, modules: frozenset[int], trace: bool) -> list[Way]:
+    """How each block is computed."""
+
+    ways = list[Way]()
+    for number, block in enumerate(model.layers):
+        alike = steady() or not wanted(block._site, *SHOWN)
+        by_launches: Way = "traced" if trace and alike else "open"
+        ways.append("modules" if number in modules else by_launches)
+    return ways
+
+
+def _runs(ways: Sequence[Way]) -> Iterator[tuple[Way, list[int]]]:
     """Blocks that follow each other and are computed in the same way."""
-
-    def way(number: int) -> Way:
-        if number in modules:
-            return "modules"
-        return "traced" if trace and not wanted(model.layers[number]._site, *SHOWN) else "open"
-
-    for each, numbers in groupby(range(len(model.layers)), way):
-        yield each, list(numbers)
+    first = 0
+    for _, each in groupby(ways):
+        last = first + len(list(each))
+        yield ways[first], list(range(first, last))
+        first = last
 
 
 def _by_modules(

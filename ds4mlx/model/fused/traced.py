@@ -15,8 +15,11 @@ from ds4mlx.model.fused.sequences import Places
 from ds4mlx.model.module import changes
 from ds4mlx.model.taps import Listener
 
-# Traces that are kept, one for each way in which sequences' buffers are large: of Flash about a megabyte each.
+# Traces of one `Traced`, one for each way in which sequences' buffers are large: of Flash about a megabyte
+# each. With one more, all are made anew.
 MOST = 64
+# For so many sets of listeners there are traces at a time.
+SETS = 4
 # Logits (B, vocab), streams (B, n, D), and of each sequence every layer's new tails.
 Outputs = tuple[mx.array, mx.array, list[list[mx.array]]]
 # What is carried on, and the same tails.
@@ -34,14 +37,13 @@ class Traced:
         """listeners: those who do the same to every call, whose work is traced too."""
         self.modules = unknown(model.layers) | (hiding(model.layers) if listeners else frozenset())
         self.compared: set[tuple[object, ...]] = set()
-        self._changes, self._layers, self._listeners = changes(), list(model.layers), listeners
+        self._changes, self._layers = changes(), list(model.layers)
         self._failed = False
         self._forget()
 
-    def holds(self, model: Stepped, listeners: tuple[Listener, ...]) -> bool:
-        """Whether no part of the model is another than it was, and the same listen."""
-        same = self._changes == changes() and self._listeners == listeners
-        return same and all(map(is_, self._layers, model.layers))
+    def holds(self, model: Stepped) -> bool:
+        """Whether no part of the model is another than it was."""
+        return self._changes == changes() and all(map(is_, self._layers, model.layers))
 
     @property
     def failed(self) -> bool:
@@ -71,6 +73,22 @@ class Traced:
         """Begin anew with tracing: MLX keeps all that was traced of a function as long as the function."""
         self._functions: dict[tuple[int, ...], Callable[..., Any]] = {}
         self._made: list[None] = []  # an entry for each trace
+
+
+class Traces:
+    """What was traced of a model for each of the last sets of listeners; several threads may ask."""
+
+    def __init__(self) -> None:
+        self._sets: dict[tuple[Listener, ...], Traced] = {}
+
+    def of(self, model: Stepped, listeners: tuple[Listener, ...]) -> Traced:
+        """That of the model as it is now; nothing is kept of what it was."""
+        found = self._sets.get(listeners)
+        if found is None or not found.holds(model):
+            found = Traced(model, listeners)
+            others = [each for each in self._sets.items() if each[1].holds(model)]
+            self._sets = dict([*others[1 - SETS :], (listeners, found)])
+        return found
 
 
 def _noted(made: list[None], function: Callable[..., Any], *sides: Any) -> Any:
