@@ -41,6 +41,6 @@ TRAINED_LENGTH = 8192
 
 def full_config() -> dict[str, Any]:
     """The official config.json of ds4-tiny."""
-    import make_checkpoint
+    from presets import FLASH
 
-    return {**make_checkpoint.FLASH, **SIZES, "torch_dtype": "bfloat16"}
+    return {**FLASH, **SIZES, "torch_dtype": "bfloat16"}
