@@ -17,7 +17,8 @@ LAYERS = 4
 
 
 class Nothing:
-    """Launches that give zeros, and are counted by kernel."""
+    """Launches that give zeros, and are counted by kernel. Unlike recorded ones, what they give hangs on
+    nothing: so that a state can be settled, and no weight is made for it."""
 
     target = "metal"
 

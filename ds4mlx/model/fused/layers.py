@@ -1,7 +1,7 @@
 """Blocks of the model as launches, one after the other, and what comes before them and after."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import mlx.core as mx
 
@@ -20,8 +20,24 @@ from ds4mlx.model.rope import Rotary
 from ds4mlx.model.taps import HEAD, wanted
 from ds4mlx.state.tails import held_in
 
-# The arrays of layers' states, of each sequence; see `held_in`.
-Arrays = Sequence[Sequence[mx.array]]
+# What is carried on, and of each sequence the layers' new tails.
+Passed = tuple[Carried, list[list[mx.array]]]
+# Logits float32 (B, vocab), streams (B, n, D), and the tails of all layers.
+Outputs = tuple[mx.array, mx.array, list[list[mx.array]]]
+
+
+class Sides(NamedTuple):
+    """What the launches of a step are told beside what is carried on.
+
+    ids int (B,). held: of each sequence the arrays of the layers' states, see `held_in`. selects:
+    whether each selects rows. ways: what else decides which launches there are.
+    """
+
+    ids: mx.array
+    places: Places
+    held: Sequence[Sequence[mx.array]]
+    selects: Sequence[int]
+    ways: Sequence[int]
 
 
 class Stepped(Protocol):
@@ -49,26 +65,23 @@ def begin(model: Stepped, ids: mx.array) -> Carried:
     return carry(streams, hyper_mix(streams, model.layers[0].hc_attn.fn))
 
 
-def through(
-    model: Stepped,
-    numbers: Sequence[int],
-    carried: Carried,
-    ids: mx.array,
-    places: Places,
-    held: Arrays,
-    selects: Sequence[int],
-) -> tuple[Carried, list[list[mx.array]]]:
-    """What is carried on after blocks that follow each other; of each sequence these layers' new tails.
+def whole(model: Stepped, sides: Sides) -> Outputs:
+    """A step through all blocks."""
+    carried = begin(model, sides.ids)
+    carried, tails = through(model, range(len(model.layers)), carried, sides)
+    return *ended(model, carried), tails
 
-    ids int (B,). held: of their states. selects: whether each sequence selects rows.
-    """
+
+def through(model: Stepped, numbers: Sequence[int], carried: Carried, sides: Sides) -> Passed:
+    """Blocks that follow each other, of whose states the arrays of `sides` are."""
+    ids, places, held, selects, _ = sides
     tails, chosen = [[] for _ in held], [bool(each) for each in selects]
     blocks = [model.layers[number] for number in numbers]
     poolings = [len(compressors_of(block.attn)) for block in blocks]
     by_layer = zip(*(held_in(arrays, poolings) for arrays in held), strict=True)
     for number, block, own in zip(numbers, blocks, by_layer, strict=True):
-        sides = following(model, number), ids, Sequences(places, own, chosen)
-        carried, after = step_block(block, carried, *sides)
+        told = following(model, number), ids, Sequences(places, own, chosen)
+        carried, after = step_block(block, carried, *told)
         for made, each in zip(tails, after, strict=True):
             made.append(each.array)
     return carried, tails

@@ -7,7 +7,7 @@ somebody hears something else every time. The blocks between them are traced by 
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import compress, groupby
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import mlx.core as mx
 
@@ -16,8 +16,9 @@ from ds4mlx.custom_kernels.first_use import prepare
 from ds4mlx.custom_kernels.layer.carried import Carried, carry
 from ds4mlx.custom_kernels.layer.hyper_out import hyper_mix
 from ds4mlx.model.batch import Batch
-from ds4mlx.model.fused import layers, traced
+from ds4mlx.model.fused import layers
 from ds4mlx.model.fused.choice import hiding
+from ds4mlx.model.fused.layers import Sides
 from ds4mlx.model.fused.seen import SHOWN
 from ds4mlx.model.fused.sequences import Places
 from ds4mlx.model.fused.traced import Traced, Traces
@@ -47,12 +48,13 @@ def step_outputs(
     for state in states:
         settle(state)
     selects = [int(_selects(model, state)) for state in states]
-    places, kept = _places(model, states, selects), _kept(model)
-    sides = batch.ids, places, [state.parts.arrays for state in states], selects, dispatch.ways()
-    modules = kept.modules if steady() else kept.modules | hiding(model.layers)
-    if _traceable(kept) and steady() and not modules:
+    places, kept, alike = _places(model, states, selects), _kept(model), steady()
+    held = [state.parts.arrays for state in states]
+    sides = Sides(batch.ids, places, held, selects, dispatch.ways())
+    modules = kept.modules if alike else kept.modules | hiding(model.layers)
+    if _traceable(kept) and alike and not modules:
         _compare_first(model, kept, states, sides)
-        outputs = kept.step(model, *sides)
+        outputs = kept.whole(model, sides)
         if outputs is not None:
             logits, streams, tails = outputs
             for span, state, own in zip(batch.spans, states, tails, strict=True):
@@ -102,14 +104,12 @@ def _traceable(kept: Traced) -> bool:
     return dispatch.in_use() and dialect.launcher() is None and not kept.failed
 
 
-def _compared(
-    kept: Traced, states: Sequence[DecodeState], sides: Sequence[Any], *ways: Way
-) -> bool:
+def _compared(kept: Traced, states: Sequence[DecodeState], sides: Sides, *ways: Way) -> bool:
     """Whether the kernels of such a step were compared, or need not be; from now on they were.
 
     ways: of its blocks, where these are computed in different ones.
     """
-    key = (*(state.parts.capacity for state in states), *sides[-2], *ways)
+    key = (*(state.parts.capacity for state in states), *sides.selects, *ways)
     if dispatch.decided() is not None or key in kept.compared:
         return True
     kept.compared.add(key)
@@ -117,11 +117,11 @@ def _compared(
 
 
 def _compare_first(
-    model: Stepped, kept: Traced, states: Sequence[DecodeState], sides: Sequence[Any]
+    model: Stepped, kept: Traced, states: Sequence[DecodeState], sides: Sides
 ) -> None:
     """Have the kernels of a step compared that never were here, since inside a trace nothing can be."""
     if not _compared(kept, states, sides):
-        prepare(lambda: traced.untraced(model, sides))
+        prepare(lambda: layers.whole(model, sides))
 
 
 def _in_parts(
@@ -129,7 +129,7 @@ def _in_parts(
     kept: Traced,
     batch: Batch,
     states: Sequence[DecodeState],
-    sides: Sequence[Any],
+    sides: Sides,
     modules: frozenset[int],
 ) -> tuple[mx.array, mx.array]:
     """The same step, some blocks through their modules; of the others those are traced that can be."""
@@ -148,11 +148,10 @@ def _in_parts(
 
 def _ways(model: Stepped, modules: frozenset[int], trace: bool) -> list[Way]:
     """How each block is computed."""
-
-    ways = list[Way]()
+    alike, ways = steady(), list[Way]()
     for number, block in enumerate(model.layers):
-        alike = steady() or not wanted(block._site, *SHOWN)
-        by_launches: Way = "traced" if trace and alike else "open"
+        same = alike or not wanted(block._site, *SHOWN)
+        by_launches: Way = "traced" if trace and same else "open"
         ways.append("modules" if number in modules else by_launches)
     return ways
 
@@ -187,15 +186,14 @@ def _by_launches(
     carried: Carried,
     batch: Batch,
     states: Sequence[DecodeState],
-    sides: Sequence[Any],
+    sides: Sides,
 ) -> Carried:
     """What is carried on after blocks in turn by launches, traced if there is what was traced."""
-    ids, places, _, selects, ways = sides
     parts = [Parts([state[number] for number in numbers]) for state in states]
-    own = ids, places, [each.arrays for each in parts], selects
-    passed = None if kept is None else kept.through(model, numbers, carried, *own, ways)
+    own = sides._replace(held=[each.arrays for each in parts])
+    passed = None if kept is None else kept.through(model, numbers, carried, own)
     if passed is None:
-        passed = layers.through(model, numbers, carried, *own)
+        passed = layers.through(model, numbers, carried, own)
     carried, tails = passed
     for span, each, new in zip(batch.spans, parts, tails, strict=True):
         append(each, new, span.step)
