@@ -72,9 +72,8 @@ def stage(tmp_path, monkeypatch):
     monkeypatch.setenv("RECORD", str(tmp_path / "record.json"))
     monkeypatch.setenv("ANTHROPIC_API_KEY", "of the user")
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    monkeypatch.setattr(
-        "tempfile.tempdir", None
-    )  # which is what $TMPDIR said when it was asked for
+    # What $TMPDIR said when it was asked for.
+    monkeypatch.setattr("tempfile.tempdir", None)
     monkeypatch.delenv("DS4MLX_API_KEY", raising=False)
     return tmp_path
 

@@ -31,7 +31,7 @@ class Ahead:
         fields = self._state.parts.fields
         self._after = list(map(dict.copy, fields))
         place.restore()
-        self._before = _values(fields)
+        self._before = _values(map(dict.values, fields))
 
     def take(self) -> bool:
         """Have the state take the step, unless its rows have changed since; whether it has.
@@ -40,7 +40,7 @@ class Ahead:
         the step has made the records that it would make now.
         """
         fields, boundaries = self._state.parts.fields, self._state.boundaries
-        now = _values(fields)
+        now = _values(map(dict.values, fields))
         if len(now) != len(self._before) or not all(map(is_, now, self._before)):
             return False
         asked = self._end in boundaries.asked and self._end not in self._made
@@ -75,28 +75,28 @@ class Seen:
         self._changes, self._listeners = changes(), listeners()
         # Modules count what is set in them; what else holds parts does not.
         self._holders = [each for each in _holders(model) if not isinstance(each, Module)]
-        self._held = _values(map(_by_key, self._holders))
+        self._held = _values(map(_parts_of, self._holders))
 
     def same(self) -> bool:
         """Whether it is seen so now."""
         if self._changes != changes() or not steady() or listeners() != self._listeners:
             return False
-        now = _values(map(_by_key, self._holders))
+        now = _values(map(_parts_of, self._holders))
         return len(now) == len(self._held) and all(map(is_, now, self._held))
 
 
 def _holders(holder: Any) -> Iterator[Any]:
     """A module, and everything in it that holds parts: modules, lists and dictionaries."""
     yield holder
-    for value in _by_key(holder).values():
+    for value in _parts_of(holder):
         if isinstance(value, dict | list):
             yield from _holders(value)
 
 
-def _by_key(holder: Any) -> dict[Any, Any]:
-    return holder if isinstance(holder, dict) else dict(enumerate(holder))
+def _parts_of(holder: dict[Any, Any] | list[Any]) -> Iterable[Any]:
+    return holder.values() if isinstance(holder, dict) else holder
 
 
-def _values(each: Iterable[dict[Any, Any]]) -> list[Any]:
-    """The values of dictionaries, one after the other."""
-    return list(chain.from_iterable(map(dict.values, each)))
+def _values(each: Iterable[Iterable[Any]]) -> list[Any]:
+    """What is in some things, one after the other."""
+    return list(chain.from_iterable(each))

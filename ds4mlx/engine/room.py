@@ -105,11 +105,15 @@ class Plan:
         return self.needed <= self.room
 
     @property
+    def beyond(self) -> bool:
+        """Whether the context is longer than the model's own, for which no memory makes room."""
+        return self.context > self.config.max_position_embeddings
+
+    @property
     def verdict(self) -> str:
-        """Whether it fits, in words; no memory makes room for more than the model's own context."""
-        limit = self.config.max_position_embeddings
-        if self.context > limit:
-            return f"is beyond the model's own {limit:,} tokens"
+        """Whether it fits, in words."""
+        if self.beyond:
+            return f"is beyond the model's own {self.config.max_position_embeddings:,} tokens"
         return "fits" if self.fits else "does not fit"
 
     def at(self, context: int) -> "Plan":
@@ -148,7 +152,7 @@ class Plan:
         plans = [self.at(tokens) for tokens in contexts]
         rows = [{name: getattr(plan, name) for name in figures} for plan in plans]
         for row, plan in zip(rows, plans, strict=True):
-            row["fits"] = plan.verdict == "fits"
+            row["fits"] = plan.fits and not plan.beyond
         return {"room": self.room, "largest_context": self.largest_context(), "contexts": rows}
 
     def text(self, contexts: Sequence[int]) -> str:
